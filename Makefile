@@ -1,0 +1,35 @@
+# `make demo` and `make test` work from a bare Debian machine with Python 3.10 or later: scripts/bootstrap.sh installs what is missing
+# into .venv once, and stamps it; a second call starts at once.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint clean distclean
+
+BIN := .venv/bin
+# More workers than this wait for memory, not for cores: each one imports torch.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+PYTEST ?= -q -n $(WORKERS) --dist worksteal
+DEMO ?=
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes; options: DEMO='--json'
+	$(BIN)/std-fast demo $(DEMO)
+
+test: .venv/.ready-test  ## the whole test suite; options: PYTEST='-x -k order'
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: .venv/.ready-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove caches and build products; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find std_fast pipelines benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## and .venv
+	rm -rf .venv
+
+.venv/.ready-%: pyproject.toml constraints.txt scripts/bootstrap.sh
+	@scripts/bootstrap.sh $*

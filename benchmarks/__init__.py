@@ -1,0 +1,1 @@
+"""Benchmarks: they time the real code, never a copy of it, and nothing imports them."""

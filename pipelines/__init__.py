@@ -1,0 +1,84 @@
+"""From disk to an augmented batch on the device. `open_loader` is the way in."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from pipelines.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from pipelines.batch import Loader, LoaderSpec
+    from pipelines.source import Source
+
+__all__ = ["BACKENDS", "DataError", "UserError", "open_loader"]
+
+BACKENDS = ("auto", "ffcv", "dali", "torch", "resident")
+RESIDENT_SIDE = 96  # pixels: above it, decoding is worth its memory
+RESIDENT_BYTES = 1 << 30  # on a CPU
+RESIDENT_SHARE = 0.25  # of a GPU's memory
+
+log = logging.getLogger("std_fast")
+
+
+def open_loader(spec: LoaderSpec, backend: str = "auto", *, hw_decoder_load: float | None = None) -> Loader:
+    """Opens the dataset of `spec` with one of BACKENDS; all give the same boxes, labels and order.
+
+    "auto" takes resident for a small dataset of small images of one size, else ffcv where it is installed, else torch;
+    the log says which and why. hw_decoder_load: of dali on a GPU, see there. Raises UserError for an unknown backend,
+    one that is not installed, or a dataset that cannot be opened.
+    """
+    from pipelines.source import open_source
+
+    if backend not in BACKENDS:
+        raise UserError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    source = open_source(spec.path)
+    if backend == "auto":
+        backend, why = _choose(spec, source)
+        log.info("%s: backend %s (%s)", source.path, backend, why)
+    if backend == "ffcv":
+        from pipelines.ffcv_backend import FfcvLoader
+
+        return FfcvLoader(spec, source)
+    if backend == "dali":
+        from pipelines.dali_backend import DaliLoader
+
+        return DaliLoader(spec, source, hw_decoder_load)
+    if backend == "torch":
+        from pipelines.torch_backend import TorchLoader
+
+        return TorchLoader(spec, source)
+    from pipelines.resident_backend import ResidentLoader
+
+    return ResidentLoader(spec, source)
+
+
+def _choose(spec: LoaderSpec, source: Source) -> tuple[str, str]:
+    """The backend for "auto", and the reason."""
+    from pipelines import ffcv_backend
+
+    if spec.resample != "area" and (size := _resident_bytes(spec, source)):
+        return "resident", f"{size / 2**20:.0f} MiB decoded, kept on {spec.device}"
+    try:
+        ffcv_backend.library()
+    except UserError as error:
+        return "torch", str(error)
+    return "ffcv", "installed"
+
+
+def _resident_bytes(spec: LoaderSpec, source: Source) -> int:
+    """Memory that the decoded dataset would take, 0 when it is not one to keep: too large, or of several sizes."""
+    import numpy as np
+    import torch
+
+    limit = RESIDENT_BYTES
+    if torch.device(spec.device).type == "cuda":
+        limit = int(RESIDENT_SHARE * torch.cuda.get_device_properties(spec.device).total_memory)
+    size = 0
+    # A look at a few first: in a folder, each costs the opening of a file.
+    for some in (np.linspace(0, source.num_samples - 1, 32).astype(np.int64), np.arange(source.num_samples)):
+        heights, widths = source.sizes(some)
+        size = 3 * source.num_samples * int(heights[0] * widths[0])
+        if np.ptp(heights) or np.ptp(widths) or max(heights[0], widths[0]) > RESIDENT_SIDE or size > limit:
+            return 0
+    return size

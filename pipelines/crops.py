@@ -1,0 +1,116 @@
+"""Crop boxes: which part of each stored image becomes the model's input.
+
+A box is (top, left, height, width) in pixels of the stored image, int32, inside the image, at least 1 by 1. Boxes are
+computed on the host in float64, for a whole batch at a time, and given to the backends, which only cut and resize: this
+is why all of them see the same crops.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines import rng
+from pipelines.errors import UserError
+
+Sizes = npt.NDArray[np.integer]
+Boxes = npt.NDArray[np.int32]
+
+KINDS = ("random_resized", "center", "full")
+_TRIES = 10  # torchvision's number
+
+
+def random_resized_crop(
+    heights: Sizes,
+    widths: Sizes,
+    seed: int,
+    epoch: int,
+    positions: npt.NDArray[np.int64],
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Boxes:
+    """Random boxes [B, 4]: area a fraction in `scale` of the image, width/height log-uniform in `ratio`.
+
+    The algorithm is torchvision's (`transforms.RandomResizedCrop.get_params`): ten tries, then the largest central box
+    whose ratio is allowed. Try t takes the four words of draw t of the sample's CROP counter: area, ratio, top, left.
+    """
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    boxes = _central_within(heights, widths, ratio)
+    todo = np.arange(len(heights))
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for draw in range(_TRIES):
+        height, width = heights[todo], widths[todo]
+        u = rng.uniform(seed, epoch, positions[todo], rng.Purpose.CROP, draw).astype(np.float64)
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, 0])
+        aspect = np.exp(log_low + (log_high - log_low) * u[:, 1])
+        w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+        top = (u[:, 2] * (height - h + 1)).astype(np.int64)
+        left = (u[:, 3] * (width - w + 1)).astype(np.int64)
+        boxes[todo[fits]] = np.stack([top, left, h, w], axis=1)[fits]
+        todo = todo[~fits]
+        if not todo.size:
+            break
+    return boxes
+
+
+def center_crop(heights: Sizes, widths: Sizes, fraction: float) -> Boxes:
+    """Central squares [B, 4] of side round(fraction * shorter side).
+
+    Up to rounding this is what timm evaluates: resize the shorter side to image_size / fraction, then cut the central
+    image_size square.
+    """
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    side = np.maximum(np.rint(fraction * np.minimum(heights, widths)), 1).astype(np.int64)
+    return _central(heights, widths, side, side)
+
+
+def full_image(heights: Sizes, widths: Sizes) -> Boxes:
+    """The whole of each image [B, 4]; it is stretched to the model's square."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    return _central(heights, widths, heights, widths)
+
+
+def _central_within(heights: Sizes, widths: Sizes, ratio: tuple[float, float]) -> Boxes:
+    """The largest central boxes [B, 4] whose width/height lies in `ratio`."""
+    h = np.minimum(heights, np.maximum(np.rint(widths / ratio[0]), 1)).astype(np.int64)
+    w = np.minimum(widths, np.maximum(np.rint(heights * ratio[1]), 1)).astype(np.int64)
+    return _central(heights, widths, h, w)
+
+
+def _central(heights: Sizes, widths: Sizes, h: Sizes, w: Sizes) -> Boxes:
+    return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """How boxes are drawn: scale and ratio serve "random_resized", fraction "center". Raises UserError (range)."""
+
+    kind: str = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"crop.kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"crop.scale {self.scale} must be two increasing numbers in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise UserError(f"crop.ratio {self.ratio} must be two increasing positive numbers")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"crop.fraction {self.fraction} must lie in (0, 1]")
+
+    def boxes(self, heights: Sizes, widths: Sizes, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> Boxes:
+        """Boxes int32 [B, 4] for images of these sizes at these positions of the epoch."""
+        if self.kind == "random_resized":
+            return random_resized_crop(heights, widths, seed, epoch, positions, self.scale, self.ratio)
+        if self.kind == "center":
+            return center_crop(heights, widths, self.fraction)
+        return full_image(heights, widths)

@@ -1,0 +1,166 @@
+"""Checkpoints: written atomically, verified when read, tensors only.
+
+One safetensors file holds everything: tensors under `model.`, `ema.` and `optim.`, and as its metadata one JSON
+document with the step, the recipe, the ledger, versions, and a digest of it all. Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+
+FORMAT = 1
+KEY = "std_fast"
+log = logging.getLogger("std_fast")
+
+
+def digest(tensors: dict[str, Tensor], meta: dict) -> str:
+    """BLAKE2b over the metadata and over names, types, shapes and bytes of the tensors, in the order of their names."""
+    h = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """Writes the file under another name, flushes it to the disk, then renames it: it is there whole or not at all.
+
+    Raises:
+        OSError: the disk is full or cannot be written; nothing is left behind under either name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    meta = {**meta, "format": FORMAT}
+    meta["digest"] = digest(tensors, meta)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, draft, metadata={KEY: json.dumps(meta)})
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except SafetensorError as error:  # safetensors wraps the system's error, such as a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors (on the CPU) and metadata of one checkpoint.
+
+    Raises:
+        UserError: the file is missing, cut short, damaged, or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is no whole checkpoint ({error}); use an older one of the run") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else "another program's"
+        raise UserError(f"{path}: checkpoint format {found}, this version reads {FORMAT}; use the version that wrote it")
+    if digest(tensors, {key: value for key, value in meta.items() if key != "digest"}) != meta.get("digest"):
+        raise UserError(f"{path}: its digest does not match: the file is damaged; use an older one of the run")
+    return tensors, meta
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, by the step in their names."""
+    found = [(int(m[1]), p) for p in folder.glob("step-*.safetensors") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named in the log and passed over."""
+    for path in reversed(listed(folder)):
+        try:
+            return path, *load(path)
+        except UserError as error:
+            log.warning("passed over a checkpoint: %s", error)
+    return None
+
+
+class Writer:
+    """Saves off the step's path: the caller pays for the copy to host memory, a thread for the file.
+
+    At most one save is under way; a failed one raises in the next call, and in `wait`.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Saves `step-NNNNNNNN.safetensors`; then removes all but the `keep` newest."""
+        self.wait()
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._write, args=(step, copies, meta), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+        try:
+            save(self.folder / f"step-{step:08d}.safetensors", tensors, meta)
+            for path in listed(self.folder)[: -self.keep]:
+                path.unlink(missing_ok=True)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread by wait()
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the save under way is on the disk. Raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, OSError):
+                raise UserError(f"{self.folder}: a checkpoint could not be saved ({error}); make room and resume") from None
+            raise error
+
+
+def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
+    """Everything that a resumed run needs, by names that do not depend on the order of construction."""
+    tensors = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in average.items()}
+    for name, parameter in student.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optim.{name}:{key}"] = value
+    return tensors
+
+
+def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Puts a checkpoint back in place; the moving average's tensors are returned."""
+    part = {kind: {} for kind in ("model", "ema", "optim")}
+    for name, tensor in tensors.items():
+        kind, rest = name.split(".", 1)
+        part[kind][rest] = tensor
+    student.load_state_dict(part["model"])
+    for name, parameter in student.named_parameters():
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{name}:{key}" in part["optim"]:
+                value = part["optim"][f"{name}:{key}"]
+                like = torch.empty_like(parameter) if value.shape == parameter.shape and key != "step" else None
+                state[key] = value.to(parameter.device) if like is None else like.copy_(value)
+        if state:
+            optimizer.state[parameter] = state
+    return part["ema"]

@@ -1,0 +1,91 @@
+"""Accuracy on a validation set, each image counted exactly once, by each head and their mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.augment import Augment
+from pipelines.batch import Loader
+from pipelines.errors import UserError
+from std_fast.build import build_student, open_val_loader, pick_device, precision_of
+from std_fast.distributed import ALONE, World
+from std_fast.student import Prediction, Student, predict
+from std_fast.teachers import autocast, load_weights, read_run
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    loader: Loader,
+    normalise: Callable[[Tensor], Tensor],
+    autocast: Callable,
+    how: Prediction = "mean",
+    world: World = ALONE,
+) -> dict[str, float]:
+    """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.
+
+    Returns:
+        `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
+        `top1_class`, `top1_distill`, `top1_mean` of each head; `images`, how many were counted.
+
+    Raises:
+        RuntimeError: the loader did not give each image exactly once.
+    """
+    student.eval()
+    heads = ("class", "distill", "mean") if student.head_teacher else (how,)
+    sums: dict[str, Tensor] = {}
+    for batch in loader.epoch(0):
+        with autocast():
+            out = student.outputs(normalise(batch.images))
+        valid = batch.labels >= 0
+        counts = {"images": valid.sum()}
+        for head in heads:
+            counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
+        logits = predict(out, how).float()
+        five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+        counts["top5"] = ((five == batch.labels[:, None]).any(-1) & valid).sum()
+        counts["top1"] = counts[f"top1_{how}"]
+        counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+        sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
+    names = list(sums)
+    values = dict(zip(names, world.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+    images = int(values.pop("images"))
+    if images != loader.source.num_samples:
+        raise RuntimeError(f"{loader.source.path}: {images} images were counted of {loader.source.num_samples}")
+    result = {name: value / images * (1 if name == "loss" else 100) for name, value in values.items()}
+    if len(heads) == 1:
+        result.pop(f"top1_{how}")
+    return {**result, "images": images}
+
+
+def evaluate_run(folder: Path, data: str = "", backend: str = "") -> dict[str, float]:
+    """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
+
+    Raises:
+        UserError: the folder holds no run, the data cannot be read or has other classes.
+    """
+    stored = read_run(folder)
+    recipe = stored.recipe
+    if backend:
+        recipe = replace(recipe, data=replace(recipe.data, backend=backend))
+    device = pick_device(recipe)
+    loader = open_val_loader(recipe, device, data)
+    if loader is None:
+        raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
+    with loader:
+        if loader.num_classes > stored.num_classes:
+            raise UserError(f"{data}: has {loader.num_classes} classes, the model {stored.num_classes}; use data of its classes")
+        student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
+        load_weights(student, stored.state, str(folder))
+        student.to(device)
+        augment = Augment(recipe.augment, recipe.run.seed).to(device)
+        cast = functools.partial(autocast, device, precision_of(recipe, device))
+        return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
+

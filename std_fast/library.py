@@ -1,0 +1,138 @@
+"""STD from your own code: students by name, teachers from whatever you have.
+
+Shapes: B batch, K classes, M teachers, H distillation heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from pipelines.augment import AugmentSpec
+from pipelines.errors import UserError
+from std_fast.models import Backbone, build_backbone
+from std_fast.student import ModulePlan, Prediction, Student, plan_modules
+from std_fast.tokens import TokenKind
+
+if TYPE_CHECKING:
+    import torch
+
+    from std_fast.recipe import TeacherSpec
+    from std_fast.teachers import Teachers
+
+Taps = Sequence[int] | None
+Assignment = Sequence[Sequence[int]] | None
+DEFAULT = AugmentSpec()  # the recipes' normalisation
+
+
+def create_student(
+    name: str,
+    num_classes: int,
+    image_size: int = 224,
+    teachers: int = 2,
+    *,
+    drop_path: float = 0.0,
+    tokens: TokenKind | Literal["deit"] = "both",
+    taps: Taps = None,
+    assign: Assignment = None,
+    mine_weight: float = 0.0,
+    mine_width: int = 512,
+    mine_ema: float = 0.0,
+    predict: Prediction = "mean",
+    **options: object,
+) -> Student:
+    """A student with fresh weights: a vision MLP and its STD modules.
+
+    Args:
+        name: mixer_s16, resmlp_s24, cyclemlp_b1, ...: `std_fast.models.list_backbones()` has them all.
+        num_classes, image_size: classes K; side of the square images in pixels.
+        teachers: M, how many teachers will teach it; 0 for the plain model.
+        drop_path: stochastic depth rate.
+        tokens, mine_width, mine_ema: see `Student`.
+        taps, assign: where the STD modules read and whom they serve, instead of the method's placement: see
+            `plan_modules`.
+        mine_weight: strength of the MINE regulariser (the recipes take 0.1). With it, subtract
+            `sum(output.information)` from your loss.
+        predict: which heads answer in evaluation.
+        options: of the backbone's builder (`patch_size`, `dim`, `depth`, ...).
+
+    Returns:
+        `student(images)` gives a `StudentOutput` in training mode and logits `[B, K]` in evaluation; head h learns
+        from teacher `student.head_teacher[h]`.
+
+    Raises:
+        UserError: an unknown name or option, sizes or a placement that do not fit together.
+    """
+    backbone, modules = parts_of(name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options)
+    return Student(backbone, num_classes, modules, tokens, mine_weight, mine_width, mine_ema, predict)
+
+
+def parts_of(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    teachers: int,
+    drop_path: float,
+    tokens: str,
+    taps: Taps,
+    assign: Assignment,
+    options: dict[str, object],
+) -> tuple[Backbone, tuple[ModulePlan, ...]]:
+    """Backbone and placement of a student. Arguments and errors as for `create_student`."""
+    if tokens == "deit" and teachers:
+        if taps is not None or assign is not None:
+            raise UserError("taps, assign: have no effect with tokens='deit'; leave them out")
+        options = {**options, "distill_token": True}
+    backbone = build_backbone(name, num_classes, image_size, drop_path, **options)
+    taps = None if taps is None else tuple(taps)
+    assign = None if assign is None else tuple(tuple(group) for group in assign)
+    return backbone, plan_modules(backbone, teachers, taps, assign)
+
+
+def create_teachers(
+    teachers: Sequence[str | TeacherSpec | nn.Module],
+    num_classes: int,
+    image_size: int = 224,
+    *,
+    mean: tuple[float, ...] = DEFAULT.mean,
+    std: tuple[float, ...] = DEFAULT.std,
+    temperature: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Teachers:
+    """Frozen teachers whose answers `distillation_loss` takes; with two, put the small one first.
+
+    Args:
+        teachers: each a timm name (its pretrained weights are downloaded), the folder of a plain run or of an export, a
+            `TeacherSpec` (name, weights file, own size and normalisation), or a classifier of your own, which is frozen
+            and gets the images exactly as they are.
+        num_classes: K, of the data; a teacher of other classes is refused.
+        image_size, mean, std: side and normalisation of the images that the teachers will be given (by default as the
+            recipes normalise: ImageNet's); those of a teacher that differ are converted.
+        temperature: for soft labels; None for hard ones.
+
+    Returns:
+        `teachers(images)` gives `TeacherAnswers`, without gradients.
+
+    Raises:
+        UserError: an unknown name, weights that are missing or do not fit, another number of classes.
+    """
+    from std_fast.recipe import TeacherSpec
+    from std_fast.teachers import Teacher, Teachers, build_teacher, wrong_classes
+
+    if not teachers:
+        raise UserError("teachers: is empty; name at least one")
+    built = []
+    for i, teacher in enumerate(teachers):
+        if isinstance(teacher, nn.Module):
+            if (found := getattr(teacher, "num_classes", num_classes)) != num_classes:
+                raise UserError(wrong_classes(f"teachers.{i}", found, num_classes))
+            built.append(Teacher(teacher, mean, std, mean, std))
+            continue
+        if isinstance(teacher, str):
+            folder = Path(teacher).is_dir()
+            teacher = TeacherSpec(weights=teacher) if folder else TeacherSpec(teacher, "pretrained")
+        built.append(build_teacher(teacher, num_classes, image_size, mean, std, f"teachers.{i}"))
+    return Teachers(built, temperature).to(device)

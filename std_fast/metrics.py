@@ -1,0 +1,138 @@
+"""Meters on the device, read only when a line is logged; JSONL, TensorBoard and a progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from std_fast.distributed import ALONE, World
+
+log = logging.getLogger("std_fast")
+
+
+class Meters:
+    """Sums of scalars on the device. `add` never makes the host wait; `read` does, once for all of them."""
+
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds one value a name (float tensors of no dimension)."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read, over all ranks, each of which must ask; starts anew."""
+        if not self.sums:
+            return {}
+        names = list(self.sums)
+        values = (self.world.sum(torch.stack([self.sums[name] for name in names])) / self.world.size).tolist()
+        means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+class Journal:
+    """The run's record: `metrics.jsonl` (one JSON object a line) and TensorBoard's files beside it.
+
+    Every record has `step`, `samples`, `epoch` and `time` (Unix seconds) and a `kind`: "train", "eval" or "end".
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_jsonl(self.path) if r["step"] <= resume_step] if resume_step else []
+        # what was logged after the checkpoint is about to be logged again
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(draft, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        except ImportError:
+            log.warning("TensorBoard is not installed, metrics go to %s only: pip install tensorboard", self.path)
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """`record` needs `step`; figures also go to TensorBoard as `kind/name`."""
+        record = {"kind": kind, "time": round(time.time(), 3), **record}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name not in ("step", "time"):
+                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Records of a journal; a last line that a crash cut short is left out. Empty when there is no file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere. Everything goes to standard error."""
+
+    def __init__(self, what: str, total: float, unit: str, quiet: bool = False) -> None:
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True), transient=False,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, note="")
+
+    def update(self, done: float) -> None:
+        """Moves the bar; nothing elsewhere."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def note(self, done: float, text: str) -> None:
+        """A line of the log: beside the bar on a terminal, a line of its own elsewhere."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=text)
+        elif not self.quiet:
+            print(f"{self.what} {done:g}/{self.total:g} {self.unit}  {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

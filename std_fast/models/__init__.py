@@ -1,0 +1,64 @@
+"""Backbones by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from pipelines.errors import UserError
+from std_fast.models.common import Backbone, Taps
+from std_fast.models.cyclemlp import CycleMlp
+from std_fast.models.mixer import Mixer
+from std_fast.models.resmlp import ResMlp
+
+__all__ = ["BACKBONES", "Backbone", "Taps", "build_backbone", "list_backbones"]
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "mixer": Mixer,
+    "mixer_s16": partial(Mixer, patch_size=16, dim=512, depth=8, token_dim=256, channel_dim=2048),
+    "mixer_b16": partial(Mixer, patch_size=16, dim=768, depth=12, token_dim=384, channel_dim=3072),
+    "resmlp": ResMlp,
+    "resmlp_s12": partial(ResMlp, patch_size=16, dim=384, depth=12, layer_scale=1e-4),
+    "resmlp_s24": partial(ResMlp, patch_size=16, dim=384, depth=24, layer_scale=1e-5),
+    "resmlp_b24": partial(ResMlp, patch_size=16, dim=768, depth=24, layer_scale=1e-6),
+    "cyclemlp": CycleMlp,
+    "cyclemlp_b1": partial(CycleMlp, layers=(2, 2, 4, 2), embed_dims=(64, 128, 320, 512), mlp_ratios=(4, 4, 4, 4)),
+    "cyclemlp_b2": partial(CycleMlp, layers=(2, 3, 10, 3), embed_dims=(64, 128, 320, 512), mlp_ratios=(4, 4, 4, 4)),
+    "cyclemlp_b3": partial(CycleMlp, layers=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), mlp_ratios=(8, 8, 4, 4)),
+    "cyclemlp_b4": partial(CycleMlp, layers=(3, 8, 27, 3), embed_dims=(64, 128, 320, 512), mlp_ratios=(8, 8, 4, 4)),
+    "cyclemlp_b5": partial(CycleMlp, layers=(3, 4, 24, 3), embed_dims=(96, 192, 384, 768), mlp_ratios=(4, 4, 4, 4)),
+}
+
+
+def list_backbones() -> list[str]:
+    return sorted(BACKBONES)
+
+
+def build_backbone(name: str, num_classes: int, image_size: int, drop_path: float = 0.0, **options: Any) -> Backbone:
+    """A backbone with fresh weights.
+
+    Args:
+        name: a key of BACKBONES.
+        num_classes, image_size: classes; side of the square input in pixels.
+        drop_path: stochastic depth rate, shared out over depth as the family's first implementation does.
+        options: the family's own (`patch_size`, `dim`, `depth`, `distill_token`, ...); they override a named size.
+    Raises:
+        UserError: unknown name or option, sizes that do not fit together.
+    """
+    if name not in BACKBONES:
+        raise UserError(f"unknown backbone {name!r}{_nearest(name, BACKBONES)}; known: {', '.join(list_backbones())}")
+    builder = BACKBONES[name]
+    known = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", "drop_path"}
+    for option in options:
+        if option not in known:
+            hint = _nearest(option, known)
+            raise UserError(f"{name} has no option {option!r}{hint}; it has: {', '.join(sorted(known))}")
+    return builder(num_classes, image_size, drop_path=drop_path, **options)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

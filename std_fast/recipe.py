@@ -1,0 +1,305 @@
+"""The recipe: typed, validated on construction, written as YAML, overridden from the command line.
+
+Defaults < recipe file < command line. Unknown keys are refused with the nearest known one. A recipe file may name
+another one as its `base` (a path beside it, or the name of a built-in recipe) and then holds only what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from pipelines.augment import AugmentSpec
+from pipelines.crops import CropSpec
+from pipelines.errors import UserError
+from std_fast.config import from_dict, merge, opt, require, set_dotted, to_dict
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: a number and `epochs`, `steps`, `samples` or `gpu-hours`."""
+
+    amount: float
+    unit: str
+
+    UNITS = ("epochs", "steps", "samples", "gpu-hours")
+
+    @classmethod
+    def parse(cls, text: str | Duration, where: str = "duration") -> Duration:
+        """`"300 epochs"`, `"1 epoch"`, `"5e6 samples"`, `"8 gpu-hours"` -> Duration. UserError otherwise."""
+        if isinstance(text, Duration):
+            return text
+        words = str(text).split()
+        unit = words[1].rstrip("s") + "s" if len(words) == 2 else ""
+        try:
+            amount = float(words[0])
+        except (ValueError, IndexError):
+            amount = -1.0
+        if unit not in cls.UNITS or not 0 <= amount < float("inf"):
+            raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
+        return cls(amount, unit)
+
+    def steps(self, steps_per_epoch: int, global_batch: int) -> int:
+        """Whole steps, rounded to the nearest. Not defined for gpu-hours: the budget's clock decides there."""
+        per_step = {"epochs": 1 / steps_per_epoch, "steps": 1.0, "samples": float(global_batch)}[self.unit]
+        return round(self.amount / per_step)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+
+def parse_seconds(text: str, where: str) -> float:
+    """`"10 minutes"` -> 600.0. UserError for anything but a number and seconds, minutes or hours."""
+    words = str(text).split()
+    scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
+    try:
+        return float(words[0]) * scale  # type: ignore[operator]
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours") from None
+
+
+def parse_warmup(text: str) -> Duration | float:
+    """A duration, or a share such as `"5 %"` as a float in [0, 1)."""
+    words = str(text).replace("%", " %").split()
+    if len(words) == 2 and words[1] == "%":
+        try:
+            share = float(words[0]) / 100
+        except ValueError:
+            share = -1.0
+        require(0 <= share < 1, "optim.warmup", f"{text!r} must be from 0 % to under 100 %")
+        return share
+    duration = Duration.parse(text, "optim.warmup")
+    require(duration.unit != "gpu-hours", "optim.warmup", "write a share of the training such as `5 %` instead")
+    return duration
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
+    val: str = opt("", "validation data, likewise; empty: no evaluation")
+    image_size: int = opt(224, "side of the images that the student sees, in pixels")
+    crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
+    eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
+    backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
+    threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
+    ahead: int = opt(2, "batches prepared ahead")
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 8, "data.image_size", f"{self.image_size} is too small; use 8 or more")
+        require(self.threads >= 0, "data.threads", "cannot be negative; 0 means all cores")
+        require(self.ahead >= 1, "data.ahead", "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    name: str = opt("mixer_s16", "a backbone of this project, or any timm name when distill.mode is none")
+    options: dict = opt({}, "arguments of the backbone's builder, e.g. {patch_size: 4, depth: 6, dim: 128}")
+    drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    name: str = opt("", "timm name, or a backbone of this project; left out when weights is a folder, which knows it")
+    weights: str = opt(
+        "", "a run folder, a Hugging Face folder (config.json and weights), a .safetensors or timm checkpoint file, or "
+        "`pretrained` (needs a network)"
+    )
+    options: dict = opt({}, "arguments of the model's builder, as in student.options")
+    image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
+    mean: tuple[float, float, float] | None = opt(None, "normalisation mean of its training; default: its own config")
+    std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
+
+    def __post_init__(self) -> None:
+        for key in ("num_classes", "image_size", "drop_path", "name"):
+            require(key not in self.options, f"distill.teachers.options.{key}", "is not the builder's to choose; leave it out")
+
+
+@dataclass(frozen=True)
+class MineSpec:
+    weight: float = opt(0.1, "strength of the mutual information regulariser; 0: off")
+    every: str = opt("1 step", "how often: `1 step`, `k steps`, or `1 epoch` as in the paper's Algorithm 1")
+    lr: float = opt(1e-3, "peak learning rate of the statistics network (the paper states none)")
+    width: int = opt(512, "hidden width of the statistics network")
+    ema: float = opt(0.0, "rate of the moving average in the corrected gradient, e.g. 0.01; 0: uncorrected")
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "distill.mine.weight", "cannot be negative; 0 turns MINE off")
+        require(0 <= self.ema < 1, "distill.mine.ema", "must be in [0, 1)")
+        require(self.width >= 1, "distill.mine.width", "must be 1 or more")
+        every = Duration.parse(self.every, "distill.mine.every")
+        require(
+            every.unit in ("steps", "epochs") and every.amount >= 1 and every.amount == int(every.amount),
+            "distill.mine.every", "must be a whole number of steps or epochs",
+        )
+
+
+@dataclass(frozen=True)
+class Distill:
+    mode: Literal["std", "none"] = opt("std", "`none` trains the student plainly, without teachers")
+    teachers: tuple[TeacherSpec, ...] = opt((), "the teachers; with two, the small one first")
+    tokens: Literal["both", "spatial", "channel", "none", "deit"] = opt(
+        "both", "STD tokens; `none`: heads on pooled features; `deit`: one token through all blocks"
+    )
+    taps: tuple[int, ...] | None = opt(None, "blocks after which the STD modules read, from 1; default: 2/3 and last")
+    assign: tuple[tuple[int, ...], ...] | None = opt(None, "for each module the teachers it serves; default: its own")
+    alpha: float = opt(0.5, "weight of the distillation loss; the class loss has 1 - alpha")
+    labels: Literal["hard", "soft"] = opt("hard", "teachers' argmax, or their distribution at `temperature`")
+    temperature: float = opt(1.0, "of soft labels")
+    top_k: int = opt(0, "soft labels keep this many of the largest probabilities, the rest is spread evenly; 0: all")
+    reweight: bool = opt(True, "weigh the teachers by their confidence, per image")
+    mine: MineSpec = opt(MineSpec(), "mutual information regularisation")
+    predict: Literal["mean", "class", "distill"] = opt("mean", "which heads answer in evaluation")
+    answers: str = opt("", "folder of stored teacher answers: epochs that it holds are read, others are added to it")
+    views: int = opt(0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
+        require(self.temperature > 0, "distill.temperature", "must be positive")
+        require(self.labels == "soft" or self.temperature == 1.0, "distill.temperature",
+                "has no effect on hard labels; leave it at 1 or set distill.labels to soft")
+        require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
+        require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")
+        require(self.labels == "soft" or not self.top_k, "distill.top_k",
+                "has no effect on hard labels; leave it at 0 or set distill.labels to soft")
+        require(not self.answers or self.labels == "hard" or self.top_k > 0, "distill.top_k",
+                "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.answers out")
+        require(not self.answers or self.mode == "std", "distill.answers", "has no effect with mode: none; leave it out")
+        if self.mode == "std":
+            require(len(self.teachers) > 0, "distill.teachers", "is empty; name a teacher or set distill.mode to none")
+            for i, teacher in enumerate(self.teachers):
+                require(bool(teacher.name or teacher.weights), f"distill.teachers.{i}", "needs a name or weights")
+            require(self.tokens != "deit" or (self.taps is None and self.assign is None), "distill.taps",
+                    "has no effect with tokens: deit; leave taps and assign out")
+        else:
+            require(not self.teachers, "distill.teachers", "has no effect with mode: none; leave it out")
+
+    @property
+    def uses_mine(self) -> bool:
+        return self.mode == "std" and self.tokens == "both" and self.mine.weight > 0
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw"] = opt("adamw", "torch's AdamW, fused where the device has it")
+    lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
+    lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
+    min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
+    warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
+    weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
+    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW")
+    eps: float = opt(1e-8, "of AdamW")
+    clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
+    ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
+    ema_batch: int = opt(1024, "the batch for which `ema` is meant; the decay is raised to batch / ema_batch")
+    smoothing: float = opt(0.1, "label smoothing of the class loss")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", "must be positive")
+        require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
+        require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
+        require(self.clip >= 0 and self.weight_decay >= 0, "optim.clip", "clip and weight_decay cannot be negative")
+        parse_warmup(self.warmup)
+
+
+@dataclass(frozen=True)
+class Run:
+    out: str = opt("runs/{name}", "folder of the run; `{name}` and `{seed}` are filled in")
+    seed: int = opt(0, "of everything random")
+    batch: int = opt(1024, "images per step over all GPUs")
+    length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
+    device: Literal["auto", "cuda", "cpu"] = opt("auto", "auto: a GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU")
+    compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
+    timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
+    compile: Literal["auto", "off", "inductor"] = opt("auto", "auto: inductor on a GPU, off on a CPU")
+    eval_every: str = opt("1 epoch", "between evaluations; there is always one at the end")
+    eval_batch: int = opt(0, "images per evaluation step; 0: as in training")
+    save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")
+    keep_checkpoints: int = opt(2, "how many of the newest stay on disk")
+    log_every: int = opt(50, "steps between lines of the log; the only moments at which metrics are read")
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
+        require(self.log_every >= 1, "run.log_every", "must be 1 or more")
+        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
+        require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
+        require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
+        Duration.parse(self.eval_every, "run.eval_every")
+        parse_seconds(self.save_every, "run.save_every")
+        require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. See the sections for the fields."""
+
+    summary: str = opt("", "one line that `std-fast recipes` shows")
+    data: Data = opt(Data(), "")
+    augment: AugmentSpec = opt(AugmentSpec(), "")
+    student: StudentSpec = opt(StudentSpec(), "")
+    distill: Distill = opt(Distill(mode="none"), "")
+    optim: Optim = opt(Optim(), "")
+    run: Run = opt(Run(), "")
+    name: str = opt("", "filled in from the file's name")
+
+
+def find(name: str, beside: Path | None = None) -> Path:
+    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
+    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    base_path = find(str(base), path.parent).resolve()
+    if base_path in seen:
+        raise UserError(f"{path}: base {base!r} leads back to itself")
+    return merge(_read(base_path, (*seen, path.resolve())), data)
+
+
+def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
+    """A recipe by path or built-in name, with `(dotted key, text)` overrides, resolved and validated.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    path = find(name)
+    data = _read(path)
+    for dotted, text in overrides:
+        set_dotted(data, dotted, text)
+    data.setdefault("name", path.stem)
+    return from_dict(Recipe, data)
+
+
+def loads(text: str) -> Recipe:
+    """A resolved recipe as it was saved with a run."""
+    return from_dict(Recipe, yaml.safe_load(text))
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `loads` reads it back to an equal recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)

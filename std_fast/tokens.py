@@ -1,0 +1,147 @@
+"""The STD module: one spatial and one channel token per teacher, beside a backbone (METHOD.md section 2).
+
+Source: Li et al., "Spatial-Channel Token Distillation for Vision MLPs", ICML 2022, section 3.
+Shapes: B batch, P patches, C channels, K classes, M teachers that the module serves, S and H the hidden widths
+of the spatial and the channel MLP.
+
+The code below is the same function as the paper's concatenations (tests/unit/test_tokens.py holds that form), in an
+order that never builds them: the spatial token row does not depend on the image, so its share of the first layer is a
+bias [S, C]; the channel token is a rank-M term of the first layer, scaled by the shared layer norm of its patch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from std_fast.models.common import mix_tokens
+
+TokenKind = Literal["both", "spatial", "channel", "none"]
+
+
+class TokenOutput(NamedTuple):
+    """What one STD module answers for a batch."""
+
+    logits: Tensor  # [B, M, K], one row per teacher
+    spatial: Tensor | None  # T_S' [B, M, C]
+    channel: Tensor | None  # T_C' [B, M, P]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class STDModule(nn.Module):
+    """Reads features `[B, P, C]` and answers distillation logits `[B, M, K]`; it never writes to the backbone.
+
+    Args:
+        dim: channels C of the features.
+        patches: number of patches P of the features.
+        num_classes: K.
+        teachers: M, the number of teachers that learn from this module's tokens (the paper's best setting is 1).
+        tokens: "both" (the paper), "spatial" or "channel" alone (its ablations), or "none": heads on the pooled,
+            layer-normed features, which is distillation without tokens.
+        spatial_hidden: S, by default C / 2.
+        channel_hidden: H, by default 4 C.
+
+    Raises:
+        ValueError: a size that is not positive, or an unknown kind of token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        patches: int,
+        num_classes: int,
+        teachers: int = 1,
+        tokens: TokenKind = "both",
+        spatial_hidden: int | None = None,
+        channel_hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        if min(dim, patches, num_classes, teachers) < 1:
+            raise ValueError(f"sizes must be positive: {dim=} {patches=} {num_classes=} {teachers=}")
+        if tokens not in ("both", "spatial", "channel", "none"):
+            raise ValueError(f"tokens must be both, spatial, channel or none, not {tokens!r}")
+        self.dim, self.patches, self.num_classes, self.teachers, self.tokens = dim, patches, num_classes, teachers, tokens
+        width = 0
+        if tokens in ("both", "spatial"):
+            hidden = spatial_hidden or dim // 2
+            self.token_s = nn.Parameter(torch.empty(teachers, dim))
+            self.norm_s = nn.LayerNorm(dim)
+            self.fc1_s = nn.Linear(patches + teachers, hidden)
+            self.fc2_s = nn.Linear(hidden, teachers)
+            width += dim
+        if tokens in ("both", "channel"):
+            hidden = channel_hidden or 4 * dim
+            self.token_c = nn.Parameter(torch.empty(patches, teachers))
+            self.norm_c = nn.LayerNorm(dim + teachers)
+            self.fc1_c = nn.Linear(dim + teachers, hidden)
+            self.fc2_c = nn.Linear(hidden, teachers)
+            width += patches
+        if tokens == "none":
+            self.norm = nn.LayerNorm(dim)
+            width = dim
+        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(teachers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Tokens and heads from a truncated normal of deviation 0.02 (METHOD.md section 2), the MLPs by Xavier's rule.
+
+        Xavier as in timm's Mixer: a fixed deviation of 0.02 leaves the tokens of a narrow student (C 64) almost deaf
+        to its features for hundreds of steps.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.startswith("heads"):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name in ("token_s", "token_c"):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def spatial_token(self, z_BPC: Tensor) -> Tensor:
+        """`T_S' = MLP_S(LN([Z ; T_S])) + T_S`, the MLP along the patches: `[B, P, C] -> [B, M, C]`."""
+        P = self.patches
+        w_SP, w_SM = self.fc1_s.weight[:, :P], self.fc1_s.weight[:, P:]
+        bias_SC = w_SM @ self.norm_s(self.token_s) + self.fc1_s.bias[:, None]
+        hidden_BSC = mix_tokens(w_SP, self.norm_s(z_BPC))
+        hidden_BSC = F.gelu(hidden_BSC + bias_SC.to(hidden_BSC.dtype))
+        token_BMC = mix_tokens(self.fc2_s.weight, hidden_BSC)
+        return token_BMC + (self.fc2_s.bias[:, None] + self.token_s)
+
+    def channel_token(self, z_BPC: Tensor) -> Tensor:
+        """`T_C' = MLP_C(LN([Z , T_C])) + T_C`, the MLP along the channels: `[B, P, C] -> [B, M, P]`."""
+        C, width = self.dim, self.dim + self.teachers
+        # the statistics at least in float32, as layer norm keeps them under autocast
+        z_BPC, t_PM = at_least_float32(z_BPC), at_least_float32(self.token_c)
+        mean_BP1 = (z_BPC.sum(-1, keepdim=True) + t_PM.sum(-1, keepdim=True)) / width
+        z_BPC, t_BPM = z_BPC - mean_BP1, t_PM - mean_BP1
+        square_BP1 = z_BPC.square().sum(-1, keepdim=True) + t_BPM.square().sum(-1, keepdim=True)
+        scale_BP1 = torch.rsqrt(square_BP1 / width + self.norm_c.eps)
+
+        w_HD = self.fc1_c.weight * self.norm_c.weight  # the norm's affine part belongs to the first layer
+        bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
+        hidden_BPH = F.linear(z_BPC * scale_BP1, w_HD[:, :C], bias_H)
+        for m in range(self.teachers):
+            hidden_BPH = hidden_BPH + (t_BPM[..., m : m + 1] * scale_BP1) * w_HD[:, C + m]
+        token_BPM = F.linear(F.gelu(hidden_BPH), self.fc2_c.weight, self.fc2_c.bias) + self.token_c
+        return token_BPM.transpose(1, 2)
+
+    def forward(self, z_BPC: Tensor) -> TokenOutput:
+        """Features `[B, P, C]` -> `TokenOutput`."""
+        spatial = self.spatial_token(z_BPC) if self.tokens in ("both", "spatial") else None
+        channel = self.channel_token(z_BPC) if self.tokens in ("both", "channel") else None
+        parts = [part for part in (spatial, channel) if part is not None]
+        if parts:
+            read_BMD = torch.cat([part.to(parts[0].dtype) for part in parts], dim=-1)
+        else:
+            read_BMD = self.norm(z_BPC).mean(1, keepdim=True).expand(-1, self.teachers, -1)
+        logits = torch.stack([head(read_BMD[:, m]) for m, head in enumerate(self.heads)], dim=1)
+        return TokenOutput(logits, spatial, channel)

@@ -1,0 +1,362 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipelines.errors import UserError
+from std_fast import __version__, checkpoint
+from std_fast.budget import Clock, Ledger, process_seconds
+from std_fast.build import Parts, build, resolved, uses_gpu
+from std_fast.config import difference
+from std_fast.distributed import ALONE, Agreement, World, joined
+from std_fast.evaluate import evaluate
+from std_fast.metrics import Journal, Progress
+from std_fast.optim import peak_learning_rate, schedule
+from std_fast.overlap import taught
+from std_fast.recipe import Duration, Recipe, dump, loads, parse_seconds
+
+log = logging.getLogger("std_fast")
+
+# fields that a resumed run may change: they decide where and how fast, not what is computed
+FREE = (
+    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "data.threads", "data.ahead",
+    "distill.answers", "summary", "name",
+)
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it has saved and can be resumed."""
+
+
+class NotFinite(Exception):
+    """Loss or gradient of a step was not finite; the weights before it are saved."""
+
+
+class Run:
+    """A training run: its folder, what it is made of, and how far it is. Of many processes only rank 0 writes files."""
+
+    def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False, world: World = ALONE) -> None:
+        self.recipe, self.world = resolved(recipe), world
+        recipe = self.recipe
+        self.folder = Path(recipe.run.out)
+        self.ledger = Ledger(world.size, already=process_seconds())
+        found = self._find_checkpoint(resume)
+        self.parts: Parts = build(recipe, world)
+        loader = self.parts.train_loader
+        self.per_epoch = loader.steps_per_epoch
+        self.step = 0
+        self.best: dict[str, float] = {}
+        if found is not None:
+            self._restore(*found)
+        self.clock = Clock(recipe, self.per_epoch, self.ledger)
+        self.agree = Agreement(world)
+        if world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        self.writer = checkpoint.Writer(self.folder / "checkpoints", recipe.run.keep_checkpoints)
+        self.journal = Journal(self.folder, self.step) if world.main else None
+        total = self.clock.steps or self.clock.hours
+        self.progress = Progress("step" if self.clock.steps else "hour", total, "" if self.clock.steps else "GPU-h", quiet or not world.main)
+        self.stop_wanted = False
+        self._saved_at = self._logged_at = time.perf_counter()
+        self._save_every = parse_seconds(recipe.run.save_every, "run.save_every")
+        self._eval_every = self._steps_between(recipe.run.eval_every)
+        self._mine_every = max(1, self._steps_between(recipe.distill.mine.every))
+
+    # -- how far --------------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        return self.step * self.recipe.run.batch
+
+    def _steps_between(self, text: str) -> int:
+        duration = Duration.parse(text)
+        return 0 if duration.unit == "gpu-hours" else round(duration.steps(self.per_epoch, self.recipe.run.batch))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self, resume: bool) -> tuple | None:
+        folder = self.folder / "checkpoints"
+        if not resume:
+            if checkpoint.listed(folder):
+                raise UserError(f"{self.folder}: already holds a run; add --resume to continue it, or give another --run.out")
+            return None
+        found = checkpoint.newest(folder) if self.world.main else None
+        name = self.world.tell(found and found[0].name)
+        if name and not self.world.main:
+            found = (folder / name, *checkpoint.load(folder / name))
+        if found is None:
+            log.info("%s holds no checkpoint yet: starting from the beginning", self.folder)
+        return found
+
+    def _restore(self, path: Path, tensors: dict, meta: dict) -> None:
+        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in FREE]
+        if other:
+            raise UserError(
+                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's own recipe.yaml, or "
+                "start a new run with another --run.out"
+            )
+        trainer = self.parts.trainer
+        average = checkpoint.restore(tensors, trainer.student, trainer.optimizer)
+        if trainer.average is not None:
+            trainer.average.load(average)
+        self.step, self.best = meta["step"], meta["best"]
+        # what was held on another number of GPUs counts as the GPU-hours that it was
+        share = meta.get("devices", 1) / self.world.size
+        seconds = {part: share * value for part, value in meta["seconds"].items()}
+        self.ledger = Ledger(self.world.size, seconds, already=process_seconds())
+        log.info("resumed %s at step %d", path, self.step)
+
+    def save(self) -> None:
+        """A checkpoint of this moment; the file is written by another thread."""
+        if not self.world.main:
+            return
+        with self.ledger.during("checkpoint"):
+            trainer = self.parts.trainer
+            average = trainer.average.state() if trainer.average is not None else {}
+            tensors = checkpoint.training_tensors(trainer.student, trainer.optimizer, average)
+            self.writer.save(self.step, tensors, {
+                "step": self.step, "recipe": dump(self.recipe), "seconds": self.ledger.read(), "best": self.best,
+                "devices": self.world.size,
+                "versions": versions(), "num_classes": self.parts.train_loader.num_classes,
+                "class_names": self.parts.train_loader.source.class_names,
+            })
+            self._saved_at = time.perf_counter()
+
+    # -- log and evaluation ---------------------------------------------------------------------------------------
+
+    def log_line(self, lr: float) -> None:
+        """Reads the meters (the only wait for the device), writes a record, and stops on a step that was not finite."""
+        trainer = self.parts.trainer
+        steps = max(trainer.meters.counts.values(), default=0)
+        figures = trainer.meters.read()
+        now = time.perf_counter()
+        rate = steps * self.recipe.run.batch / (now - self._logged_at)
+        self._logged_at = now
+        bad = int(trainer.guard.first_bad)
+        if bad >= 0:
+            self._report_bad(bad, figures)
+        self._record("train", self._where() | {"lr": lr, "images_per_second": round(rate, 1), **figures})
+        text = f"loss {figures['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
+        self.progress.note(self._done_amount(), text)
+
+    def _report_bad(self, bad: int, figures: dict) -> None:
+        self.save()
+        self.writer.wait()
+        epoch, place = divmod(bad - 1, self.per_epoch)
+        report = {
+            "step": bad, "epoch": epoch, "step_in_epoch": place, "figures": {k: str(v) for k, v in figures.items()},
+            "positions": self.parts.train_loader.plan.positions(place).tolist(), "recipe": dump(self.recipe),
+        }
+        path = self.folder / "not_finite.json"
+        if self.world.main:
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        raise NotFinite(
+            f"loss or gradient of step {bad} is not finite; the weights before it are saved, the batch is described in "
+            f"{path}; try a lower optim.lr, optim.clip 1.0 or run.precision float32"
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy now, of the moving average where there is one; recorded."""
+        parts, trainer = self.parts, self.parts.trainer
+        if parts.val_loader is None:
+            return {}
+        began = time.perf_counter()
+        with self.ledger.during("evaluate"):
+            with trainer.average.applied() if trainer.average is not None else nullcontext():
+                self.world.share_buffers(trainer.student)
+                result = evaluate(
+                    trainer.student, parts.val_loader, parts.augment.normalise_only, trainer.autocast,
+                    self.recipe.distill.predict, self.world,
+                )
+            trainer.student.train()
+        spent = self.world.tell(time.perf_counter() - began)
+        self.clock.keep(1.5 * spent)
+        self._logged_at += spent
+        if result["top1"] >= self.best.get("top1", -1.0):
+            self.best = {"step": self.step, "top1": result["top1"]}
+        self._record("eval", self._where() | result)
+        self.progress.say(f"step {self.step}: top-1 {result['top1']:.2f} %  loss {result['loss']:.4f}")
+        return result
+
+    def _record(self, kind: str, record: dict) -> None:
+        if self.journal is not None:
+            self.journal.write(kind, record)
+
+    def _where(self) -> dict:
+        return {
+            "step": self.step, "samples": self.samples, "epoch": round(self.step / self.per_epoch, 4),
+            "gpu_hours": round(self.ledger.gpu_hours, 6),
+        }
+
+    def _done_amount(self) -> float:
+        return self.step if self.clock.steps else round(self.ledger.gpu_hours, 4)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator:
+        """Batches with the teachers' answers from the present step on, epoch after epoch."""
+        p, views = self.parts, self.recipe.distill.views
+        epoch, start = divmod(self.step, self.per_epoch)
+        while True:
+            shown = epoch % views if views else epoch  # the epoch whose images are seen; see recipe.py
+            raw = p.train_loader.epoch(shown, start)
+            data, ask = self.ledger.waiting(raw), (p.augment, p.teachers, p.trainer.autocast)
+            pairs = taught(data, *ask) if p.answers is None else p.answers.taught(shown, data, *ask)
+            try:
+                for mixed, answers in pairs:
+                    yield replace(mixed, epoch=epoch), answers  # stochastic depth draws anew
+            finally:
+                pairs.close()
+                raw.close()
+            epoch, start = epoch + 1, 0
+
+    def loop(self, on_step: Callable[[Run], None] | None = None) -> dict[str, float]:
+        """Trains to the end; returns the last evaluation."""
+        with closing(self.batches()) as batches:
+            return self._loop(batches, on_step)
+
+    def _loop(self, batches: Iterator, on_step: Callable[[Run], None] | None) -> dict[str, float]:
+        r, trainer = self.recipe, self.parts.trainer
+        peak = peak_learning_rate(r)
+        result: dict[str, float] = {}
+        if self.clock.done(self.step) or (self.clock.hours and not self.step):
+            result = self.evaluate()  # of a run that was complete; or so that the reserve for the last one is known
+        hours = self.world.tell(self.ledger.gpu_hours)
+        self.ledger.switch("train")
+        self._logged_at = time.perf_counter()
+        while not self.clock.done(self.step):
+            mixed, answers = next(batches)
+            self.step += 1
+            progress = self.clock.progress(self.step, hours)
+            lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
+            psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
+            with_mine = r.distill.uses_mine and self.step % self._mine_every == 0
+            trainer.step(mixed, answers, self.step, lr, psi_lr, with_mine)
+
+            last = self.clock.done(self.step)
+            self.progress.update(self._done_amount())
+            if last or self.step % r.run.log_every == 0:
+                self.log_line(lr)
+            if last or (self._eval_every and self.step % self._eval_every == 0):
+                result = self.evaluate()
+            if on_step is not None:
+                on_step(self)
+            stop, hours = self.agree(self.stop_wanted, self.ledger.gpu_hours)
+            if last or stop or time.perf_counter() - self._saved_at > self._save_every:
+                self.save()
+            if stop and not last:
+                raise Stopped(f"stopped at step {self.step}, saved in {self.folder}; continue with --resume")
+        return result
+
+    def finish(self, result: dict[str, float]) -> dict:
+        """Writes `summary.json`; returns it."""
+        with self.ledger.during("checkpoint"):
+            self.writer.wait()
+        seconds = self.ledger.read()
+        busy = seconds["train"] + seconds["data"]
+        student = self.parts.trainer.student
+        summary = {
+            "name": self.recipe.name, "seed": self.recipe.run.seed, "steps": self.step, "samples": self.samples,
+            "epochs": round(self.step / self.per_epoch, 4), "result": result, "best": self.best,
+            "images_per_second": round(self.samples / busy, 1) if busy else None,
+            "gpu_hours": round(self.ledger.gpu_hours, 6), "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "parameters": sum(p.numel() for p in student.parameters()), "versions": versions(),
+            "device": torch.cuda.get_device_name() if self.parts.device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+        }
+        self._record("end", {"step": self.step, "gpu_hours": summary["gpu_hours"]})
+        if self.world.main:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        return summary
+
+    def close(self) -> None:
+        self.parts.close()
+        if self.journal is not None:
+            self.journal.close()
+        self.progress.close()
+
+
+def train(
+    recipe: Recipe, resume: bool = False, quiet: bool = False, on_step: Callable[[Run], None] | None = None
+) -> dict:
+    """Trains a recipe to its end; returns the summary that is also written to the run's folder.
+
+    Args:
+        resume: go on from the newest whole checkpoint of the run's folder, if it has one.
+        quiet: no progress on standard error.
+        on_step: called after each step; it may set `run.stop_wanted`.
+
+    Raises:
+        UserError: something that the user can mend.
+        Stopped: SIGTERM, SIGUSR1 or `stop_wanted`; the run is saved.
+        NotFinite: a loss or gradient was not finite; the weights before it are saved.
+        PeerLost: started by torchrun, and another process has died or hangs.
+    """
+    limit = parse_seconds(recipe.run.timeout, "run.timeout")
+    with joined(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
+        run = Run(recipe, resume, quiet, world)
+        with stop_on_signal(run):  # to the end: a second signal must not cut the save short
+            try:
+                return run.finish(run.loop(on_step))
+            except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
+                run.writer.wait()
+                world.wait_for_all()
+                raise
+            finally:
+                try:
+                    run.writer.wait()
+                finally:
+                    run.close()
+
+
+@contextmanager
+def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
+    """The run's folder for this run alone. UserError when another process trains into it."""
+    if not world.main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
+        yield
+
+
+@contextmanager
+def stop_on_signal(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 ask the run to save and stop after the present step; nothing where signals cannot be set."""
+
+    def ask(signum: int, _frame: object) -> None:
+        run.stop_wanted = True
+
+    kept = {}
+    try:
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            kept[signum] = signal.signal(signum, ask)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield
+    finally:
+        for signum, handler in kept.items():
+            signal.signal(signum, handler)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"std_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,257 @@
+"""Training from stored answers is training with the teachers, to the bit and without them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from std_fast import checkpoint, cli
+from std_fast import recipe as recipes
+from std_fast.config import from_dict
+from std_fast.label_cache import bytes_per_epoch
+from std_fast.recipe import Recipe
+from std_fast.teach import teach
+from std_fast.train import Stopped, train
+
+SMALL = {
+    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
+    "student": {
+        "name": "mixer", "drop_path": 0.2,
+        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    },
+    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8},
+    "run": {"batch": 8, "length": "2 epochs", "eval_every": "9 epochs", "log_every": 4, "device": "cpu"},
+}  # fmt: skip
+SOFT = {"labels": "soft", "temperature": 2.0, "top_k": 2}
+
+
+def changed(recipe, **sections):
+    return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
+
+
+@pytest.fixture(scope="module")
+def teachers(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    plain = from_dict(Recipe, {**SMALL, "student": {"name": "test_resnet"}})
+    for seed in (0, 1):
+        out = {"out": str(folder / str(seed)), "seed": seed, "length": "1 step"}
+        train(changed(plain, data={"train": str(image_folder)}, run=out), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def recipe(teachers, image_folder, tmp_path):
+    distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
+    recipe = from_dict(Recipe, {**SMALL, "distill": distill})
+    return changed(recipe, data={"train": str(image_folder)}, run={"out": str(tmp_path / "live")})
+
+
+def into(recipe, folder, **distill):
+    return changed(recipe, run={"out": str(folder)}, distill=distill)
+
+
+def weights(folder):
+    return checkpoint.newest(folder / "checkpoints")[1]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor.nan_to_num(), other[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("labels", [{}, SOFT], ids=["hard", "soft"])
+def test_stored_answers_give_the_weights_of_running_teachers(recipe, teachers, tmp_path, labels):
+    recipe = changed(recipe, distill=labels)
+    train(recipe, quiet=True)
+    expected = weights(tmp_path / "live")
+
+    store = str(tmp_path / "written")
+    train(into(recipe, tmp_path / "first", answers=store), quiet=True)  # write-through
+    assert_same(weights(tmp_path / "first"), expected)
+    taught = teach(into(recipe, "", answers=str(tmp_path / "taught")), quiet=True)
+    assert taught["epochs"] == 2 and taught["asked"] == 48
+    assert taught["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
+
+    def no_teachers(run):
+        assert run.parts.teachers is None
+
+    away = teachers.rename(teachers.with_name("away"))
+    try:
+        for name in ("written", "taught"):
+            stored = into(recipe, tmp_path / f"from_{name}", answers=str(tmp_path / name))
+            train(stored, quiet=True, on_step=no_teachers)
+            assert_same(weights(tmp_path / f"from_{name}"), expected)
+    finally:
+        away.rename(teachers)
+    # other runs use them too: another student and optimizer, another batch, hard labels from a store of soft ones
+    other = into(recipe, tmp_path / "other", answers=str(tmp_path / "taught"), labels="hard", temperature=1.0, top_k=0)
+    other = changed(other, optim={"lr": 2e-3}, student={"drop_path": 0.0}, run={"batch": 12})
+    train(other, quiet=True, on_step=no_teachers)
+
+
+def test_an_interrupted_run_leaves_whole_epochs(recipe, tmp_path):
+    """Write-through, stopped within an epoch and resumed, ends with the same files as `teach`."""
+    first = into(recipe, tmp_path / "first", answers=str(tmp_path / "written"))
+
+    def ask(run):
+        run.stop_wanted = run.step == 2
+
+    with pytest.raises(Stopped):
+        train(first, quiet=True, on_step=ask)
+    assert not list((tmp_path / "written").glob("*.answers"))
+    train(first, resume=True, quiet=True)
+    teach(into(recipe, "", answers=str(tmp_path / "taught")), quiet=True)
+    for epoch in (0, 1):
+        name = f"epoch-{epoch:05d}.answers"
+        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "taught" / name).read_bytes()
+
+
+def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, monkeypatch):
+    recipe = into(recipe, tmp_path / "run", answers=str(tmp_path / "store"))
+    from std_fast.label_cache import EpochWriter
+
+    kept, calls = EpochWriter.add, []
+
+    def dies(self, step, words):
+        calls.append((self.epoch, step))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        kept(self, step, words)
+
+    monkeypatch.setattr(EpochWriter, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        teach(recipe, quiet=True)
+    result = teach(recipe, quiet=True)
+    assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 2)] and result["asked"] == 8
+    assert teach(recipe, quiet=True)["asked"] == 0
+
+    path = tmp_path / "store" / "epoch-00001.answers"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(UserError, match="epoch-00001.answers: its digest does not match"):
+        train(recipe, quiet=True)
+    assert teach(recipe, quiet=True)["asked"] == 24
+    assert path.read_bytes() == whole
+
+
+def test_views_are_cycled(recipe, tmp_path):
+    recipe = changed(recipe, distill={"views": 2}, run={"length": "5 epochs"})
+    seen = {}
+
+    def look(run):
+        seen.setdefault((run.step - 1) // 3, []).append(run.kept)
+
+    def train_and_look(recipe):
+        from std_fast import step
+
+        kept = step.Trainer.step
+
+        def note(self, mixed, answers, *args):
+            run_of[0] = (mixed.images.clone(), mixed.epoch, self.stochastic_depth(mixed, 1))
+            return kept(self, mixed, answers, *args)
+
+        run_of = [None]
+        step.Trainer.step = note
+        try:
+            train(recipe, quiet=True, on_step=lambda run: seen.setdefault((run.step - 1) // 3, []).append(run_of[0]))
+        finally:
+            step.Trainer.step = kept
+
+    train_and_look(recipe)
+    for epoch in range(5):
+        for now, before in zip(seen[epoch], seen[epoch % 2], strict=True):
+            assert torch.equal(now[0], before[0]) and now[1] == epoch
+    assert not torch.equal(seen[0][0][0], seen[1][0][0])
+    assert not torch.equal(seen[0][0][2], seen[2][0][2])  # but stochastic depth is drawn anew
+
+    stored = into(recipe, tmp_path / "stored", answers=str(tmp_path / "store"))
+    assert teach(stored, quiet=True)["epochs"] == 2
+    train(stored, quiet=True, on_step=lambda run: pytest.fail("teachers") if run.parts.teachers else None)
+    assert_same(weights(tmp_path / "stored"), weights(tmp_path / "live"))
+    # written through, the first cycle serves the later ones of the same run
+    through = into(recipe, tmp_path / "through", answers=str(tmp_path / "written"))
+    train(through, quiet=True)
+    assert len(list((tmp_path / "written").glob("epoch-*.answers"))) == 2
+    assert_same(weights(tmp_path / "through"), weights(tmp_path / "live"))
+    # a budget by the clock needs them
+    with pytest.raises(UserError, match="run.length: gpu-hours"):
+        teach(changed(stored, run={"length": "1 gpu-hours"}, distill={"views": 0}), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"run": {"seed": 5}}, "run.seed"),
+        ({"data": {"image_size": 20}}, "data.image_size"),
+        ({"data": {"backend": "resident"}}, "data.backend"),
+        ({"augment": recipes.AugmentSpec(mixup=0.5)}, "augment.mixup"),
+        ({"data": {"crop": recipes.CropSpec("center", fraction=0.9)}}, "data.crop.fraction"),
+        ({"distill": {"views": 1}}, "distill.views"),
+        ({"distill": SOFT}, "distill.labels"),
+        ({"run": {"precision": "bfloat16"}}, "run.precision"),
+    ],
+)
+def test_a_mismatch_is_refused_with_the_field(recipe, tmp_path_factory, store_of, change, named):
+    recipe = changed(recipe, distill={"answers": store_of})
+    sections = {k: v if isinstance(v, dict) else None for k, v in change.items()}
+    other = changed(recipe, **{k: v for k, v in sections.items() if v is not None})
+    if "augment" in change:
+        other = replace(other, augment=change["augment"])
+    with pytest.raises(UserError, match=f"^{named}: the answers in .* set it back"):
+        train(other, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def store_of(teachers, image_folder, tmp_path_factory):
+    """Answers of one epoch of `recipe`."""
+    folder = tmp_path_factory.mktemp("store") / "answers"
+    distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
+    recipe = changed(from_dict(Recipe, {**SMALL, "distill": distill}), data={"train": str(image_folder)})
+    teach(changed(recipe, distill={"answers": str(folder)}, run={"length": "1 epoch"}), quiet=True)
+    return str(folder)
+
+
+def test_other_teachers_and_other_data_are_refused(recipe, teachers, store_of, image_folder, tmp_path):
+    recipe = changed(recipe, distill={"answers": store_of}, run={"length": "1 epoch"})
+    swapped = changed(recipe, distill={"teachers": recipe.distill.teachers[::-1]})
+    with pytest.raises(UserError, match=r"distill.teachers.0.weights: .* of other weights"):
+        train(swapped, quiet=True)
+    one = changed(recipe, distill={"teachers": recipe.distill.teachers[:1]})
+    with pytest.raises(UserError, match=r"distill.teachers: .* of 2, this run has 1"):
+        train(one, quiet=True)
+    smaller = changed(recipe, distill={"teachers": tuple(replace(t, image_size=12) for t in recipe.distill.teachers)})
+    with pytest.raises(UserError, match=r"distill.teachers.0.image_size: .* of None, this run has 12"):
+        train(smaller, quiet=True)
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for folder in image_folder.iterdir():
+        (fewer / folder.name).mkdir()
+        for file in sorted(folder.iterdir())[:5]:
+            (fewer / folder.name / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"data.train: .* of other data"):
+        train(changed(recipe, data={"train": str(fewer)}), quiet=True)
+    # epochs that are not stored need the teachers, and the message says so
+    away = teachers.rename(teachers.with_name("away"))
+    try:
+        with pytest.raises(UserError, match=r"distill.teachers.0.* lacks 2 of 3 epochs"):
+            train(changed(recipe, run={"length": "3 epochs"}), quiet=True)
+        with pytest.raises(UserError, match=r"distill.teachers.0.weights: .* no answers are stored yet"):
+            teach(changed(recipe, distill={"answers": str(tmp_path / "new")}), quiet=True)
+    finally:
+        away.rename(teachers)
+
+
+def test_teach_on_the_command_line(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    store = str(tmp_path / "store")
+    assert cli.main(["teach", str(path), "--distill.answers", store, "--views", "1", "--quiet", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["epochs"] == data["views"] == 1 and data["asked"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
+    assert cli.main(["teach", str(path), "--distill.answers", store, "--distill.views", "1", "--quiet"]) == 0
+    assert "--distill.views 1" in capsys.readouterr().out
+    assert cli.main(["teach", str(path), "--quiet"]) == 2
+    assert "distill.answers: is empty" in capsys.readouterr().err

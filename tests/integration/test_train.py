@@ -1,0 +1,196 @@
+"""The whole run on real files: resume to the bit, exact evaluation, stopping, and what a user gets wrong."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from std_fast import checkpoint, cli
+from std_fast import recipe as recipes
+from std_fast.config import from_dict, to_dict
+from std_fast.evaluate import evaluate_run
+from std_fast.metrics import read_jsonl
+from std_fast.recipe import Recipe
+from std_fast.train import NotFinite, Stopped, train
+
+SMALL = {
+    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
+    "augment": {"erase": 0.25},
+    "student": {
+        "name": "mixer", "drop_path": 0.2,
+        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    },
+    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
+    "run": {"batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 2, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    plain = {**SMALL, "student": {"name": "test_resnet"}, "distill": {"mode": "none"}}
+    recipe = from_dict(Recipe, plain)
+    train(at(recipe, folder / "run", image_folder, length="2 steps"), quiet=True)
+    return folder / "run"
+
+
+def at(recipe, out, data, **run):
+    data_section = replace(recipe.data, train=str(data), val=str(data))
+    return replace(recipe, data=data_section, run=replace(recipe.run, out=str(out), **run))
+
+
+@pytest.fixture
+def recipe(teacher, image_folder, tmp_path):
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "2 steps", "ema": 0.1}}
+    return at(from_dict(Recipe, {**SMALL, "distill": distill}), tmp_path / "run", image_folder)
+
+
+def weights(folder):
+    _, tensors, meta = checkpoint.newest(folder / "checkpoints")
+    return tensors, meta
+
+
+def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_path):
+    whole = train(at(recipe, tmp_path / "whole", recipe.data.train), quiet=True)
+    expected, _ = weights(tmp_path / "whole")
+    assert whole["steps"] == 9 and whole["samples"] == 72
+    assert any(name.startswith("ema.") for name in expected) and any(name.endswith("exp_avg_sq") for name in expected)
+    for stop_at in (1, 4, 6):  # within an epoch and at its end, before and after a step with MINE
+        part = at(recipe, tmp_path / f"part{stop_at}", recipe.data.train)
+
+        def ask(run, stop_at=stop_at):
+            run.stop_wanted = run.step == stop_at
+
+        with pytest.raises(Stopped, match=f"step {stop_at}"):
+            train(part, quiet=True, on_step=ask)
+        again = train(part, resume=True, quiet=True)
+        assert again["result"] == whole["result"]
+        got, _ = weights(tmp_path / f"part{stop_at}")
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(got[name].nan_to_num(), tensor.nan_to_num()), (stop_at, name)
+        steps = [r["step"] for r in read_jsonl(tmp_path / f"part{stop_at}" / "metrics.jsonl") if r["kind"] == "train"]
+        assert steps == sorted(set(steps)) and steps[-1] == 9  # nothing is logged twice
+
+
+def test_a_run_leaves_what_a_user_needs(recipe):
+    summary = train(recipe, quiet=True)
+    folder = recipe.run.out
+    assert json.loads(open(f"{folder}/summary.json").read())["result"] == summary["result"]
+    records = read_jsonl(recipes.Path(folder) / "metrics.jsonl")
+    last = [r for r in records if r["kind"] == "train"][-1]
+    assert last["lr"] == pytest.approx(recipe.optim.min_lr)
+    assert {"loss", "loss_class", "loss_distill", "teacher_weight_0", "images_per_second"} <= last.keys()
+    assert [r["step"] for r in records if "information" in r] == [2, 4, 6, 8]  # MINE every second step
+    evals = [r for r in records if r["kind"] == "eval"]
+    assert [r["step"] for r in evals] == [3, 6, 9]
+    assert evals[-1]["images"] == 24 and {"top1_class", "top1_distill", "top1_mean"} <= evals[-1].keys()
+    assert recipes.loads(open(f"{folder}/recipe.yaml").read()) == recipe
+    assert any(name.startswith("events.out") for name in os.listdir(f"{folder}/tensorboard"))
+    parts = summary["seconds"]
+    assert summary["gpu_hours"] * 3600 == pytest.approx(sum(parts.values()), rel=0.01)
+    again = evaluate_run(recipes.Path(folder))
+    assert {k: again[k] for k in ("top1", "loss")} == {k: summary["result"][k] for k in ("top1", "loss")}
+    with pytest.raises(UserError, match="already holds a run"):
+        train(recipe, quiet=True)
+    with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\)"):
+        train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(recipe, tmp_path):
+    def poison(run):
+        if run.step == 4:
+            run.kept = {n: p.detach().clone() for n, p in run.parts.trainer.student.named_parameters()}
+            run.parts.trainer.objective = broken(run.parts.trainer.objective)
+        if run.step > 4:
+            for n, p in run.parts.trainer.student.named_parameters():
+                assert torch.equal(p, run.kept[n]), n
+
+    def broken(objective):
+        def call(*args):
+            losses = objective(*args)
+            return losses._replace(total=losses.total * float("nan"))
+
+        return call
+
+    with pytest.raises(NotFinite, match="step 5 is not finite"):
+        train(recipe, quiet=True, on_step=poison)
+    report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert report["step"] == 5 and report["positions"] == list(range(8, 16))
+    tensors, _ = weights(tmp_path / "run")
+    assert all(t.isfinite().all() for n, t in tensors.items() if n.startswith("model.") and "log_average" not in n)
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    original = cli_train_with(lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None)
+    try:
+        assert cli.main(["train", str(path), "--quiet"]) == cli.STOPPED
+    finally:
+        original()
+    assert "step 2, saved" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "--quiet", "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 9
+
+
+def cli_train_with(on_step):
+    """The CLI gives no hook: put one in, and return what takes it out again."""
+    from std_fast import train as module
+
+    kept = module.train
+    module.train = lambda *args, **kw: kept(*args, **kw, on_step=on_step)
+
+    def restore():
+        module.train = kept
+
+    return restore
+
+
+def test_two_runs_into_one_folder(recipe):
+    def second(run):
+        with pytest.raises(UserError, match="another process is training"):
+            train(recipe, quiet=True)
+        run.stop_wanted = True
+
+    with pytest.raises(Stopped):
+        train(recipe, quiet=True, on_step=second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--data.train", "/nowhere"], "/nowhere"),
+        (["--run.batch", "64"], "batch"),
+        (["--student.name", "resnet18", "--student.options", "{}"], "student.name: resnet18 is timm's own"),
+        (["--student.options.dimm", "3"], "dimm"),
+        (["--distill.teachers.0.weights", "/nowhere.pth"], "/nowhere.pth"),
+        (["--data.backend", "resident2"], "data.backend"),
+        (["--run.length"], "needs a value"),
+        (["loose"], "not expected"),
+    ],
+)
+def test_mistakes_end_with_one_line(recipe, tmp_path, capsys, arguments, complaint):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    assert cli.main(["train", str(path), "--quiet", *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("std-fast: ")]) == 1
+    assert complaint in lines[-1]
+
+
+def test_a_teacher_of_other_classes_is_refused(recipe, image_folder, tmp_path):
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for name in ("ant", "bee"):
+        (fewer / name).symlink_to(image_folder / name)
+    with pytest.raises(UserError, match=r"teacher of 3 classes, but the data has 2"):
+        train(at(recipe, tmp_path / "other", fewer), quiet=True)
+
+
+def test_to_dict_of_a_recipe_is_its_file(recipe):
+    assert from_dict(Recipe, to_dict(recipe)) == recipe

@@ -1,0 +1,129 @@
+"""STD from somebody else's code."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import std_fast
+from pipelines.errors import UserError
+from std_fast import TeacherSpec, create_student, create_teachers, distillation_loss
+
+K, SIZE = 4, 16
+TINY = dict(image_size=SIZE, patch_size=4, dim=16, depth=3)
+
+
+def images(B=4):
+    return torch.randn(B, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+class Classifier(nn.Module):
+    """Somebody's own: it knows nothing of timm."""
+
+    def __init__(self, classes=K):
+        super().__init__()
+        self.fc = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def test_all_public_names_are_there_and_no_others():
+    for name in std_fast.__all__:
+        assert getattr(std_fast, name).__module__.split(".")[0] in ("std_fast", "pipelines")
+        assert name in dir(std_fast)
+    promised = {"create_student", "create_teachers", "distillation_loss", "mutual_information", "STDModule"}
+    assert promised <= set(std_fast.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        std_fast.no_such_name  # noqa: B018
+    from std_fast import checkpoint  # modules are found as ever
+
+    assert checkpoint.KEY
+
+
+@pytest.mark.parametrize("tokens", ["both", "spatial", "channel", "none", "deit"])
+def test_a_student_in_a_loop_of_ones_own(tokens):
+    torch.manual_seed(0)
+    student = create_student("mixer", K, tokens=tokens, mine_weight=0.1, **TINY).train()
+    teachers = create_teachers([Classifier(), Classifier()], K, image_size=SIZE)
+    x, labels = images(), torch.arange(4) % K
+    out = student(x)
+    assert out.dist_logits.shape == (4, 2, K)
+    assert len(out.information) == (2 if tokens == "both" else 0)
+    loss = 0.5 * F.cross_entropy(out.class_logits, labels)
+    loss = loss + 0.5 * distillation_loss(out.dist_logits, teachers(x), student.head_teacher)
+    (loss - sum(out.information)).backward()
+    assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert all(p.grad is None and not p.requires_grad for p in teachers.parameters())
+    assert student.eval()(x).shape == (4, K)
+
+
+def test_placement_and_plain():
+    assert create_student("mixer", K, **TINY).taps == (2, 3)
+    assert create_student("mixer", K, teachers=1, taps=[1], **TINY).taps == (1,)
+    assert create_student("mixer", K, assign=[[0, 1], [1]], **TINY).head_teacher == (0, 1, 1)
+    plain = create_student("mixer", K, teachers=0, **TINY)
+    assert plain.head_teacher == () and plain.train()(images()).dist_logits is None
+    with pytest.raises(UserError, match="mixer_s16"):
+        create_student("mixer_s17", K)
+    with pytest.raises(UserError, match="no effect"):
+        create_student("mixer", K, tokens="deit", taps=[1], **TINY)
+
+
+def test_teachers_of_every_kind(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    trained = timm.create_model("test_resnet", num_classes=K).eval()
+    save_file(trained.state_dict(), tmp_path / "r.safetensors")
+    spec = TeacherSpec("test_resnet", str(tmp_path / "r.safetensors"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    own, x = Classifier(), images()
+    teachers = create_teachers([own, spec], K, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, temperature=2.0)
+    answers = teachers(x)
+    with torch.no_grad():
+        expected = torch.stack([own(x), trained(x)], 1)
+    assert torch.equal(answers.labels, expected.argmax(-1))
+    torch.testing.assert_close(answers.log_probs, (expected / 2).log_softmax(-1))
+    assert torch.equal(create_teachers([own], K)(x).labels[:, 0], own(x).argmax(-1))
+
+
+def test_teachers_that_cannot_be_had_are_named(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        create_teachers([], K)
+    with pytest.raises(UserError, match=r"teachers.1: a teacher of 7 classes, but the data has 4"):
+        many = Classifier(7)
+        many.num_classes = 7
+        create_teachers([Classifier(), many], K)
+    with pytest.raises(UserError, match="holds no run"):
+        create_teachers([str(tmp_path)], K)
+    with pytest.raises(UserError, match=r"teachers.0.weights"):
+        create_teachers([TeacherSpec("test_resnet")], K)
+
+
+def load_example():
+    path = Path(std_fast.__file__).parents[1] / "examples" / "own_loop.py"
+    spec = importlib.util.spec_from_file_location("own_loop", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_trains_a_student_on_a_backbone_of_ones_own():
+    teacher, student = load_example().main(steps=120)
+    assert teacher > 0.8 and student > 0.6  # one in ten by chance
+
+
+def test_in_the_example_the_teacher_alone_can_teach():
+    example = load_example()
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x = torch.randn(64, 1, 8, 8)
+    wrong = torch.zeros(64, dtype=torch.int64)
+    _, (backbone, _, std, _) = example.distil(example.Backbone(), [teacher], [(x, wrong)] * 60, 16, 32, 10, alpha=1.0)
+    with torch.no_grad():
+        agree = (std(backbone(x)).logits[:, 0].argmax(1) == teacher(x).argmax(1)).float().mean()
+    assert agree > 0.8

@@ -1,0 +1,205 @@
+"""The project's own shape: which way imports run, and that what the code needs is what the project's files install."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("std_fast", "pipelines", "benchmarks")
+MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "nvidia-dali-cuda120": "nvidia"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """Full names of what the file imports, also inside functions; `from std_fast import step` is std_fast.step."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute here"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in inner}
+    return found
+
+
+IMPORTS = {module: imports_of(module) for module in FILES}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirement_name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+
+
+# Imports run one way
+
+
+@pytest.mark.parametrize(
+    "package, forbidden", [("pipelines", ("std_fast", "benchmarks")), ("std_fast", ("benchmarks",))]
+)
+def test_lower_packages_never_import_upper_ones(package, forbidden):
+    wrong = {
+        (m, name)
+        for m, names in IMPORTS.items()
+        for name in names
+        if m.split(".")[0] == package and name.split(".")[0] in forbidden
+    }
+    assert not wrong
+    assert any(m.split(".")[0] == package for m in IMPORTS)
+
+
+def test_layers_of_std_fast():
+    layers = [{"models", "tokens", "mine", "losses"}, {"student"}, {"step"}, {"train"}, {"cli"}]
+    rank = {name: level for level, names in enumerate(layers) for name in names}
+
+    def level(module):
+        parts = module.split(".")
+        return rank.get(parts[1]) if parts[0] == "std_fast" and len(parts) > 1 else None
+
+    assert set(rank) <= {module.split(".")[1] for module in FILES if module.startswith("std_fast.")}
+    wrong = [
+        (m, n)
+        for m, names in IMPORTS.items()
+        for n in names
+        if None not in (level(m), level(n)) and level(n) > level(m)
+    ]
+    assert not wrong
+
+
+def test_no_import_cycle():
+    below = {module: {n for n in names if n in FILES} for module, names in IMPORTS.items()}
+    while free := {module for module, names in below.items() if not names}:
+        below = {module: names - free for module, names in below.items() if module not in free}
+    assert not below, f"in or above a cycle: {sorted(below)}"
+
+
+def test_import_does_no_work():
+    """Importing the package and the CLI loads nothing heavy: `std-fast --help` must answer at once."""
+    heavy = {"torch", "numpy", "ffcv", "rich", "timm"}
+    code = f"import sys, std_fast.cli, std_fast.doctor; print(*sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+# What is imported is what is installed
+
+
+def test_third_party_imports_are_declared_and_the_other_way_round():
+    used = (
+        {name.split(".")[0] for names in IMPORTS.values() for name in names} - set(sys.stdlib_module_names) - set(OURS)
+    )
+    core = {MODULE_OF.get(n, n) for n in map(requirement_name, PROJECT["dependencies"])}
+    optional = {MODULE_OF.get(n, n) for extra in EXTRAS.values() for n in map(requirement_name, extra)}
+    # numba, llvmlite and cv2 come with FFCV, triton with torch; apex has no right name on PyPI
+    assert used <= core | optional | {"numba", "llvmlite", "cv2", "triton", "apex"}
+    by_others = {"torchvision", "tensorboard"}  # by timm, and by torch.utils.tensorboard
+    assert core <= used | by_others, "a dependency that nothing imports"
+
+
+def test_constraints_hold_an_exact_version_of_everything_declared():
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(
+                r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.+]*)(; python_version (?:>=|<) \"3\.11\")?", line
+            )
+            assert match, f"not an exact version: {line}"
+            assert (match[1], match[3]) not in pinned, f"twice: {line}"
+            pinned[match[1], match[3]] = match[2]
+    names = {name for name, _ in pinned}
+    declared = {requirement_name(r) for r in [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]} - {"std-fast"}
+    assert declared <= names
+    assert (pinned["torch", None], pinned["torchvision", None], pinned["timm", None]) == ("2.11.0", "0.26.0", "1.0.31")
+    # and of what those require in turn, as far as it is installed here
+    todo, seen = set(declared), set()
+    while todo - seen:
+        name = (todo - seen).pop()
+        seen.add(name)
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        todo |= {requirement_name(r) for r in requires if ";" not in r}
+    assert seen <= names
+
+
+def test_environment_yml_names_every_package_of_the_design():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    by_pip = {requirement_name(r) for r in next(entry for entry in listed if isinstance(entry, dict))["pip"]}
+    by_conda = {requirement_name(r) for r in listed if isinstance(r, str)}
+    assert by_conda >= {
+        "pytorch-gpu",
+        "timm",
+        "numpy",
+        "nvidia-apex",
+        "opencv",
+        "libjpeg-turbo",
+        "pkg-config",
+        "compilers",
+    }
+    assert by_pip >= {"nvidia-dali-cuda120", "ffcv"}
+    assert "apex" not in by_pip
+    missing = {requirement_name(r) for r in PROJECT["dependencies"]} - by_conda - {"torch"}
+    assert not missing
+
+
+def test_extras():
+    assert {"ffcv", "dali", "dev", "all"} <= set(EXTRAS)
+    covered = set(re.findall(r"\w+", EXTRAS["all"][0].partition("[")[2]))
+    assert covered == set(EXTRAS) - {"all"}
+
+
+def test_console_script_and_packaged_recipes():
+    module, _, name = PROJECT["scripts"]["std-fast"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = setuptools["package-data"]["std_fast"]
+    data = {path for path in (ROOT / "std_fast").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    packed = {path for pattern in patterns for path in (ROOT / "std_fast").glob(pattern)}
+    assert data and data == packed, "a data file that an installed package would lack"
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {path.parent for path in FILES.values()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+# The commands
+
+
+def test_make_has_the_promised_targets():
+    done = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True)
+    listed = set(re.findall(r"^make (\w+)", done.stdout, re.M))
+    assert {"demo", "test", "lint", "clean"} <= listed
+
+
+def test_shell_scripts_parse_and_are_executable():
+    for script in (ROOT / "scripts/bootstrap.sh", ROOT / ".ci/run"):
+        assert script.stat().st_mode & 0o111, script
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_bootstrap_refuses_an_unknown_goal():
+    done = subprocess.run([ROOT / "scripts/bootstrap.sh", "tset"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "demo|test" in done.stderr

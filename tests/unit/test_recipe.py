@@ -1,0 +1,121 @@
+"""The recipe validates itself, and every complaint names the field and the mend."""
+
+import pytest
+
+from pipelines.errors import UserError
+from std_fast import recipe as recipes
+from std_fast.config import describe, difference, from_dict, merge, to_dict
+from std_fast.recipe import Duration, Recipe, parse_seconds, parse_warmup
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
+def test_built_in_recipes_load_and_survive_being_saved(name):
+    recipe = recipes.load(name)
+    assert recipe.summary
+    assert recipes.loads(recipes.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"optim": {"lrr": 1}}, "optim.lrr: unknown key; did you mean 'lr'"),
+        ({"optm": {}}, "optm: unknown key; did you mean 'optim'"),
+        ({"optim": {"lr": "fast"}}, "optim.lr: expected float"),
+        ({"optim": {"lr": True}}, "optim.lr: expected float"),
+        ({"run": {"batch": 130.5}}, "run.batch: expected int"),
+        ({"run": {"batch": 130}}, "run.batch: 130 must be a multiple of 4"),
+        ({"run": {"length": "300 epoch s"}}, "run.length"),
+        ({"run": {"device": "tpu"}}, "run.device: 'tpu' is not one of"),
+        ({"distill": {"mode": "std"}}, "distill.teachers: is empty"),
+        ({"distill": {"mode": "none", "teachers": [{"name": "resnet18"}]}}, "distill.teachers: has no effect"),
+        ({"distill": {"mode": "std", "teachers": [{}]}}, "distill.teachers.0: needs a name or weights"),
+        ({"distill": {"mode": "std", "teachers": [{"name": "a"}], "temperature": 3}}, "distill.temperature: has no effect"),
+        ({"distill": {"alpha": 1.5}}, "distill.alpha: 1.5"),
+        ({"distill": {"mine": {"every": "2 samples"}}}, "distill.mine.every"),
+        ({"augment": {"flip": 2}}, "augment.flip"),
+        ({"data": {"crop": {"scale": [0.5]}}}, "data.crop.scale: expected 2 values, got 1"),
+        ({"data": 3}, "data: expected a section"),
+    ],
+)
+def test_mistakes_are_named(overrides, complaint):
+    with pytest.raises(UserError) as caught:
+        from_dict(Recipe, overrides)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: digits_std\noptim: {lr: 1e-4}\nrun: {batch: 64}\n")
+    recipe = recipes.load(
+        str(tmp_path / "mine.yaml"),
+        [("run.batch", "32"), ("distill.teachers.0.weights", "x"), ("distill.teachers.1.name", "resnet18")],
+    )
+    assert recipe.optim.lr == 1e-4  # YAML itself reads 1e-4 as a string
+    assert recipe.run.batch == 32
+    assert recipe.optim.betas == (0.9, 0.999)  # a default
+    assert recipe.student.name == "mixer"  # from the base
+    assert [(t.name, t.weights) for t in recipe.distill.teachers] == [("", "x"), ("resnet18", "")]
+    assert recipe.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("a: [1", "cannot be read as YAML"),
+        ("- 1", "a recipe is a mapping"),
+        ("base: loop", "leads back to itself"),
+        ("base: nowhere", "no such recipe"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+    ],
+)
+def test_unusable_files(tmp_path, monkeypatch, content, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        recipes.load("loop")
+
+
+def test_nearest_recipe_is_named():
+    with pytest.raises(UserError, match="digits_std"):
+        recipes.load("digits_sdt")
+
+
+def test_overrides_into_the_wrong_place():
+    for key, text, complaint in [
+        ("optim.lr.x", "1", "single value"),
+        ("distill.teachers.7.name", "a", "no place in a list"),
+        ("optim.lr", "[", "YAML value"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            recipes.load("digits_std", [(key, text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("2 epochs", 20), ("1 epoch", 10), ("7 steps", 7), ("5e2 samples", 5), ("0.25 epochs", 2)]
+)
+def test_durations_in_any_unit(text, steps):
+    assert Duration.parse(text).steps(steps_per_epoch=10, global_batch=100) == steps
+
+
+def test_other_times():
+    assert parse_seconds("1.5 minutes", "x") == 90
+    assert parse_warmup("5 %") == 0.05
+    assert parse_warmup("5 epochs") == Duration(5, "epochs")
+    for bad in ("x %", "100 %", "3 gpu-hours"):
+        with pytest.raises(UserError, match="optim.warmup"):
+            parse_warmup(bad)
+    with pytest.raises(UserError, match="run.save_every"):
+        parse_seconds("10", "run.save_every")
+
+
+def test_difference_names_fields():
+    one = recipes.load("digits_std")
+    two = recipes.load("digits_std", [("optim.lr", "3"), ("augment.flip", "0.25")])
+    assert difference(one, two) == ["augment.flip", "optim.lr"]
+    assert to_dict(one)["optim"]["betas"] == [0.9, 0.999]
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_every_field_is_described():
+    rows = describe(Recipe)
+    assert {"data.train", "distill.mine.every", "optim.ema", "run.length"} <= {name for name, _, _ in rows}
