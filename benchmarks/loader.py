@@ -1,10 +1,11 @@
-"""How fast, at what cost, do the loaders give batches; and the plain libraries that they stand on, alternating with them.
+"""How fast, and at what cost, the loaders give batches; in turns with them, the plain libraries that they stand on.
 
-Every contestant lives in a process of its own and is asked for one epoch after the other, in turns, so that all meet the
-same weather on the machine; between its turns it does nothing. All read the same encoded images: the rivals that want
-files get the beton's JPEGs, written to a temporary folder. A turn's figures: images per second (from asking for the
-epoch to its last batch), CPU seconds per image (the process and its children), and once: seconds from opening (imports
-of the library included, of torch not) to the first batch, and the peak of memory beyond what the process held before.
+Every contestant lives in a process of its own and is asked for one epoch after the other, in turns, so that all meet
+the same weather on the machine; between its turns it does nothing. All read the same encoded images: the rivals that
+want files get the beton's JPEGs, written to a temporary folder. A turn's figures: images per second (from asking for
+the epoch to its last batch) and CPU time per image (the process and its children). Once: seconds from opening (imports
+of the library included, of torch not) to the first batch, the most memory beyond what the process held before, and the
+images per second when the files have to be read from the disk.
 
     python -m benchmarks.loader X.beton --json results.json
 """
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.batch import LoaderSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
 
@@ -58,22 +60,25 @@ class Settings:
 # The loaders of this project
 
 
+def _spec(s: Settings, resample: str = "auto") -> LoaderSpec:
+    return LoaderSpec(
+        s.data,
+        s.image_size,
+        s.batch,
+        shuffle=True,
+        drop_last=True,
+        crop=CropSpec(),
+        device=s.device,
+        threads=s.threads,
+        resample=resample,
+    )
+
+
 def _ours(backend: str) -> Callable[[Settings], Epoch]:
     def start(s: Settings) -> Epoch:
         from pipelines import open_loader
-        from pipelines.batch import LoaderSpec
 
-        spec = LoaderSpec(
-            s.data,
-            s.image_size,
-            s.batch,
-            shuffle=True,
-            drop_last=True,
-            crop=CropSpec(),
-            device=s.device,
-            threads=s.threads,
-        )
-        loader = open_loader(spec, backend)
+        loader = open_loader(_spec(s), backend)
         return lambda epoch: (len(batch.labels) for batch in loader.epoch(epoch))
 
     return start
@@ -111,12 +116,12 @@ def _ffcv_loader(s: Settings) -> Epoch:
 def _dali_reader(s: Settings) -> Epoch:
     """DALI's file reader with image_random_crop and resize."""
     import torch
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
 
-    device = torch.device(s.device)
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.device(s.device).type == "cuda"
+    device: Any = torch.device(s.device).index or 0 if on_gpu else None
 
-    @pipeline_def(batch_size=s.batch, num_threads=s.threads, device_id=(device.index or 0) if on_gpu else None)
+    @pipeline_def(batch_size=s.batch, num_threads=s.threads, device_id=device)
     def pipeline() -> Any:
         encoded, labels = fn.readers.file(file_root=s.files, random_shuffle=True, name="files", seed=0)
         images = fn.decoders.image_random_crop(encoded, device="mixed" if on_gpu else "cpu", seed=1)
@@ -164,7 +169,7 @@ def _timm_loader(s: Settings) -> Epoch:
         batch_size=s.batch,
         is_training=True,
         hflip=0.0,
-        color_jitter=None,
+        color_jitter=0.0,
         interpolation="bilinear",
         num_workers=s.threads,
         persistent_workers=True,
@@ -212,36 +217,85 @@ PAIRS = {
 _NEEDS = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 
+# How alike the pixels are
+
+_CAUSES = {
+    "ffcv": "the filter's weights: 12 bits here, 15 in torch",
+    "ffcv, area": "FFCV's filter, INTER_AREA, instead of the antialiased triangle",
+    "dali": "on a CPU as ffcv; on a GPU nvJPEG's DCT and DALI's filter",
+    "resident": "rounds to 8 bits once instead of after each pass",
+}
+_COMPARED_STEPS = 2
+
+
+def differences(settings: Settings, names: list[str]) -> list[dict[str, Any]]:
+    """Mean and largest absolute difference of the first batches' pixels, of 255, from those of the torch backend, after
+    checking that boxes, labels and order are the same."""
+    from pipelines import open_loader
+    from pipelines.resident_backend import decoded_bytes, free_memory
+    from pipelines.source import open_source
+
+    def first_batches(name: str) -> list[Any]:
+        backend, _, resample = name.partition(", ")
+        with open_loader(_spec(settings, resample or "auto"), backend) as loader:
+            return [batch for batch, _ in zip(loader.epoch(0), range(_COMPARED_STEPS), strict=False)]
+
+    reference = first_batches("torch")
+    rows = []
+    for name in (*names, *(["ffcv, area"] if "ffcv" in names else []), "resident"):
+        device = reference[0].images.device
+        if name == "torch" or (
+            name == "resident" and decoded_bytes(open_source(settings.data)) > free_memory(device) / 4
+        ):
+            continue
+        means, largest = [], 0
+        for batch, other in zip(first_batches(name), reference, strict=True):
+            if not all(a.equal(b) for a, b in ((batch.labels, other.labels), (batch.positions, other.positions))):
+                raise UserError(
+                    f"bench: {name} gives other samples than torch: a fault of this program, please report it"
+                )
+            apart = (batch.images.int() - other.images.int()).abs()
+            means.append(apart.float().mean().item())
+            largest = max(largest, int(apart.max()))
+        rows.append(
+            {"pair": f"{name} and torch", "mean": float(np.mean(means)), "largest": largest, "cause": _CAUSES[name]}
+        )
+    return rows
+
+
 # Measuring
 
 
-def _tree() -> list[int]:
-    """This process and its descendants."""
-    found, todo = [], [os.getpid()]
+def _of_tree(read: Callable[[int], int]) -> int:
+    """Sum of a figure over this process and its descendants."""
+    total, todo = 0, [os.getpid()]
     while todo:
         pid = todo.pop()
-        found.append(pid)
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            todo += [int(child) for child in task.read_text().split()]
-    return found
+        try:
+            total += read(pid)
+            for task in Path(f"/proc/{pid}/task").glob("*/children"):
+                todo += [int(child) for child in task.read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            pass
+    return total
 
 
 def _cpu_seconds() -> float:
-    ticks = 0
-    for pid in _tree():
+    def ticks(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        return 0 if pid == os.getpid() else int(fields[11]) + int(fields[12])  # user, system
+
+    return time.process_time() + _of_tree(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def _memory(what: str) -> float:
-    """MiB of the process tree; what: VmHWM, the most so far (pages of files included), or RssAnon, now, without them."""
-    kilobytes = 0
-    for pid in _tree():
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(what + ":"):
-                kilobytes += int(line.split()[1])
-    return kilobytes / 1024
+def _memory() -> float:
+    """MiB that the process tree holds, without pages of files."""
+
+    def kilobytes(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+    return _of_tree(kilobytes) / 1024
 
 
 def _serve(connection: Any, name: str, settings: Settings) -> None:
@@ -249,29 +303,30 @@ def _serve(connection: Any, name: str, settings: Settings) -> None:
     import torch
 
     try:
-        before, started = _memory("RssAnon"), time.perf_counter()
+        before, started = _memory(), time.perf_counter()
         epoch = CONTESTANTS[name](settings)
-        first: float | None = None
+        opened: float | None = None
         while (number := connection.recv()) is not None:
-            cpu, began, most = _cpu_seconds(), time.perf_counter(), 0.0
-            images = 0
+            cpu, began = _cpu_seconds(), time.perf_counter()
+            sizes, most, first = [], 0.0, 0.0
             for size in epoch(number):
-                if first is None:
-                    first = time.perf_counter() - started
-                images += size
-                most = max(most, _memory("RssAnon"))
+                first = first or time.perf_counter()
+                sizes.append(size)
+                most = max(most, _memory())
             if settings.device != "cpu":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
+            ended = time.perf_counter()
+            opened = opened or first - started
             connection.send(
                 {
-                    "images_per_second": images / seconds,
-                    "cpu_us_per_image": 1e6 * (_cpu_seconds() - cpu) / images,
-                    "first_batch_seconds": first,
+                    "images_per_second": sum(sizes) / (ended - began),
+                    "after_first_batch": sum(sizes[1:]) / (ended - first),
+                    "cpu_us_per_image": 1e6 * (_cpu_seconds() - cpu) / sum(sizes),
+                    "first_batch_seconds": opened,
                     "memory_mib": most - before,
                 }
             )
-    except Exception as error:  # noqa: BLE001 reported by the parent, with the contestant's name
+    except Exception as error:  # reported by the parent, with the contestant's name
         connection.send(f"{type(error).__name__}: {error}")
 
 
@@ -415,6 +470,7 @@ def main(
         settings = Settings(data, files, threads or available_cores(), batch, image_size, device)
         turns = _alternate(names, settings, repeats, say)
         cold_rows, still_held = _cold(names, settings, say) if cold else ({}, None)
+        pixels = differences(settings, [name for name in backends if name not in missing])
     rows = []
     for name in names:
         figures = {key: [turn[key] for turn in turns[name][1:]] for key in ("images_per_second", "cpu_us_per_image")}
@@ -437,6 +493,7 @@ def main(
         "cold_share_still_cached": still_held,
         "rows": rows,
         "ratios": _ratios(rows, backends, missing),
+        "pixel_differences": pixels,
     }
 
 
@@ -467,7 +524,8 @@ def _alternate(
 
 
 def _cold(names: list[str], settings: Settings, say: Callable[[str], None]) -> tuple[dict[str, float | None], float]:
-    """Images per second of a first epoch after dropping the files from the page cache; None where they stay."""
+    """Images per second of a fresh process after dropping the files from the page cache, from its first batch on (what
+    comes before is importing and compiling); None where the files stay."""
     paths = [settings.data, *(str(path) for path in Path(settings.files).rglob("*.jpg"))]
     rows: dict[str, float | None] = {}
     most = 0.0
@@ -479,7 +537,7 @@ def _cold(names: list[str], settings: Settings, say: Callable[[str], None]) -> t
             continue
         contestant = _Contestant(name, settings)
         try:
-            rows[name] = contestant.run(0)["images_per_second"]
+            rows[name] = contestant.run(0)["after_first_batch"]
         finally:
             contestant.close()
         say(f"cold: {name}: {rows[name]:.0f} images/s")
@@ -526,6 +584,9 @@ def table(report: dict[str, Any]) -> str:
             f"| {ratio['ours']} | {ratio['rival']} | {ratio['images_per_second']:.2f} | "
             f"{each['lowest']:.2f} to {each['highest']:.2f} | {ratio['cpu_time']:.2f} |"
         )
+    lines += ["", "| pixels of | mean difference, of 255 | largest | cause |", "|---|---|---|---|"]
+    for row in report["pixel_differences"]:
+        lines.append(f"| {row['pair']} | {row['mean']:.3f} | {row['largest']} | {row['cause']} |")
     return "\n".join(lines)
 
 

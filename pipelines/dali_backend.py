@@ -1,25 +1,31 @@
 """DALI decodes: on a GPU with its JPEG engine and its cores (`mixed`), on a CPU by the same pipeline without a device.
 
-DALI gets whole batches of encoded bytes with our boxes; it decodes just the box and resizes it. What it is not asked to
-decode, because betons and folders hold it but a JPEG decoder reads it otherwise or not at all (raw samples, EXIF rotations,
-CMYK, PNG, ...), is decoded on the host, in threads, and laid into the batch. An epoch ends exactly with its last step: our
-plan decides what is fed, so nothing is padded, dropped or repeated, and leaving one early drains what had been fed. At most
-`ahead` batches are in DALI's hands beyond the one in use, and the encoded bytes of as many again are at hand.
+DALI gets whole batches of encoded bytes with our boxes and decodes just the boxes. On a GPU it resizes them too; on a
+CPU its resizing takes two thirds of its time, five times what ours takes (`native.resample`), so threads of ours do it.
+What DALI is not asked to decode, because betons and folders hold it but a JPEG decoder reads it otherwise or not at all
+(raw samples, EXIF rotations, CMYK, PNG, ...), is decoded on the host and laid into the batch.
 
-Pixels: on a CPU decoding is exact; DALI's filter rounds once, PIL's after each pass: mean difference 0.16 of 255. On a GPU
-nvJPEG's own DCT rounds differently too. All defaults that changed between DALI's releases are set in `_pipeline`.
+An epoch ends exactly with its last step: our plan decides what is fed, so nothing is padded, dropped or repeated, and
+leaving one early drains what was fed. Decoded and under way are at most `ahead` batches and three more: the one in use
+and two in DALI's hands; of as many again the encoded bytes are at hand.
 
-Shapes: B batch (of this shard), S image size.
+Pixels: on a CPU those of the other backends. On a GPU nvJPEG's DCT rounds differently, and DALI's filter rounds once
+where PIL's does after each pass and repeats the border's pixels where PIL's is cut off (the filter alone, measured on a
+CPU: mean 0.16, at the border up to 12 of 255). Defaults that changed between DALI's releases are set in `_pipeline`.
+
+Shapes: B batch (of this shard), S image size, H, W a crop's height and width.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import io
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +51,7 @@ LOADS = (0.0, 0.35, 0.65, 0.9, 0.99)
 """shares of the images for the GPU's JPEG engine that `sweep` tries"""
 _SWEPT_STEPS = 12
 _UNKNOWN, _PLAIN, _ODD = range(3)
+_PART = 8  # crops that a thread resizes at a time
 
 
 @dataclass
@@ -67,6 +74,8 @@ class DaliLoader:
 
     hw_decoder_load: share of the images that the GPU's JPEG engine decodes, 0 to 1; None: the best of a short `sweep`
     (which the log shows), on a GPU.
+
+    Threads of the pool prepare what DALI is fed, one thread drives DALI and makes the batches. One epoch at a time.
     """
 
     def __init__(self, spec: LoaderSpec, source: Source, hw_decoder_load: float | None = None) -> None:
@@ -83,8 +92,8 @@ class DaliLoader:
         self.wait_seconds = 0.0
         self.threads = spec.threads or available_cores()
         self.device = torch.device(spec.device)
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._held: tuple[Any, Any] | None = None  # DALI's last output and the event after which it is no longer read
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._resize = _host_resize(spec)
         self._kinds = np.zeros(source.num_samples, np.uint8)
         stream = io.BytesIO()
         PIL.Image.new("RGB", (8, 8)).save(stream, "JPEG")
@@ -92,24 +101,57 @@ class DaliLoader:
         self._next: Callable[[], _Job] | None = None  # what DALI is fed from; None ends the epoch
         self._fed: deque[_Job] = deque()
         self._pipe: Any = None
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self.threads, thread_name_prefix="std_fast-dali")
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self.threads, thread_name_prefix="std_fast-loader")
+        self._driver = ThreadPoolExecutor(1, thread_name_prefix="std_fast-dali")
         if hw_decoder_load is None and self.device.type == "cuda":
             hw_decoder_load, rows = sweep(spec, source)
             log.info("%s: DALI's hw_decoder_load %.2f, the best of %s", source.path, hw_decoder_load, rows)
         self.hw_decoder_load = hw_decoder_load or 0.0
 
-    # Feeding
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """See `batch.Loader`; an epoch that is under way is ended. Raises UserError when `start_step` lies outside the
+        epoch or the loader is closed."""
+        if self._pool is None:
+            raise UserError("this loader is closed: open another one")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise UserError(f"start_step {start_step} must lie in 0..{self.steps_per_epoch}")
+        return self._run(self._pool, epoch, start_step)
 
-    def _feed(self) -> tuple[list[Bytes], Boxes, Boxes]:
-        """DALI's source: the next batch's bytes, box corners and box sizes. Raises StopIteration at the epoch's end."""
-        if self._next is None:
-            raise StopIteration
-        job = self._next()
-        self._fed.append(job)
-        return job.data, np.ascontiguousarray(job.boxes[:, :2]), np.ascontiguousarray(job.boxes[:, 2:])
+    def _run(self, pool: ThreadPoolExecutor, epoch: int, start_step: int) -> Iterator[Batch]:
+        order = self.plan.order(epoch)
+        steps = iter(range(start_step, self.steps_per_epoch))
+        prepared: deque[Future[_Job]] = deque()
+        batches: deque[Future[tuple[Batch, Any]]] = deque()
+
+        def next_job() -> _Job:
+            """In the driver's thread."""
+            while len(prepared) <= self.spec.ahead and (step := next(steps, None)) is not None:
+                prepared.append(pool.submit(self._prepare, order, epoch, step))
+            if not prepared:
+                raise StopIteration
+            return prepared.popleft().result()
+
+        self._driver.submit(self._begin, next_job).result()
+        try:
+            for step in range(start_step, self.steps_per_epoch):
+                if self._pool is None:
+                    raise UserError("this loader was closed in the middle of an epoch: close it after the last batch")
+                while len(batches) <= min(self.spec.ahead, self.steps_per_epoch - 1 - step):
+                    batches.append(self._driver.submit(self._make, pool, epoch, next_job))
+                started = time.perf_counter()
+                wait([batches[0]])
+                self.wait_seconds += time.perf_counter() - started
+                yield self._deliver(*batches.popleft().result())
+        finally:
+            wait([future for future in batches if not future.cancel()])
+            wait([future for future in prepared if not future.cancel()])
+            if self._next is next_job and self._pool is not None:
+                self._driver.submit(self._drain).result()
+
+    # In the pool's threads
 
     def _prepare(self, order: Integers, epoch: int, step: int) -> _Job:
-        """Reads a batch, decodes what DALI does not. Runs in a thread of the pool; an error is kept for its turn."""
+        """Reads a batch, decodes what DALI does not; an error is kept for its turn."""
         positions = self.plan.positions(step)
         job = _Job(step, positions, indices_at(order, positions))
         try:
@@ -122,7 +164,7 @@ class DaliLoader:
                     boxes[row] = (0, 0, 8, 8)
                 job.data.append(self._placeholder if data is None else data)
             job.boxes = boxes
-        except Exception as error:  # noqa: BLE001 whatever it is, it belongs to this step
+        except Exception as error:  # whatever it is, it belongs to this step
             job.error = error
         if job.error or not job.data:
             job.data, job.boxes = [self._placeholder], np.array([[0, 0, 8, 8]], np.int32)
@@ -148,83 +190,76 @@ class DaliLoader:
         try:
             with PIL.Image.open(io.BytesIO(encoded)) as image:
                 return image.mode in ("RGB", "L") and image.size == (width, height)
-        except Exception:  # noqa: BLE001 PIL raises errors of every kind; `decode_rgb` will say which
+        except Exception:  # PIL raises errors of every kind; `decode_rgb` will say which
             return False
 
-    # Running
+    # In the driver's thread
 
-    def _build(self) -> Any:
-        largest = (0, 0)
-        if self.source.kind == "beton":  # a folder's images would have to be opened for it
-            heights, widths = self.source.sizes(np.arange(self.source.num_samples))
-            largest = (int(heights.max()), int(widths.max()))
-        pipe = _pipeline(
-            self._feed,
-            self.spec,
-            self.plan.local_batch,
-            self.threads,
-            self.device,
-            self.hw_decoder_load,
-            largest,
-        )
-        pipe.build()
-        return pipe
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """See `batch.Loader`; an epoch that is under way is ended. Raises UserError when `start_step` lies outside the
-        epoch or the loader is closed."""
-        if self._pool is None:
-            raise UserError("this loader is closed: open another one")
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise UserError(f"start_step {start_step} must lie in 0..{self.steps_per_epoch}")
-        return self._run(self._pool, epoch, start_step)
-
-    def _run(self, pool: ThreadPoolExecutor, epoch: int, start_step: int) -> Iterator[Batch]:
-        order = self.plan.order(epoch)
-        steps = iter(range(start_step, self.steps_per_epoch))
-        prepared: deque[Future[_Job]] = deque()
-
-        def next_job() -> _Job:
-            while len(prepared) < self.spec.ahead and (step := next(steps, None)) is not None:
-                prepared.append(pool.submit(self._prepare, order, epoch, step))
-            if not prepared:
-                raise StopIteration
-            job = prepared.popleft().result()
-            if (step := next(steps, None)) is not None:
-                prepared.append(pool.submit(self._prepare, order, epoch, step))
-            return job
-
+    def _begin(self, next_job: Callable[[], _Job]) -> None:
         self._drain()
         if self._pipe is None:
-            self._pipe = self._build()
+            largest = (0, 0)
+            if self.source.kind == "beton":  # a folder's images would have to be opened for it
+                heights, widths = self.source.sizes(np.arange(self.source.num_samples))
+                largest = (int(heights.max()), int(widths.max()))
+            self._pipe = _pipeline(
+                self._feed, self.spec, self.plan.local_batch, self.threads, self.device, self.hw_decoder_load, largest
+            )
+            self._pipe.build()
         self._pipe.reset()
         self._next = next_job
-        try:
-            for _ in range(start_step, self.steps_per_epoch):
-                if self._pool is None:
-                    raise UserError("this loader was closed in the middle of an epoch: close it after the last batch")
-                if self._next is not next_job:
-                    raise UserError("this epoch was ended by a later one: with dali, run one at a time")
-                started = time.perf_counter()
-                batch = self._take(epoch)
-                self.wait_seconds += time.perf_counter() - started
-                yield batch
-        finally:
-            for future in prepared:
-                future.cancel()
-            if self._next is next_job:
-                self._drain()
 
-    def _take(self, epoch: int) -> Batch:
+    def _feed(self) -> tuple[list[Bytes], Boxes, Boxes]:
+        """DALI's source: the next batch's bytes, box corners and box sizes. Raises StopIteration at the epoch's end."""
+        if self._next is None:
+            raise StopIteration
+        job = self._next()
+        self._fed.append(job)
+        return job.data, np.ascontiguousarray(job.boxes[:, :2]), np.ascontiguousarray(job.boxes[:, 2:])
+
+    def _make(self, pool: ThreadPoolExecutor, epoch: int, next_job: Callable[[], _Job]) -> tuple[Batch, Any]:
+        """The next batch and, on a GPU, the event after which it is there."""
+        if self._next is not next_job:
+            raise UserError("this epoch was ended by a later one: with dali, run one at a time")
         try:
             (output,) = self._pipe.run()
         except RuntimeError as error:
-            self._pipe = None  # DALI: "no longer valid"
+            self._pipe = self._next = None  # DALI: "no longer valid"
             raise self._explained(error) from error
         job = self._fed.popleft()
         if job.error is not None:
             raise job.error
-        return self._batch(output, job, epoch)
+        size = self.spec.image_size
+        there = job.indices >= 0
+        count = int(there.sum())
+        labels = np.where(there, self.source.labels[np.maximum(job.indices, 0)], -1)
+        keys = torch.from_numpy(np.stack([labels, job.positions]))
+        shape = (len(there), size, size, 3)
+        ready = None
+        if self._stream is None:
+            images = torch.from_numpy(np.empty(shape, np.uint8))  # numpy's: it asks for huge pages
+            rows = [(np.asarray(output.at(row)), images[row].numpy()) for row in range(count) if row not in job.odd]
+            parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
+            for _ in pool.map(lambda part: [self._resize(*row) for row in part], parts):
+                pass
+            self._complete(images, job.odd, count)
+        else:
+            with torch.cuda.stream(self._stream):
+                images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+                images[:count].copy_(torch.from_dlpack(output.as_tensor())[:count])
+                self._complete(images, job.odd, count)
+                keys = keys.pin_memory().to(self.device, non_blocking=True)
+                ready = torch.cuda.Event()
+                ready.record(self._stream)
+            ready.synchronize()  # then DALI may have its output back; here that keeps nobody waiting
+        return Batch(images.permute(0, 3, 1, 2), keys[0], keys[1], job.indices, epoch, job.step), ready
+
+    @staticmethod
+    def _complete(images: torch.Tensor, odd: dict[int, npt.NDArray[np.uint8]], count: int) -> None:
+        """Adds to images [B, S, S, 3] what does not come from DALI."""
+        images[count:] = 0
+        for row, pixels in odd.items():
+            images[row].copy_(torch.from_numpy(pixels))
 
     def _explained(self, error: RuntimeError) -> Exception:
         """The sample that made DALI fail, by decoding those that it had been given."""
@@ -241,74 +276,63 @@ class DaliLoader:
             "every image there decodes on the host; choose backend ffcv or torch"
         )
 
-    def _batch(self, output: Any, job: _Job, epoch: int) -> Batch:
-        size = self.spec.image_size
-        there = job.indices >= 0
-        count = int(there.sum())
-        labels = np.where(there, self.source.labels[np.maximum(job.indices, 0)], -1)
-        keys = torch.from_numpy(np.stack([labels, job.positions]))
-        shape = (len(there), size, size, 3)
-        if self._copies is None:
-            images = torch.from_numpy(np.empty(shape, np.uint8))  # numpy's: it asks for huge pages
-            self._fill(images, output, job.odd, count)
-        else:
-            if self._held is not None:
-                self._held[1].synchronize()  # a copy of the step before, long done
-            with torch.cuda.stream(self._copies):
-                images = torch.empty(shape, dtype=torch.uint8, device=self.device)
-                self._fill(images, output, job.odd, count)
-                keys = keys.pin_memory().to(self.device, non_blocking=True)
-                done = torch.cuda.Event()
-                done.record(self._copies)
-            self._held = (output, done)
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(done)
-            images.record_stream(stream)
-            keys.record_stream(stream)
-        return Batch(images.permute(0, 3, 1, 2), keys[0], keys[1], job.indices, epoch, job.step)
-
-    @staticmethod
-    def _fill(images: torch.Tensor, output: Any, odd: dict[int, npt.NDArray[np.uint8]], count: int) -> None:
-        """images [B, S, S, 3] from DALI's output (the first `count`, or one placeholder) and the rows decoded here."""
-        images[:count].copy_(torch.from_dlpack(output.as_tensor())[:count])
-        images[count:] = 0
-        for row, pixels in odd.items():
-            images[row].copy_(torch.from_numpy(pixels))
-
-    # Ends
-
     def _drain(self) -> None:
         """Ends the epoch that is under way: lets DALI finish what it was given, and drops it."""
         self._next = None
-        while self._pipe is not None and self._fed:
+        while self._pipe is not None:
             try:
                 self._pipe.run()
-                self._fed.popleft()
-            except StopIteration:
+            except StopIteration:  # DALI learns of the end only when it asks for more
                 break
             except RuntimeError:  # a faulty image among those that nobody wants any more
                 self._pipe = None
-        if self._pipe is not None:
-            try:
-                self._pipe.run()  # DALI learns of the end only when it asks for more
-            except StopIteration:
-                pass
         self._fed.clear()
+
+    # In the consumer's thread
+
+    def _deliver(self, batch: Batch, ready: Any) -> Batch:
+        if ready is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(ready)
+            for tensor in (batch.images, batch.labels):  # positions share the memory of labels
+                tensor.record_stream(stream)
+        return batch
 
     def close(self) -> None:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        self._drain()
+        self._driver.submit(self._drain).result()
+        self._driver.shutdown(wait=True)
         pool.shutdown(wait=True)
         self._pipe = None
-        self._held = None
+        gc.collect()  # a DALI pipeline refers to itself: its memory would stay until some later collection
 
     def __enter__(self) -> DaliLoader:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         self.close()
+
+
+def _host_resize(spec: LoaderSpec) -> Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], None]:
+    """A function that resizes a crop [H, W, 3] into [S, S, 3]: compiled where numba is installed, else torch's."""
+    if importlib.util.find_spec("numba") is not None:
+        from pipelines import native
+
+        cubic = spec.resample == "bicubic"
+
+        def compiled(crop: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
+            height, width, _ = crop.shape
+            flat = out.reshape(out.shape[0], -1)
+            native.resample(crop.reshape(-1), 3 * width, 0, 0, height, width, flat, cubic)
+
+        return compiled
+
+    def by_torch(crop: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
+        out[:] = crop_and_resize(crop, np.array([0, 0, *crop.shape[:2]]), spec)
+
+    return by_torch
 
 
 def sweep(
@@ -351,7 +375,10 @@ def _pipeline(
     hw_decoder_load: float,
     largest: tuple[int, int],
 ) -> Any:
-    """DALI's pipeline, with every setting in this one place. largest: height and width, to reserve memory for, on a GPU."""
+    """DALI's pipeline, with every setting in this one place. largest: height and width to reserve memory for on a GPU.
+
+    Its output are the boxes' pixels, [H, W, 3] each, on a CPU; resized, [S, S, 3], on a GPU.
+    """
     dali = _import_dali()
     fn, types = dali.fn, dali.types
     on_gpu = device.type == "cuda"
@@ -359,7 +386,7 @@ def _pipeline(
         batch_size=batch,
         num_threads=threads,
         device_id=(device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None,
-        prefetch_queue_depth=spec.ahead + 1,  # the one that is taken, and those ahead of it
+        prefetch_queue_depth=2,  # at work on one while another is taken
         exec_pipelined=True,
         exec_async=True,
         exec_dynamic=True,
@@ -395,15 +422,16 @@ def _pipeline(
             jpeg_fancy_upsampling=True,
             **(only_mixed if on_gpu else {}),
         )
-        filter_type = types.INTERP_CUBIC if spec.resample == "bicubic" else types.INTERP_LINEAR
-        images = fn.resize(
-            images,
-            size=[spec.image_size, spec.image_size],
-            interp_type=filter_type,
-            min_filter=filter_type,
-            mag_filter=filter_type,
-            antialias=True,
-            subpixel_scale=False,
-        )
+        if on_gpu:
+            filter_type = types.INTERP_CUBIC if spec.resample == "bicubic" else types.INTERP_LINEAR
+            images = fn.resize(
+                images,
+                size=[spec.image_size, spec.image_size],
+                interp_type=filter_type,
+                min_filter=filter_type,
+                mag_filter=filter_type,
+                antialias=True,
+                subpixel_scale=False,
+            )
         pipe.set_outputs(images)
     return pipe

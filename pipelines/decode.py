@@ -1,4 +1,4 @@
-"""One sample of a source as RGB pixels, whatever it is: what the backends fall back on, and the torch backend's decoder.
+"""One sample of a source as RGB pixels, whatever it is: the torch backend's decoder, and what others fall back on.
 
 JPEGs are decoded exactly (slow integer DCT, smooth chroma), by the system's libturbojpeg where there is one, because it
 says when the data is damaged, else by torchvision: the pixels are the same. What else there is in folders (EXIF

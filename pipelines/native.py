@@ -1,6 +1,6 @@
 """Compiled host code of the FFCV backend: JPEG to RGB by the libturbojpeg that FFCV is built on, then crop and resize.
 
-Imported by `ffcv_backend` only, after it has found numba and FFCV. Everything here runs without the GIL and trusts its
+Needs numba; imported by the backends that found it. Everything here runs without the GIL and trusts its
 arguments: addresses, lengths and boxes are checked by `source` (against the file) and `crops` (against the image).
 
 Decoding. FFCV's `imdecode` asks libturbojpeg for the fast, less exact DCT and its callers drop the return code. Here
@@ -27,7 +27,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 OK, NOT_JPEG, OTHER_SIZE, OTHER_COLOUR, BROKEN = range(5)
-"""what became of a sample; BROKEN: `error_message` says why"""
+"""what became of a sample"""
 BILINEAR, BICUBIC, AREA = range(3)
 
 _RGB = 0  # TJPF_RGB
@@ -58,8 +58,6 @@ def load(library: str) -> ctypes.CDLL:
         llvmlite.binding.add_symbol(symbol, ctypes.cast(getattr(lib, name), ctypes.c_void_p).value)
     lib.tjInitDecompress.restype = ctypes.c_void_p
     lib.tjDestroy.argtypes = [ctypes.c_void_p]
-    lib.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
-    lib.tjGetErrorStr2.restype = ctypes.c_char_p
     return lib
 
 

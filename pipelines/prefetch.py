@@ -1,8 +1,8 @@
 """Batches made ahead of their use by threads: the part that the ffcv and the torch backend share.
 
-Each batch is cut into parts of a few samples that any thread may take, so that threads never wait for each other at the
-end of a batch, only for the consumer. At most `ahead` batches are in the making beyond the one in use: with the decoder's
-scratch (one largest image a thread) this bounds the memory.
+Each batch is cut into parts of a few samples that any thread may take, so that threads never wait for each other at
+the end of a batch, only for the consumer. At most `ahead` batches are in the making beyond the one in use: with the
+decoder's scratch (one largest image per thread) this bounds the memory.
 
 Shapes: B batch (of this shard), S image size.
 """

@@ -1,9 +1,9 @@
 """A small dataset decoded once and kept on the device: batches are cut from memory by two matrix products.
 
-For datasets whose images are far cheaper to keep than to decode (CIFAR, digits, ImageNet at 64 pixels). All images lie in
-one tensor, padded to the largest; a crop's resize to the output is separable, so it is W_rows @ image @ W_columns^T with
-a weight matrix per sample, built on the device. The filter is the other backends' (antialiased bilinear or bicubic);
-results differ from theirs by at most 1 of 255 in some pixels, because they round to 8 bits between the two passes.
+For datasets whose images are far cheaper to keep than to decode (CIFAR, digits, ImageNet at 64 pixels). All images lie
+in one tensor, padded to the largest; a crop's resize to the output is separable, so it is W_rows @ image @ W_columns^T
+with a weight matrix per sample, built on the device. The filter is the other backends' (antialiased bilinear or
+bicubic); results differ from theirs by 1 of 255 in some pixels, because they round to 8 bits between the two passes.
 
 Shapes: N samples, B batch (of this shard), S image size, H, W largest stored height and width.
 """
@@ -155,10 +155,11 @@ def cut(images: torch.Tensor, boxes: torch.Tensor, size: int, cubic: bool) -> to
 
 
 def filter_weights(start: torch.Tensor, length: torch.Tensor, limit: int, size: int, cubic: bool) -> torch.Tensor:
-    """Weights of `limit` stored values for each of `size` outputs that cover start..start+length: float32 [B, S, limit].
+    """Weights of `limit` stored values for `size` outputs that cover start..start+length: float32 [B, S, limit].
 
-    A triangle, or Keys' cubic with a = -0.5, stretched to the scale when reducing (antialiasing), as in PIL (Resample.c)
-    and torch (`interpolate`, antialias=True). Nothing outside the range has weight. start, length: int64 [B].
+    A triangle, or Keys' cubic with a = -0.5, stretched to the scale when reducing (antialiasing), as in PIL
+    (Resample.c) and torch (`interpolate`, antialias=True). Nothing outside the range has weight. start, length:
+    int64 [B].
     """
     scale = (length / size)[:, None, None]
     at = torch.arange(limit, device=start.device)

@@ -14,12 +14,17 @@ from pipelines.augment import Augment
 from pipelines.batch import Loader, LoaderSpec
 from pipelines.errors import UserError
 from pipelines.preview import contact_sheet
+from std_fast.compiling import backend_of, compiled, keep_cache, options
 from std_fast.distributed import ALONE, World, replicate
+from std_fast.graphs import ReplayedTeachers
 from std_fast.label_cache import AnswerStore, epochs_needed, open_answers
 from std_fast.metrics import Meters
+from std_fast.mine import MutualInformation
 from std_fast.optim import MovingAverage, build_optimizer
+from std_fast.overlap import Overlap
 from std_fast.recipe import Recipe
-from std_fast.step import Guard, Objective, Trainer
+from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
+from std_fast.step import Guard, Objective, Trainer, residual_scales
 from std_fast.student import Student, plan_modules
 from std_fast.teachers import Teachers, autocast, build_classifier, build_teacher, load_weights, read_run, read_weights
 
@@ -38,6 +43,9 @@ class Parts:
     teachers: Teachers | None  # also None where all their answers are stored
     answers: AnswerStore | None
     trainer: Trainer
+    overlap: Overlap
+    speed: SpeedMeter
+    backend: str | None  # of torch.compile
 
     def close(self) -> None:
         for part in (self.train_loader, self.val_loader, self.answers):
@@ -64,11 +72,6 @@ def precision_of(recipe: Recipe, device: torch.device) -> str:
     return ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
 
 
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether torch.compile is used."""
-    return recipe.run.compile == "inductor" or (recipe.run.compile == "auto" and device.type == "cuda")
-
-
 def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE, drop_last: bool = True) -> Loader:
     """Shuffled, endlessly many epochs; with `drop_last` whole batches only."""
     if not recipe.data.train:
@@ -76,7 +79,7 @@ def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE
     spec = LoaderSpec(
         path=recipe.data.train, image_size=recipe.data.image_size, global_batch=recipe.run.batch, seed=recipe.run.seed,
         shuffle=True, drop_last=drop_last, crop=recipe.data.crop, device=str(device), threads=recipe.data.threads,
-        ahead=recipe.data.ahead, shard=world.shard,
+        ahead=recipe.data.ahead, resample=recipe.data.resample, shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 
@@ -89,7 +92,7 @@ def open_val_loader(recipe: Recipe, device: torch.device, path: str = "", world:
     spec = LoaderSpec(
         path=path, image_size=recipe.data.image_size, global_batch=recipe.run.eval_batch or recipe.run.batch,
         seed=recipe.run.seed, shuffle=False, drop_last=False, crop=recipe.data.eval_crop, device=str(device),
-        threads=recipe.data.threads, ahead=recipe.data.ahead, shard=world.shard,
+        threads=recipe.data.threads, ahead=recipe.data.ahead, resample=recipe.data.eval_resample, shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 
@@ -129,10 +132,10 @@ def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Te
     d = recipe.distill
     if d.mode == "none":
         return None
+    dtype = torch.bfloat16 if precision_of(recipe, device) == "bfloat16" else torch.float32
+    size, mean, std = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
     teachers = [
-        build_teacher(
-            spec, num_classes, recipe.data.image_size, recipe.augment.mean, recipe.augment.std, f"distill.teachers.{i}"
-        )
+        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", dtype)
         for i, spec in enumerate(d.teachers)
     ]
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
@@ -160,6 +163,16 @@ def build_missing_teachers(
         raise UserError(f"{error} (needed because distill.answers {lacks})") from None
 
 
+def make_fast(augment: Augment, teachers: Teachers | None, backend: str | None, captured: bool) -> Teachers | None:
+    """Compiles both in place; returns the teachers, as a CUDA graph if they shall be `captured`."""
+    if backend is not None:
+        keep_cache()
+        augment.compile(**options(backend))
+        if teachers is not None:
+            teachers.compile(**options(backend))
+    return ReplayedTeachers(teachers) if captured and teachers is not None else teachers
+
+
 def build(recipe: Recipe, world: World = ALONE) -> Parts:
     """Everything that a run of `recipe` needs. UserError for whatever the user can mend, before anything is trained."""
     device = pick_device(recipe)
@@ -174,39 +187,47 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         check_same_classes(train_loader, val_loader)
         student = build_student(recipe, classes).to(device)
         student.train()
-        for mine in student.mine:
+        for mine in student.mine.children():
+            assert isinstance(mine, MutualInformation)
             mine.gather = world.gather if world.size > 1 else None
         answers = open_answers(recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world)
         teachers = build_missing_teachers(recipe, train_loader, answers, device)
-        use_compile = compiles(recipe, device)
+        flops = flops_per_image(student, teachers, recipe.data.image_size)
+        backend = backend_of(recipe, device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        forward = student
-        if use_compile:
-            forward = torch.compile(student)
-            augment.compile()
-            if teachers is not None:
-                teachers.compile()
+        captured = recipe.run.cuda_graphs == "teachers" and device.type == "cuda"
+        teachers = make_fast(augment, teachers, backend, captured)
+        objective = Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher)
+        watch = Stopwatch(device)
         decay = recipe.optim.ema ** (recipe.run.batch / recipe.optim.ema_batch) if recipe.optim.ema else 0.0
         trainer = Trainer(
             student=student,
-            forward=replicate(forward, world, device, recipe.run.compress_gradients),
-            objective=Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher),
+            forward=replicate(compiled(student, backend), world, device, recipe.run.compress_gradients),
+            objective=compiled(objective.__call__, backend),
             optimizer=build_optimizer(student, recipe, device),
             average=MovingAverage(student, decay) if decay else None,
             guard=Guard(device, world),
             meters=Meters(world),
             autocast=functools.partial(autocast, device, precision),
-            clip=recipe.optim.clip,
+            clip=recipe.optim.clip if recipe.optim.name != "lamb" else 0.0,  # LAMB clips by itself
             seed=recipe.run.seed,
             world=world,
+            scales=compiled(residual_scales, backend),
+            watch=watch,
         )
+        overlap = Overlap(recipe.run.overlap, device, watch)
+        limit = ceiling(device, precision)
+        speed = SpeedMeter(device, watch, flops, limit * world.size)
     except BaseException:
         for part in (train_loader, val_loader, answers):
             if part is not None:
                 part.close()
         raise
-    log.info("device %s, precision %s, compile %s", device, precision, "on" if use_compile else "off")
-    return Parts(recipe, device, train_loader, val_loader, augment, teachers, answers, trainer)
+    text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
+    log.info(text, device, precision, backend or "off", limit / 1e12)
+    return Parts(
+        recipe, device, train_loader, val_loader, augment, teachers, answers, trainer, overlap, speed, backend
+    )
 
 
 def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -72,12 +73,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is no whole checkpoint ({error}); use an older one of the run") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else "another program's"
-        raise UserError(f"{path}: checkpoint format {found}, this version reads {FORMAT}; use the version that wrote it")
+        raise UserError(f"{path}: checkpoint format {found}, not {FORMAT}; use the version of std-fast that wrote it")
     if digest(tensors, {key: value for key, value in meta.items() if key != "digest"}) != meta.get("digest"):
         raise UserError(f"{path}: its digest does not match: the file is damaged; use an older one of the run")
     return tensors, meta
@@ -107,6 +108,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.seconds = 0.0  # that the thread took for the last file
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -118,11 +120,13 @@ class Writer:
         self._thread.start()
 
     def _write(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+        began = time.perf_counter()
         try:
             save(self.folder / f"step-{step:08d}.safetensors", tensors, meta)
             for path in listed(self.folder)[: -self.keep]:
                 path.unlink(missing_ok=True)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread by wait()
+            self.seconds = time.perf_counter() - began
+        except BaseException as error:
             self._error = error
 
     def wait(self) -> None:
@@ -133,7 +137,7 @@ class Writer:
         if self._error is not None:
             error, self._error = self._error, None
             if isinstance(error, OSError):
-                raise UserError(f"{self.folder}: a checkpoint could not be saved ({error}); make room and resume") from None
+                raise UserError(f"{self.folder}: a checkpoint was not saved ({error}); make room and resume") from None
             raise error
 
 
@@ -149,18 +153,15 @@ def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, avera
 
 def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Puts a checkpoint back in place; the moving average's tensors are returned."""
-    part = {kind: {} for kind in ("model", "ema", "optim")}
+    part: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "optim")}
     for name, tensor in tensors.items():
         kind, rest = name.split(".", 1)
         part[kind][rest] = tensor
     student.load_state_dict(part["model"])
-    for name, parameter in student.named_parameters():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{name}:{key}" in part["optim"]:
-                value = part["optim"][f"{name}:{key}"]
-                like = torch.empty_like(parameter) if value.shape == parameter.shape and key != "step" else None
-                state[key] = value.to(parameter.device) if like is None else like.copy_(value)
-        if state:
-            optimizer.state[parameter] = state
+    parameters = dict(student.named_parameters())
+    for name, value in part["optim"].items():
+        name, key = name.rsplit(":", 1)
+        parameter = parameters[name]
+        like = torch.empty_like(parameter) if value.shape == parameter.shape and key != "step" else None
+        optimizer.state[parameter][key] = value.to(parameter.device) if like is None else like.copy_(value)
     return part["ema"]

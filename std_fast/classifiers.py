@@ -40,6 +40,7 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
     import timm
 
     timm_config(name)
+    refused: Exception | None = None
     # models with a fixed number of positions need to be told the image size; convolutional ones refuse it
     extra: dict[str, Any]
     for extra in ({"img_size": image_size}, {}):
@@ -47,9 +48,15 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
             model = timm.create_model(name, **{**extra, **options})
         except TypeError as error:
             refused = error
+        except Exception as error:  # each family has its own way of refusing
+            if options.get("pretrained"):  # more likely because of the weights
+                raise
+            refused = error
+            break
         else:
             return use_small_stem(model, name) if small_stem else model
-    raise UserError(f"{name}: timm refuses the options {options} ({refused}); see student.options") from None
+    reason = " ".join(str(refused).split())
+    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); mend its options")
 
 
 def timm_config(name: str) -> Any:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import difflib
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pipelines.errors import UserError
 
 # exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
 STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
+
+
+BENCHMARKS = (
+    "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "loader", "mine_gaussians",
+    "budget_runs", "gpu_suite",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("std-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def entry(argv: list[str] | None = None) -> NoReturn:
+    """`main` as a process, which ends at once: taking torch's modules down would hold the GPU for one or two seconds."""
+    code = main(argv)
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):  # a reader that has left, a stream that is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -78,7 +99,7 @@ def read_overrides(rest: list[str]) -> list[tuple[str, str]]:
                 raise UserError(f"--{key}: needs a value")
             value = rest[i + 1]
             i += 1
-        pairs.append((key, value))
+        pairs.append((key.replace("-", "_"), value))
         i += 1
     return pairs
 
@@ -98,6 +119,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
     rows = [f"  --{name:<28} {text} [{default}]" for name, default, text in describe(Recipe)]
+    rows.append("  --budget.gpu-hours N            the same as --run.length 'N gpu-hours'")
     parser.epilog = "fields of the recipe, each set by --section.key value:\n" + "\n".join(rows)
 
 
@@ -150,7 +172,7 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"--shard: {args.shard!r} is not I/N, such as 0/4")
     bar: list[Progress] = []
 
-    def progress(now) -> None:  # noqa: ANN001 - pipelines.convert.Progress
+    def progress(now: Any) -> None:  # of pipelines.convert
         if not bar:
             bar.append(Progress("converted", now.total, "images"))
         bar[0].update(now.done)
@@ -220,6 +242,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from std_fast import recipe as recipes
+    from std_fast.budget import in_words
     from std_fast.distributed import PeerLost, rank
     from std_fast.train import NotFinite, Stopped, resolved
     from std_fast.train import train as run_training
@@ -239,8 +262,38 @@ def train(args: argparse.Namespace) -> int:
     result = summary["result"]
     heads = "  ".join(f"{k} {v:.2f} %" for k, v in result.items() if k.startswith("top1"))
     where = resolved(recipe).run.out
-    show(args, summary, f"{heads or 'no validation data'}\n{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}")
+    show(args, summary, f"{heads or 'no validation data'}\n{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}\n{in_words(summary['seconds'])}")
     return 0
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--from", dest="stored", default="", metavar="JSON", help="a stored measurement, of any machine")
+    parser.add_argument("--save", default="", metavar="JSON", help="store the measurement, for a plan on another machine")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure, after start and compilation [60]")
+    add_json(parser)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from std_fast import plan as plans
+    from std_fast import recipe as recipes
+
+    made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds)
+    show(args, plans.as_dict(made), plans.as_text(made))
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument("--out", default="report", help="folder for report.html and the plots as PNG [report]")
+    parser.add_argument("--images", type=int, default=12, help="validation images whose predictions are shown [12]")
+    add_json(parser)
+
+
+def report(args: argparse.Namespace) -> None:
+    from std_fast.report import write_report
+
+    data = write_report([Path(run) for run in args.runs], Path(args.out), args.images)
+    show(args, data, data["html"])
 
 
 def add_teach(parser: argparse.ArgumentParser) -> None:
@@ -333,7 +386,7 @@ def preview(args: argparse.Namespace) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("out", help="the folder to make")
-    parser.add_argument("--format", action="append", default=[], help="timm, class-head, onnx or pt2; default: all that can be had")
+    parser.add_argument("--formats", nargs="+", default=[], help="of timm, class-head, onnx, pt2; default: all that can be had")
     parser.add_argument("--predict", default="", help="mean, class or distill; default: as the recipe says")
     add_json(parser)
 
@@ -341,7 +394,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace) -> None:
     from std_fast.export import export_run
 
-    report = export_run(args.run, args.out, tuple(args.format), args.predict)
+    report = export_run(args.run, args.out, tuple(args.formats), args.predict)
     lines = [f"{args.out}/{name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
     lines += [f"{name}: read back, logits differ by {value:.1e}" for name, value in report["differences"].items()]
     lines += [f"{name}: left out, {why}" for name, why in report["left_out"].items()]
@@ -371,6 +424,19 @@ def demo(args: argparse.Namespace) -> None:
     show(args, data, text)
 
 
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its own arguments: std-fast bench NAME --help")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """In a process of its own: no module of std_fast imports a benchmark, and nothing is loaded that would disturb it."""
+    try:
+        return subprocess.run([sys.executable, "-m", f"benchmarks.{args.name}", *args.words]).returncode
+    except KeyboardInterrupt:  # the benchmark got it too
+        return 130
+
+
 Verb = tuple[Callable[[argparse.Namespace], "int | None"], Callable[[argparse.ArgumentParser], None], str]
 VERBS: dict[str, Verb] = {
     "convert": (convert, add_convert, "image folder, tars, parquet or CIFAR files to .beton"),
@@ -378,16 +444,19 @@ VERBS: dict[str, Verb] = {
     "verify": (verify, add_verify, "whether a .beton is whole and as its manifest says"),
     "warm": (warm, add_warm, "read a .beton into the page cache"),
     "train": (train, add_train, "train a recipe: a distilled student, a plain model, or a teacher"),
+    "plan": (plan, add_plan, "what a budget of GPU-hours buys, before it is spent"),
+    "report": (report, add_report, "one HTML page about runs: accuracy, speed, where the hours went"),
     "teach": (teach, add_teach, "store the teachers' answers, for any number of later runs"),
     "eval": (evaluate, add_eval, "accuracy of a run's weights on a data set"),
     "export": (export, add_export, "a run's model as safetensors for timm and the hub, ONNX and torch.export"),
     "recipes": (list_recipes, add_recipes, "the built-in recipes, a line each"),
     "preview": (preview, add_preview, "draw what a student sees: a contact sheet of augmented images"),
     "info": (info, add_info, "parameters and multiply-accumulates of a model"),
+    "bench": (bench, add_bench, "time a part against what a user would otherwise run"),
     "doctor": (doctor, add_doctor, "what is installed, what is missing, how to get it"),
     "demo": (demo, add_demo, "distil a vision MLP on handwritten digits, in a few minutes, without downloads"),
 }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -66,7 +66,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(value) != len(args):
             raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
         return tuple(_convert(a, v, f"{where}.{i}") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     try:
         if hint is float and not isinstance(value, bool):
@@ -146,7 +146,7 @@ def describe(cls: type, where: str = "") -> list[tuple[str, str, str]]:
     """(dotted name, default, text) of every field, for `--help`."""
     rows = []
     for f in dataclasses.fields(cls):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         path = f"{where}.{f.name}" if where else f.name
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             rows += describe(type(default), path)

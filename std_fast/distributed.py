@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,13 +130,16 @@ def joined(on_gpu: bool, timeout: float) -> Iterator[World]:
                 )
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
+    ended, host = False, None
     try:
         if not there:
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device)
-        world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=limit))
+        host = dist.new_group(backend="gloo", timeout=limit)
+        world = World(dist.get_rank(), dist.get_world_size(), host)
         if not world.main:
             log.setLevel(max(log.level, logging.WARNING))  # rank 0 speaks for all
         yield world
+        ended = True
     except RuntimeError as error:
         if _LOST.search(str(error)):
             raise PeerLost(
@@ -144,12 +147,14 @@ def joined(on_gpu: bool, timeout: float) -> Iterator[World]:
                 f"(run.timeout); continue with --resume"
             ) from error
         raise
-    if not there:  # not after an error: it would wait for the others
-        dist.destroy_process_group()
+    finally:
+        if not there and dist.is_initialized():
+            # after an error NCCL would wait for the others; gloo's threads must end before the interpreter
+            dist.destroy_process_group(None if ended or not on_gpu else host)
 
 
 class Agreement:
-    """What all ranks must know alike at each step: whether any was asked to stop, and the hours by rank 0's clock.
+    """What all ranks must know alike at each step: whether any was asked to stop, and figures that rank 0 decides.
 
     The hosts exchange it while a step runs and use it in the next, so that nobody waits: all stop after the same step,
     one later than the first that was asked.
@@ -159,18 +164,21 @@ class Agreement:
         self.world = world
         self._sent: tuple[Any, Tensor] | None = None
 
-    def __call__(self, stop: bool, hours: float) -> tuple[bool, float]:
-        """This rank's own stop flag and hours -> everyone's, as of the call before."""
+    def __call__(self, stop: bool, *figures: float) -> tuple:
+        """This rank's own stop flag and figures -> whether any is to stop, and rank 0's figures; as of the call before.
+
+        With one process, of this call.
+        """
         if self.world.size == 1:
-            return stop, hours
-        values = torch.tensor([float(stop), hours if self.world.main else 0.0], dtype=torch.float64)
+            return stop, *figures
+        values = torch.tensor([stop, *(figures if self.world.main else [0.0] * len(figures))], dtype=torch.float64)
         before, self._sent = self._sent, (dist.all_reduce(values, group=self.world.host, async_op=True), values)
         work, agreed = before or self._sent
         work.wait()
-        return bool(agreed[0] > 0), float(agreed[1])
+        return bool(agreed[0] > 0), *agreed[1:].tolist()
 
 
-def replicate(module: nn.Module, world: World, device: torch.device, compress: bool) -> nn.Module:
+def replicate(module: Callable, world: World, device: torch.device, compress: bool) -> Callable:
     """`module` (compiled already, if at all) in DistributedDataParallel.
 
     Every parameter must get a gradient in every step; step.py sees to it where MINE pauses. Gradients are views into
@@ -181,6 +189,7 @@ def replicate(module: nn.Module, world: World, device: torch.device, compress: b
     """
     if world.size == 1:
         return module
+    assert isinstance(module, nn.Module)
     ddp = nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def evaluate(
         RuntimeError: the loader did not give each image exactly once.
     """
     student.eval()
-    heads = ("class", "distill", "mean") if student.head_teacher else (how,)
+    heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
     sums: dict[str, Tensor] = {}
     for batch in loader.epoch(0):
         with autocast():
@@ -65,7 +66,7 @@ def evaluate(
     return {**result, "images": images}
 
 
-def evaluate_run(folder: Path, data: str = "", backend: str = "") -> dict[str, float]:
+def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:
     """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
 
     Raises:
@@ -81,11 +82,12 @@ def evaluate_run(folder: Path, data: str = "", backend: str = "") -> dict[str, f
         raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
     with loader:
         if loader.num_classes > stored.num_classes:
-            raise UserError(f"{data}: has {loader.num_classes} classes, the model {stored.num_classes}; use data of its classes")
+            raise UserError(
+                f"{data}: has {loader.num_classes} classes, the model {stored.num_classes}; use data of its classes"
+            )
         student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
         load_weights(student, stored.state, str(folder))
         student.to(device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
         cast = functools.partial(autocast, device, precision_of(recipe, device))
         return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
-

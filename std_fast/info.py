@@ -8,7 +8,9 @@ from std_fast.flops import count_macs
 from std_fast.recipe import Recipe
 
 
-def describe_model(name: str, teachers: int = 0, classes: int = 1000, image_size: int = 224, options: dict | None = None) -> dict:
+def describe_model(
+    name: str, teachers: int = 0, classes: int = 1000, image_size: int = 224, options: dict | None = None
+) -> dict:
     """Figures of a student as it is deployed (the statistics networks of MINE stand apart).
 
     Args:
@@ -24,17 +26,27 @@ def describe_model(name: str, teachers: int = 0, classes: int = 1000, image_size
     Raises:
         UserError: unknown name or options.
     """
-    recipe = from_dict(Recipe, {
-        "data": {"image_size": image_size},
-        "student": {"name": name, "options": options or {}},
-        "distill": {"mode": "std" if teachers else "none", "teachers": [{"name": f"teacher {i}"} for i in range(teachers)]},
-    })
+    recipe = from_dict(
+        Recipe,
+        {
+            "data": {"image_size": image_size},
+            "student": {"name": name, "options": options or {}},
+            "distill": {
+                "mode": "std" if teachers else "none",
+                "teachers": [{"name": f"teacher {i}"} for i in range(teachers)],
+            },
+        },
+    )
     student = build_student(recipe, classes).eval()
     extra = student.training_only()
     count = {key: sum(p.numel() for n, p in student.named_parameters() if (n in extra) == key) for key in (True, False)}
     data = {
-        "model": name, "teachers": teachers, "classes": classes, "image_size": image_size,
-        "parameters_millions": round(count[False] / 1e6, 3), "gmacs": round(count_macs(student, image_size) / 1e9, 3),
+        "model": name,
+        "teachers": teachers,
+        "classes": classes,
+        "image_size": image_size,
+        "parameters_millions": round(count[False] / 1e6, 3),
+        "gmacs": round(count_macs(student, image_size) / 1e9, 3),
         "training_only_millions": round(count[True] / 1e6, 3),
     }
     backbone = student.backbone

@@ -40,7 +40,7 @@ from std_fast.classifiers import read_run, timm_config
 from std_fast.config import to_dict
 from std_fast.distributed import ALONE, World
 from std_fast.losses import TeacherAnswers
-from std_fast.overlap import taught
+from std_fast.overlap import Overlap, taught
 from std_fast.recipe import Duration, Recipe
 from std_fast.teachers import Teachers
 
@@ -58,7 +58,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     """Everything that decides an answer, under the names of the recipe's fields; plain JSON values.
 
     Not among them: the batch (answers are the same in every batch, up to rounding where kernels depend on its size),
-    the number of processes, and what only the student and its training use.
+    the number of processes, torch.compile (rounding again), and what only the student and its training use.
 
     Args:
         precision: of the teachers, resolved.
@@ -72,6 +72,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
         **_flat("data.crop", to_dict(spec.crop)),
         **_flat("augment", to_dict(recipe.augment)),
         "run.seed": recipe.run.seed,
+        "run.device": spec.device.partition(":")[0],  # which decodes, augments and rounds in its own way
         "run.precision": precision,
         "distill.views": d.views,
         "distill.labels": d.labels,
@@ -308,7 +309,13 @@ class AnswerStore:
     # -- reading or asking --------------------------------------------------------------------------------------------
 
     def taught(
-        self, epoch: int, batches: Iterable[Batch], augment: Augment, teachers: Teachers | None, autocast: Callable
+        self,
+        epoch: int,
+        batches: Iterable[Batch],
+        augment: Augment,
+        teachers: Teachers | None,
+        autocast: Callable,
+        overlap: Overlap | None = None,
     ) -> Pairs:
         """Augmented batches of an epoch with the teachers' answers: the stored ones, or else the teachers' own, which
         are stored as they come.
@@ -320,14 +327,14 @@ class AnswerStore:
             self.wait()
         if self.world.tell(self.stored(epoch)):
             words = self.open(epoch)
-            for mixed, _ in taught(batches, augment, None, autocast):
+            for mixed, _ in taught(batches, augment, None, autocast, overlap):
                 yield mixed, self._read(words, mixed)
         elif teachers is None:
             raise UserError(f"distill.answers: {self.folder} does not hold epoch {epoch}; run `std-fast teach` for it")
         else:
             writer = self.writer(epoch)
             try:
-                for mixed, answers in taught(batches, augment, teachers, autocast):
+                for mixed, answers in taught(batches, augment, teachers, autocast, overlap):
                     assert answers is not None  # there are teachers
                     writer.add(mixed.step, pack(answers))
                     yield mixed, answers
@@ -361,7 +368,9 @@ class AnswerStore:
             self._result(self._jobs.popleft())
 
     def close(self) -> None:
-        """Waits too, and ends the thread."""
+        """Ends all writers, waits too, and ends the thread."""
+        for writer in self._writers.values():
+            writer.end()
         self._pool.shutdown(wait=True)
         self.wait()
 
@@ -443,11 +452,13 @@ class EpochWriter:
             rows, at = rows[done:], at + done
 
     def end(self) -> None:
-        """No more steps: the epoch gets its name if all its positions are there. Does not wait."""
-        if self.store.world.main:
+        """No more steps: the epoch gets its name if all its positions are there. Does not wait; may be repeated."""
+        if self._fd >= 0:
             self.store.submit(self._end)
 
     def _end(self) -> None:
+        if self._fd < 0:
+            return
         try:
             if self.filled() < self.store.rows:
                 return

@@ -54,7 +54,7 @@ def class_loss(logits_BK: Tensor, labels_a: Tensor, labels_b: Tensor, lam_B: Ten
 
 
 def confidence_weights(confidence_BM: Tensor) -> Tensor:
-    """`w = softmax_i(S_i)` per image, `S_i` the negative entropy of teacher i: the more certain weighs more. `[B, M]`"""
+    """`w = softmax_i(S_i)` per image, `S_i` teacher i's negative entropy: the more certain weighs more. `[B, M]`"""
     return confidence_BM.float().softmax(-1)
 
 

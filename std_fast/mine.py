@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +65,12 @@ class _Oppose(torch.autograd.Function):
     """Identity forward; the gradient is multiplied by -weight on its way back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
         ctx.weight = weight
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return -ctx.weight * grad, None
 
 
@@ -88,9 +89,7 @@ def log_mean_exp(scores: Tensor) -> Tensor:
     return torch.logsumexp(scores.flatten(), 0) - math.log(scores.numel())
 
 
-def across_ranks(
-    joint_mean: Tensor, log_mean_exp: Tensor, gather: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def across_ranks(joint_mean: Tensor, log_mean_exp: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Both terms of the bound over the batches of all ranks, which are equally large.
 
     The gradients are such that their mean over the ranks, as DistributedDataParallel takes it, is that of one process
@@ -121,6 +120,8 @@ class MutualInformation(nn.Module):
         ema: rate of the moving average in the corrected gradient of the second term (Belghazi et al., section 3.2,
             equation 12); 0 uses the plain, biased gradient. The value of V is the same either way.
     """
+
+    log_average: Tensor
 
     def __init__(self, dim_s: int, dim_c: int, width: int = 512, weight: float = 1.0, ema: float = 0.0) -> None:
         super().__init__()

@@ -9,36 +9,63 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from std_fast.optimizers import Muon, build_lamb
 from std_fast.recipe import Recipe
+from std_fast.student import Student
 
 
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict]:
-    """Three groups, each with `name`: "decay", "no_decay" and "psi" (the statistics networks, never decayed).
+def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool = False) -> list[dict]:
+    """Groups, each with `name`: "decay", "no_decay" and "psi" (the statistics networks, never decayed).
 
     Never decayed are tensors of one dimension (biases, norms, affine scales) and what `student.no_weight_decay()`
     names: the tokens (METHOD.md section 8).
+
+    Args:
+        matrices_apart: the matrices inside the backbone have a group "matrices" of their own: linear layers and 1x1
+            convolutions, but neither the patch embedding nor the classifier. (The STD modules hold tokens and heads.)
     """
     spared = student.no_weight_decay()
     psi = student.training_only()
-    groups: dict[str, list] = {"decay": [], "no_decay": [], "psi": []}
+    heads = student.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    outputs = {id(parameter) for head in heads for parameter in head.parameters()}
+
+    def kind(name: str, p: nn.Parameter) -> str:
+        if name in psi:
+            return "psi"
+        if p.ndim <= 1 or name in spared:
+            return "no_decay"
+        is_matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[2:] == (1, 1))
+        inside = name.startswith("backbone.") and id(p) not in outputs
+        return "matrices" if matrices_apart and is_matrix and inside else "decay"
+
+    groups: dict[str, list] = {"decay": [], "no_decay": [], "psi": [], "matrices": []}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            kind = "psi" if name in psi else "no_decay" if parameter.ndim <= 1 or name in spared else "decay"
-            groups[kind].append(parameter)
-    decay = {"decay": weight_decay, "no_decay": 0.0, "psi": 0.0}
+            groups[kind(name, parameter)].append(parameter)
+    decay = {"decay": weight_decay, "no_decay": 0.0, "psi": 0.0, "matrices": weight_decay}
     return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
 
 
-def build_optimizer(student: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """torch's fused AdamW with one tensor learning rate a group, so that a schedule never recompiles anything.
+def build_optimizer(student: Student, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with one tensor learning rate a group, so that a schedule never recompiles anything.
 
-    It reads `found_inf` (a float tensor, 1.0 to change nothing in this step): see step.py.
+    Each reads `found_inf` (a float tensor, 1.0 to change nothing in this step): see step.py. torch's fused AdamW does
+    what apex's FusedAdam does, and takes a tensor learning rate; so apex is used for LAMB alone.
+
+    Raises:
+        UserError: LAMB without a GPU or without apex.
     """
     o = recipe.optim
-    groups = parameter_groups(student, o.weight_decay)
+    groups = parameter_groups(student, o.weight_decay, matrices_apart=o.name == "muon")
+    if o.name == "lamb":
+        return build_lamb(groups, o.betas, o.eps, o.clip)
     for group in groups:
         group["lr"] = torch.zeros((), device=device)
-    return torch.optim.AdamW(groups, lr=torch.zeros((), device=device), betas=o.betas, eps=o.eps, fused=True)
+        if group["name"] == "matrices":
+            group |= {"muon": True, "momentum": o.momentum}
+    kind = Muon if o.name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=torch.zeros((), device=device), betas=o.betas, eps=o.eps, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, psi_lr: float) -> None:

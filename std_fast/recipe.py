@@ -79,6 +79,9 @@ def parse_warmup(text: str) -> Duration | float:
     return duration
 
 
+Resample = Literal["auto", "area", "bilinear", "bicubic"]
+
+
 @dataclass(frozen=True)
 class Data:
     train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
@@ -87,6 +90,8 @@ class Data:
     crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
     eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
     backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
+    resample: Resample = opt("auto", "how training crops are resized; auto: bilinear, antialiased; area: as FFCV's own loader")
+    eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared ahead")
 
@@ -99,7 +104,7 @@ class Data:
 @dataclass(frozen=True)
 class StudentSpec:
     name: str = opt("mixer_s16", "a backbone of this project, or any timm name when distill.mode is none")
-    options: dict = opt({}, "arguments of the backbone's builder, e.g. {patch_size: 4, depth: 6, dim: 128}")
+    options: dict = opt({}, "arguments of the model's builder, e.g. {patch_size: 4, depth: 6}; timm's ResNets take {small_stem: true} for 32 px")
     drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
 
@@ -121,7 +126,9 @@ class TeacherSpec:
 
     def __post_init__(self) -> None:
         for key in ("num_classes", "image_size", "drop_path", "name"):
-            require(key not in self.options, f"distill.teachers.options.{key}", "is not the builder's to choose; leave it out")
+            require(key not in self.options, f"distill.teachers.options.{key}", "has its own place; leave it out here")
+        require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
+        object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
 
 
 @dataclass(frozen=True)
@@ -190,14 +197,17 @@ class Distill:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw"] = opt("adamw", "torch's AdamW, fused where the device has it")
+    name: Literal["adamw", "muon", "lamb"] = opt(
+        "adamw", "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`: apex's, on GPUs"
+    )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
     min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
     warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
     weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW")
-    eps: float = opt(1e-8, "of AdamW")
+    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW and LAMB")
+    eps: float = opt(1e-8, "of AdamW and LAMB")
+    momentum: float = opt(0.95, "of Muon")
     clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
     ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
     ema_batch: int = opt(1024, "the batch for which `ema` is meant; the decay is raised to batch / ema_batch")
@@ -207,6 +217,8 @@ class Optim:
         require(self.lr > 0, "optim.lr", "must be positive")
         require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
         require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
+        require(0 <= self.momentum < 1, "optim.momentum", "must be in [0, 1)")
+        require(self.name == "muon" or self.momentum == 0.95, "optim.momentum", "is Muon's; leave it out, or set betas")
         require(self.clip >= 0 and self.weight_decay >= 0, "optim.clip", "clip and weight_decay cannot be negative")
         parse_warmup(self.warmup)
 
@@ -221,7 +233,13 @@ class Run:
     precision: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU")
     compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
     timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
-    compile: Literal["auto", "off", "inductor"] = opt("auto", "auto: inductor on a GPU, off on a CPU")
+    compile: Literal["auto", "off", "inductor", "max-autotune", "aot_eager", "eager"] = opt(
+        "auto", "torch.compile's backend; auto: inductor on a GPU, off on a CPU; aot_eager needs neither Triton nor C++"
+    )
+    overlap: Literal["auto", "on", "off"] = opt(
+        "auto", "teachers answer the next batch beside the student, on a GPU; auto: where a trial shows a gain"
+    )
+    cuda_graphs: Literal["off", "teachers"] = opt("off", "capture the teachers as a CUDA graph, for small batches")
     eval_every: str = opt("1 epoch", "between evaluations; there is always one at the end")
     eval_batch: int = opt(0, "images per evaluation step; 0: as in training")
     save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")
@@ -234,7 +252,8 @@ class Run:
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
         require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
         require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
-        Duration.parse(self.eval_every, "run.eval_every")
+        every = Duration.parse(self.eval_every, "run.eval_every")
+        require(every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end")
         parse_seconds(self.save_every, "run.save_every")
         require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
 
@@ -290,6 +309,8 @@ def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     path = find(name)
     data = _read(path)
     for dotted, text in overrides:
+        if dotted == "budget.gpu_hours":  # how one says it
+            dotted, text = "run.length", f"{text} gpu-hours"
         set_dotted(data, dotted, text)
     data.setdefault("name", path.stem)
     return from_dict(Recipe, data)

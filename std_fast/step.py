@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from std_fast.losses import TeacherAnswers, class_loss, confidence_weights, dist
 from std_fast.metrics import Meters
 from std_fast.optim import MovingAverage, set_learning_rates
 from std_fast.recipe import Distill
+from std_fast.speed import Stopwatch
 from std_fast.student import Student, StudentOutput
 
 
@@ -57,7 +58,7 @@ class Objective:
 class Guard:
     """Notices the first step whose loss or gradient is not finite, on the device.
 
-    From that step on `found_inf` is 1 and the fused optimizer changes nothing, so that the weights stay those before
+    From that step on `found_inf` is 1 and the optimizer changes nothing, so that the weights stay those before
     the bad step until the host reads `first_bad` (when a line is logged) and stops. All ranks notice the same step.
     """
 
@@ -69,9 +70,17 @@ class Guard:
     @torch.no_grad()
     def check(self, step: int, *values: Tensor) -> None:
         bad = self.world.sum((~torch.stack([value.detach().isfinite() for value in values])).sum())
-        is_first = (bad > 0) & (self.first_bad < 0)
-        self.first_bad.copy_(torch.where(is_first, step, self.first_bad))
+        self.first_bad.masked_fill_((bad > 0) & (self.first_bad < 0), step)
         self.found_inf.copy_(self.first_bad >= 0)
+
+
+def residual_scales(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
+    """Stochastic depth: 0 with probability `rate`, else 1 / (1 - rate), per residual branch and sample: `[2 L, B]`."""
+    draws = range((len(rates_L1) + 3) // 4)
+    draws_BU = [rng.uniform(seed, epoch, positions, int(rng.Purpose.DROP_PATH), draw) for draw in draws]
+    u_LB = torch.cat(draws_BU, dim=1).T[: len(rates_L1)]
+    keep_L1 = 1 - rates_L1
+    return (u_LB < keep_L1) / keep_L1
 
 
 @dataclass
@@ -80,8 +89,8 @@ class Trainer:
 
     student: Student
     forward: Callable[..., StudentOutput]
-    objective: Objective
-    optimizer: torch.optim.Optimizer
+    objective: Callable[..., Losses]  # an Objective, or its compiled form
+    optimizer: Any  # one of optim.py: it reads `found_inf`
     average: MovingAverage | None
     guard: Guard
     meters: Meters
@@ -89,6 +98,8 @@ class Trainer:
     clip: float
     seed: int
     world: World = ALONE
+    scales: Callable[..., Tensor] = residual_scales
+    watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
 
     def __post_init__(self) -> None:
         psi = self.student.training_only()
@@ -101,6 +112,7 @@ class Trainer:
     ) -> None:
         """Learns from one batch; `step` counts from 1 over the whole training. Figures go to the meters."""
         set_learning_rates(self.optimizer, lr, psi_lr)
+        began = self.watch.now()
         with self.autocast():
             out = self.forward(mixed.images, self.stochastic_depth(mixed, step), with_mine)
             losses = self.objective(out, mixed, answers)
@@ -111,16 +123,18 @@ class Trainer:
             for parameter in self.psi_parameters:
                 parameter.grad = None
 
+        learned = self.watch.now()
         norm = gradient_norm(self.student_parameters)
         psi_norm = gradient_norm(self.psi_parameters) if losses.information is not None else norm
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.student_parameters, self.clip, norm)
         self.guard.check(step, losses.total, norm, psi_norm)
-        self.optimizer.found_inf = self.guard.found_inf  # read by the fused kernel: 1 leaves everything as it is
+        self.optimizer.found_inf = self.guard.found_inf  # read by every optimizer: 1 leaves everything as it is
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(step)
+        self.watch.note(student=(began, learned), optimizer=(learned, self.watch.now()))
         self.meters.add(figures(losses, norm, answers))
 
     def stochastic_depth(self, mixed: Mixed, step: int) -> Tensor | None:
@@ -129,16 +143,11 @@ class Trainer:
         A timm model draws from torch's generator instead, which is seeded by the step.
         """
         torch.manual_seed((self.seed * 1_000_003 + step + (self.world.rank << 40)) % 2**63)
-        rates = getattr(self.student.backbone, "drop_rates", ())
-        if not any(rates):
+        if not any(getattr(self.student.backbone, "drop_rates", ())):
             return None
-        draws = [
-            rng.uniform(self.seed, mixed.epoch, mixed.positions, rng.Purpose.DROP_PATH, draw)
-            for draw in range((len(rates) + 3) // 4)
-        ]
-        u_LB = torch.cat(draws, dim=1).T[: len(rates)]
-        keep_L1 = 1 - self.student.backbone._drop_rates
-        return (u_LB < keep_L1) / keep_L1
+        # a fill kernel, not a copy from the host: nothing waits, and a compiled `scales` sees no new constant
+        epoch = torch.full((), mixed.epoch, dtype=torch.int64, device=mixed.positions.device)
+        return self.scales(self.student.backbone._drop_rates, self.seed, epoch, mixed.positions)
 
 
 def no_gradient(parameters: list[nn.Parameter]) -> Tensor | float:

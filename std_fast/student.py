@@ -56,7 +56,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         num_classes: int,
         modules: tuple[ModulePlan, ...] = (),
         tokens: TokenKind | Literal["deit"] = "both",
@@ -74,10 +74,11 @@ class Student(nn.Module):
         self.deit_heads = nn.ModuleList()
         if tokens == "deit":
             self.taps = ()
-            self.deit_heads.extend(nn.Linear(backbone.dim, num_classes) for _ in self.head_teacher)
-            for head in self.deit_heads:
+            for _ in self.head_teacher:
+                head = nn.Linear(backbone.dim, num_classes)
                 nn.init.trunc_normal_(head.weight, std=0.02)
                 nn.init.zeros_(head.bias)
+                self.deit_heads.append(head)
         else:
             for plan in modules:
                 self.std.append(STDModule(backbone.dim, backbone.patches, num_classes, len(plan.teachers), tokens))
@@ -150,7 +151,7 @@ def predict(output: StudentOutput, how: Prediction = "mean") -> Tensor:
 
 
 def plan_modules(
-    backbone: nn.Module,
+    backbone: Any,
     num_teachers: int,
     taps: tuple[int, ...] | None = None,
     assign: tuple[tuple[int, ...], ...] | None = None,
@@ -184,7 +185,9 @@ def plan_modules(
             raise UserError(f"distill.taps: name {len(assign)} blocks, one for each entry of distill.assign")
         taps = default[-len(assign) :]
     if len(taps) != len(assign):
-        raise UserError(f"distill.assign: has {len(assign)} entries for {len(taps)} modules (distill.taps); give one each")
+        raise UserError(
+            f"distill.assign: has {len(assign)} entries for {len(taps)} modules (distill.taps); give one each"
+        )
     if any(tap < 1 or tap > backbone.depth for tap in taps) or len(set(taps)) != len(taps):
         raise UserError(f"distill.taps: {list(taps)} must be different block numbers from 1 to {backbone.depth}")
     served = {teacher for group in assign for teacher in group}

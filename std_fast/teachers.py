@@ -134,7 +134,7 @@ def build_teacher(
     """
     if not spec.weights:
         raise UserError(f"{where}.weights: is empty, and a teacher without training teaches nothing; give a file")
-    path = Path(spec.weights.removeprefix("local-dir:"))  # timm's way of naming a folder
+    path = Path(spec.weights)
     if spec.weights == "pretrained":
         found = from_hub(spec, num_classes, image_size, where)
     elif path.is_dir():
@@ -150,7 +150,8 @@ def build_teacher(
     try_out(found.model, num_classes, size, where)
     folded = fold_batch_norms(found.model, size)
     model = in_precision(found.model, dtype, size, where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher = Teacher(model, spec.mean or found.mean or mean, spec.std or found.std or std, mean, std, size)
+    own_mean, own_std = spec.mean or found.mean or mean, spec.std or found.std or std
+    teacher = Teacher(model, own_mean, own_std, mean, std, spec.image_size or found.image_size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     text = "%s: %s (%s), %.1f M parameters, %d batch norms folded, %d px, %s"
     log.info(text, where, found.name, spec.weights, millions, folded, size, str(teacher.dtype).removeprefix("torch."))

@@ -35,6 +35,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def add_outer(hidden_BPH: Tensor, t_BPM: Tensor, w_HM: Tensor) -> Tensor:
+    """`hidden + t @ w^T` for a few columns M: compiled, pointwise, to fuse with what follows; eager, a product."""
+    if torch.compiler.is_compiling():
+        for m in range(w_HM.shape[1]):
+            hidden_BPH = hidden_BPH + t_BPM[..., m : m + 1] * w_HM[:, m]
+        return hidden_BPH
+    return torch.addmm(hidden_BPH.flatten(0, 1), t_BPM.flatten(0, 1), w_HM.T).view_as(hidden_BPH)
+
+
 class STDModule(nn.Module):
     """Reads features `[B, P, C]` and answers distillation logits `[B, M, K]`; it never writes to the backbone.
 
@@ -67,7 +76,13 @@ class STDModule(nn.Module):
             raise ValueError(f"sizes must be positive: {dim=} {patches=} {num_classes=} {teachers=}")
         if tokens not in ("both", "spatial", "channel", "none"):
             raise ValueError(f"tokens must be both, spatial, channel or none, not {tokens!r}")
-        self.dim, self.patches, self.num_classes, self.teachers, self.tokens = dim, patches, num_classes, teachers, tokens
+        self.dim, self.patches, self.num_classes, self.teachers, self.tokens = (
+            dim,
+            patches,
+            num_classes,
+            teachers,
+            tokens,
+        )
         width = 0
         if tokens in ("both", "spatial"):
             hidden = spatial_hidden or dim // 2
@@ -129,8 +144,7 @@ class STDModule(nn.Module):
         w_HD = self.fc1_c.weight * self.norm_c.weight  # the norm's affine part belongs to the first layer
         bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
         hidden_BPH = F.linear(z_BPC * scale_BP1, w_HD[:, :C], bias_H)
-        for m in range(self.teachers):
-            hidden_BPH = hidden_BPH + (t_BPM[..., m : m + 1] * scale_BP1) * w_HD[:, C + m]
+        hidden_BPH = add_outer(hidden_BPH, t_BPM * scale_BP1, w_HD[:, C:])
         token_BPM = F.linear(F.gelu(hidden_BPH), self.fc2_c.weight, self.fc2_c.bias) + self.token_c
         return token_BPM.transpose(1, 2)
 

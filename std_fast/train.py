@@ -5,21 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from pipelines.errors import UserError
 from std_fast import __version__, checkpoint
-from std_fast.budget import Clock, Ledger, process_seconds
+from std_fast.budget import Clock, Heartbeat, Ledger, Pace, Timed, earlier, in_words, learning_seconds, process_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
+from std_fast.compiling import counted
 from std_fast.config import difference
 from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
@@ -27,13 +28,14 @@ from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, loads, parse_seconds
+from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
 
 # fields that a resumed run may change: they decide where and how fast, not what is computed
 FREE = (
     "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "data.threads", "data.ahead",
-    "distill.answers", "summary", "name",
+    "distill.answers", "summary", "name", "run.overlap", "run.cuda_graphs",
 )
 
 
@@ -53,25 +55,50 @@ class Run:
         recipe = self.recipe
         self.folder = Path(recipe.run.out)
         self.ledger = Ledger(world.size, already=process_seconds())
-        found = self._find_checkpoint(resume)
-        self.parts: Parts = build(recipe, world)
-        loader = self.parts.train_loader
-        self.per_epoch = loader.steps_per_epoch
-        self.step = 0
+        self.step = self._saved_step = 0
+        self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
+        self._closing = ExitStack()
+        found = self._find_checkpoint(resume)
+        if resume and world.main:
+            self._carry(found)
+        try:
+            if world.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                heartbeat = Heartbeat(self.folder, self.ledger, self._beat_every())
+                # every second is accounted for when the steps that it was spent on are saved
+                self._closing.callback(lambda: heartbeat.stop(self.step if self.step == self._saved_step else None))
+            self._build(found, quiet)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, found: tuple | None, quiet: bool) -> None:
+        recipe, world = self.recipe, self.world
+        self.parts: Parts = build(recipe, world)
+        self._closing.callback(self.parts.close)
+        self.per_epoch = self.parts.train_loader.steps_per_epoch
+        self.clock = Clock(recipe, self.per_epoch, self.ledger)
         if found is not None:
             self._restore(*found)
-        self.clock = Clock(recipe, self.per_epoch, self.ledger)
         self.agree = Agreement(world)
+        on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
+        self.pace = Pace() if on_gpu and self.clock.hours else None
+        self.teachers = Timed(teachers, "teacher", self.ledger, on_gpu) if teachers is not None else None
         if world.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         self.writer = checkpoint.Writer(self.folder / "checkpoints", recipe.run.keep_checkpoints)
         self.journal = Journal(self.folder, self.step) if world.main else None
-        total = self.clock.steps or self.clock.hours
-        self.progress = Progress("step" if self.clock.steps else "hour", total, "" if self.clock.steps else "GPU-h", quiet or not world.main)
+        if self.journal is not None:
+            self._closing.callback(self.journal.close)
+        what, total, unit = ("hour", self.clock.hours, "GPU-h") if self.clock.hours else ("step", self.clock.steps, "")
+        self.progress = Progress(what, total or 0, unit, quiet or not world.main)
+        self._closing.callback(self.progress.close)
         self.stop_wanted = False
-        self._saved_at = self._logged_at = time.perf_counter()
+        self._logged = self.ledger.read()  # at the last line of the log
+        # the first save of a budget is made early, so that the cost of the last one is known
+        save_now = self.clock.hours and "checkpoint" not in self.clock.costs
+        self._saved_at = -float("inf") if save_now else time.perf_counter()
         self._save_every = parse_seconds(recipe.run.save_every, "run.save_every")
         self._eval_every = self._steps_between(recipe.run.eval_every)
         self._mine_every = max(1, self._steps_between(recipe.distill.mine.every))
@@ -83,8 +110,11 @@ class Run:
         return self.step * self.recipe.run.batch
 
     def _steps_between(self, text: str) -> int:
-        duration = Duration.parse(text)
-        return 0 if duration.unit == "gpu-hours" else round(duration.steps(self.per_epoch, self.recipe.run.batch))
+        return Duration.parse(text).steps(self.per_epoch, self.recipe.run.batch)
+
+    def _beat_every(self) -> float:
+        length = Duration.parse(self.recipe.run.length)
+        return min(5.0, max(0.2, 0.002 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -114,27 +144,37 @@ class Run:
         if trainer.average is not None:
             trainer.average.load(average)
         self.step, self.best = meta["step"], meta["best"]
-        # what was held on another number of GPUs counts as the GPU-hours that it was
-        share = meta.get("devices", 1) / self.world.size
-        seconds = {part: share * value for part, value in meta["seconds"].items()}
-        self.ledger = Ledger(self.world.size, seconds, already=process_seconds())
+        self._saved_step = self.step
+        self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
         log.info("resumed %s at step %d", path, self.step)
 
-    def save(self) -> None:
+    def _carry(self, found: tuple | None) -> None:
+        """Takes over what the run was held before, also where nothing of it was saved."""
+        step, devices, seconds = 0, 1, {}
+        if found is not None:
+            meta = found[2]
+            step, devices, seconds = meta["step"], meta.get("devices", 1), meta["seconds"]
+        saved = {part: devices * value for part, value in seconds.items()}
+        self.ledger.carry(earlier(self.folder, step, saved))
+
+    def save(self, complete: bool = False) -> None:
         """A checkpoint of this moment; the file is written by another thread."""
+        self._saved_at = time.perf_counter()
         if not self.world.main:
             return
         with self.ledger.during("checkpoint"):
+            self.writer.wait()
+            began = time.perf_counter()
             trainer = self.parts.trainer
             average = trainer.average.state() if trainer.average is not None else {}
             tensors = checkpoint.training_tensors(trainer.student, trainer.optimizer, average)
             self.writer.save(self.step, tensors, {
                 "step": self.step, "recipe": dump(self.recipe), "seconds": self.ledger.read(), "best": self.best,
-                "devices": self.world.size,
+                "devices": self.world.size, "costs": self.clock.costs, "complete": complete,
                 "versions": versions(), "num_classes": self.parts.train_loader.num_classes,
                 "class_names": self.parts.train_loader.source.class_names,
             })
-            self._saved_at = time.perf_counter()
+            self.copy_seconds, self._saved_step = time.perf_counter() - began, self.step
 
     # -- log and evaluation ---------------------------------------------------------------------------------------
 
@@ -143,19 +183,29 @@ class Run:
         trainer = self.parts.trainer
         steps = max(trainer.meters.counts.values(), default=0)
         figures = trainer.meters.read()
-        now = time.perf_counter()
-        rate = steps * self.recipe.run.batch / (now - self._logged_at)
-        self._logged_at = now
-        bad = int(trainer.guard.first_bad)
-        if bad >= 0:
-            self._report_bad(bad, figures)
-        self._record("train", self._where() | {"lr": lr, "images_per_second": round(rate, 1), **figures})
+        if self.teachers is not None:
+            self.teachers.settle()
+        before, self._logged = self._logged, self.ledger.read()
+        busy = learning_seconds(self._logged) - learning_seconds(before)
+        images = steps * self.recipe.run.batch
+        speed = self.parts.speed.read(images, busy, busy / max(steps, 1), self._logged["data"] - before["data"])
+        self.stop_if_not_finite(figures)
+        rate = images / busy
+        seconds = {part: round(value, 3) for part, value in self._logged.items()}
+        record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **speed, "seconds": seconds}
+        self._record("train", self._where() | record)
         text = f"loss {figures['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
         self.progress.note(self._done_amount(), text)
 
-    def _report_bad(self, bad: int, figures: dict) -> None:
+    def stop_if_not_finite(self, figures: dict | None = None) -> None:
+        """Waits for the device. NotFinite, after saving the weights before the bad step, if there was one."""
+        bad = int(self.parts.trainer.guard.first_bad)
+        if bad < 0:
+            return
+        self.step = bad - 1  # since then nothing has changed
         self.save()
         self.writer.wait()
+        figures = figures or {}
         epoch, place = divmod(bad - 1, self.per_epoch)
         report = {
             "step": bad, "epoch": epoch, "step_in_epoch": place, "figures": {k: str(v) for k, v in figures.items()},
@@ -169,13 +219,15 @@ class Run:
             f"{path}; try a lower optim.lr, optim.clip 1.0 or run.precision float32"
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy now, of the moving average where there is one; recorded."""
+    def evaluate(self, part: str = "evaluate", record: bool = True) -> dict[str, float]:
+        """Accuracy now, of the moving average where there is one; its time belongs to `part` of the ledger."""
         parts, trainer = self.parts, self.parts.trainer
         if parts.val_loader is None:
             return {}
+        if parts.device.type == "cuda":
+            torch.cuda.synchronize(parts.device)  # steps that are under way are training
         began = time.perf_counter()
-        with self.ledger.during("evaluate"):
+        with self.ledger.during(part):
             with trainer.average.applied() if trainer.average is not None else nullcontext():
                 self.world.share_buffers(trainer.student)
                 result = evaluate(
@@ -184,13 +236,20 @@ class Run:
                 )
             trainer.student.train()
         spent = self.world.tell(time.perf_counter() - began)
-        self.clock.keep(1.5 * spent)
-        self._logged_at += spent
+        self.clock.cost("evaluate", spent)
+        if not record:
+            return result
         if result["top1"] >= self.best.get("top1", -1.0):
             self.best = {"step": self.step, "top1": result["top1"]}
         self._record("eval", self._where() | result)
         self.progress.say(f"step {self.step}: top-1 {result['top1']:.2f} %  loss {result['loss']:.4f}")
         return result
+
+    def rehearse(self) -> None:
+        """Evaluates before the first step, so that a budget knows what the last evaluation will cost."""
+        self.evaluate("start")
+        if self.clock.costs.get("evaluate", 0.0) > 0.01 * (self.clock.hours or 0.0):
+            self.evaluate("start", record=False)  # the first one is slower than the last will be
 
     def _record(self, kind: str, record: dict) -> None:
         if self.journal is not None:
@@ -214,7 +273,8 @@ class Run:
         while True:
             shown = epoch % views if views else epoch  # the epoch whose images are seen; see recipe.py
             raw = p.train_loader.epoch(shown, start)
-            data, ask = self.ledger.waiting(raw), (p.augment, p.teachers, p.trainer.autocast)
+            data = self.ledger.waiting(raw)
+            ask = (p.augment, cast(Teachers | None, self.teachers), p.trainer.autocast, p.overlap)
             pairs = taught(data, *ask) if p.answers is None else p.answers.taught(shown, data, *ask)
             try:
                 for mixed, answers in pairs:
@@ -226,48 +286,73 @@ class Run:
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> dict[str, float]:
         """Trains to the end; returns the last evaluation."""
-        with closing(self.batches()) as batches:
+        with closing(self.batches()) as batches, counted(self.ledger) if self.parts.backend else nullcontext():
             return self._loop(batches, on_step)
 
     def _loop(self, batches: Iterator, on_step: Callable[[Run], None] | None) -> dict[str, float]:
         r, trainer = self.recipe, self.parts.trainer
         peak = peak_learning_rate(r)
         result: dict[str, float] = {}
-        if self.clock.done(self.step) or (self.clock.hours and not self.step):
-            result = self.evaluate()  # of a run that was complete; or so that the reserve for the last one is known
-        hours = self.world.tell(self.ledger.gpu_hours)
+        if self.complete or self.clock.done(self.step):
+            return self.evaluate()
+        if self.clock.hours and "evaluate" not in self.clock.costs:
+            self.rehearse()
+        share = self.world.tell(self._share())
+        if share >= 1:
+            spent = in_words(self.ledger.read())
+            log.warning("run.length: %s are spent before the first step (%s): there will be one", r.run.length, spent)
         self.ledger.switch("train")
-        self._logged_at = time.perf_counter()
+        self._logged = self.ledger.read()
         while not self.clock.done(self.step):
+            trainer.watch.armed = (self.step + 1) % r.run.log_every == 0
             mixed, answers = next(batches)
             self.step += 1
-            progress = self.clock.progress(self.step, hours)
+            progress = self.clock.progress(self.step, share)
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
             psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
             with_mine = r.distill.uses_mine and self.step % self._mine_every == 0
             trainer.step(mixed, answers, self.step, lr, psi_lr, with_mine)
+            if self.pace is not None:
+                self.pace()
 
             last = self.clock.done(self.step)
             self.progress.update(self._done_amount())
             if last or self.step % r.run.log_every == 0:
                 self.log_line(lr)
-            if last or (self._eval_every and self.step % self._eval_every == 0):
+            if last or (self._eval_every and self.step % self._eval_every == 0 and self._fits_eval()):
                 result = self.evaluate()
             if on_step is not None:
                 on_step(self)
-            stop, hours = self.agree(self.stop_wanted, self.ledger.gpu_hours)
-            if last or stop or time.perf_counter() - self._saved_at > self._save_every:
+            stop, share = self.agree(self.stop_wanted, self._share())
+            if last or stop:
+                self.stop_if_not_finite()
+                self.save(complete=last)
+            elif self._save_is_due():
                 self.save()
             if stop and not last:
                 raise Stopped(f"stopped at step {self.step}, saved in {self.folder}; continue with --resume")
         return result
+
+    def _share(self) -> float:
+        if self.writer.seconds:
+            self.clock.cost("checkpoint", self.copy_seconds + self.writer.seconds)
+        return self.clock.share()
+
+    def _fits_eval(self) -> bool:
+        """Whether an evaluation leaves enough of a budget for the last one; all ranks alike."""
+        return self.clock.hours is None or self.world.tell(self.clock.fits("evaluate"))
+
+    def _save_is_due(self) -> bool:
+        """By rank 0's clock alone, so a bad step is left to the next line of the log, where all ranks stop."""
+        due = time.perf_counter() - self._saved_at > self._save_every and self.clock.fits("checkpoint")
+        return self.world.main and due and int(self.parts.trainer.guard.first_bad) < 0
 
     def finish(self, result: dict[str, float]) -> dict:
         """Writes `summary.json`; returns it."""
         with self.ledger.during("checkpoint"):
             self.writer.wait()
         seconds = self.ledger.read()
-        busy = seconds["train"] + seconds["data"]
+        busy = learning_seconds(seconds)
         student = self.parts.trainer.student
         summary = {
             "name": self.recipe.name, "seed": self.recipe.run.seed, "steps": self.step, "samples": self.samples,
@@ -283,10 +368,8 @@ class Run:
         return summary
 
     def close(self) -> None:
-        self.parts.close()
-        if self.journal is not None:
-            self.journal.close()
-        self.progress.close()
+        """Closes what the run holds and leaves word of how long it was held."""
+        self._closing.close()
 
 
 def train(

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "resident"]
 BACKENDS += ["ffcv"] if importlib.util.find_spec("ffcv") else []
 BACKENDS += ["dali"] if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else []
-# ffcv and torch decode on the host; resident multiplies in another order; nvJPEG has its own DCT and DALI its own filter.
+# ffcv and torch decode on the host; resident adds in another order; nvJPEG has its own DCT, DALI its own filter.
 LARGEST_MEAN = {"torch": 0.0, "ffcv": 0.0, "resident": 0.01, "dali": 1.5}
 
 

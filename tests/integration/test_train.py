@@ -121,7 +121,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(recipe, t
         train(recipe, quiet=True, on_step=poison)
     report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert report["step"] == 5 and report["positions"] == list(range(8, 16))
-    tensors, _ = weights(tmp_path / "run")
+    tensors, meta = weights(tmp_path / "run")
+    assert meta["step"] == 4  # so that a resumed run meets the bad step again
     assert all(t.isfinite().all() for n, t in tensors.items() if n.startswith("model.") and "log_average" not in n)
 
 

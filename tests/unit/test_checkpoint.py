@@ -77,7 +77,7 @@ def test_writer_keeps_the_newest_and_passes_errors_on(tmp_path):
     (tmp_path / "file").write_text("")
     broken = checkpoint.Writer(tmp_path / "file", keep=2)  # a file where the folder should be
     broken.save(1, TENSORS, {})
-    with pytest.raises(UserError, match="could not be saved"):
+    with pytest.raises(UserError, match="was not saved"):
         broken.wait()
 
 

@@ -159,7 +159,14 @@ def test_a_header_that_is_none(tmp_path):
     path = tmp_path / "answers.json"
     path.write_text(json.dumps(good))
     assert read_header(tmp_path) == Header({}, 3, 1, 0)
-    for change in ({"format": 2}, {"fingerprint": []}, {"classes": -1}, {"teachers": 0}, {"teachers": True}, {"top_k": 3}):
+    for change in (
+        {"format": 2},
+        {"fingerprint": []},
+        {"classes": -1},
+        {"teachers": 0},
+        {"teachers": True},
+        {"top_k": 3},
+    ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=r"answers.json: "):
             read_header(tmp_path)

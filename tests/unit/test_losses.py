@@ -46,7 +46,9 @@ def test_soft_labels_are_hintons():
     torch.manual_seed(0)
     logits, teachers = torch.randn(4, 1, 5), torch.randn(4, 1, 5)
     answers = answers_from_logits(teachers, temperature=3.0)
-    expected = 9 * F.kl_div((logits / 3).log_softmax(-1), (teachers / 3).log_softmax(-1), reduction="none", log_target=True)
+    expected = 9 * F.kl_div(
+        (logits / 3).log_softmax(-1), (teachers / 3).log_softmax(-1), reduction="none", log_target=True
+    )
     got = distillation_loss(logits, answers, temperature=3.0, reweight=False)
     torch.testing.assert_close(got, expected.sum(-1).mean())
     with pytest.raises(ValueError, match="log_probs"):

@@ -110,8 +110,8 @@ def test_third_party_imports_are_declared_and_the_other_way_round():
     )
     core = {MODULE_OF.get(n, n) for n in map(requirement_name, PROJECT["dependencies"])}
     optional = {MODULE_OF.get(n, n) for extra in EXTRAS.values() for n in map(requirement_name, extra)}
-    # numba, llvmlite and cv2 come with FFCV, triton with torch; apex has no right name on PyPI
-    assert used <= core | optional | {"numba", "llvmlite", "cv2", "triton", "apex"}
+    # numba, llvmlite and cv2 come with FFCV, triton with torch; apex (amp_C is part of it) has no right name on PyPI
+    assert used <= core | optional | {"numba", "llvmlite", "cv2", "triton", "apex", "amp_C"}
     by_others = {"torchvision", "tensorboard"}  # by timm, and by torch.utils.tensorboard
     assert core <= used | by_others, "a dependency that nothing imports"
 

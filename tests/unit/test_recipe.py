@@ -29,7 +29,10 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
         ({"distill": {"mode": "std"}}, "distill.teachers: is empty"),
         ({"distill": {"mode": "none", "teachers": [{"name": "resnet18"}]}}, "distill.teachers: has no effect"),
         ({"distill": {"mode": "std", "teachers": [{}]}}, "distill.teachers.0: needs a name or weights"),
-        ({"distill": {"mode": "std", "teachers": [{"name": "a"}], "temperature": 3}}, "distill.temperature: has no effect"),
+        (
+            {"distill": {"mode": "std", "teachers": [{"name": "a"}], "temperature": 3}},
+            "distill.temperature: has no effect",
+        ),
         ({"distill": {"alpha": 1.5}}, "distill.alpha: 1.5"),
         ({"distill": {"mine": {"every": "2 samples"}}}, "distill.mine.every"),
         ({"augment": {"flip": 2}}, "augment.flip"),

@@ -17,7 +17,10 @@ from std_fast.student import ModulePlan, StudentOutput, plan_modules, predict
 K, SIZE = 5, 16
 MIXER = {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}}
 RESMLP = {"name": "resmlp", "options": {"patch_size": 4, "dim": 16, "depth": 3}}
-CYCLE = {"name": "cyclemlp_b1", "options": {"layers": [1, 1, 1, 3], "embed_dims": [8, 8, 16, 16], "mlp_ratios": [2] * 4}}
+CYCLE = {
+    "name": "cyclemlp_b1",
+    "options": {"layers": [1, 1, 1, 3], "embed_dims": [8, 8, 16, 16], "mlp_ratios": [2] * 4},
+}
 STUDENTS = {"mixer": MIXER, "resmlp": RESMLP, "cyclemlp": CYCLE}
 SETTINGS = {
     "two teachers": {},

@@ -365,6 +365,12 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ({"name": "resnet50.tv_in2k", "weights": "pretrained"}, "did you mean 'resnet50.tv_in1k'"),
         ({"name": "test_resnet", "weights": "{tmp}/none.pth"}, "none.pth: no such weights file"),
         ({"name": "test_vit", "weights": "{weights}"}, "does not fit the model: Missing key(s)"),
+        ({"name": "resnet18", "weights": "{weights}", "options": {"layers": [1]}}, "timm cannot build it with {{"),
+        (
+            {"name": "resnet18", "weights": "{weights}", "options": {"num_classes": 1}},
+            "options.num_classes: has its own place",
+        ),
+        ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teachers.std: must be positive"),
         ({"name": "test_resnet", "weights": "{weights}", "options": {"deep": 1}}, "unexpected keyword argument 'deep'"),
         ({"name": "resnet18", "weights": "pretrained", "options": {"small_stem": True}}, "options: small_stem"),
         ({"name": "test_mambaout", "weights": "{weights}"}, "does not fit the model"),

@@ -47,6 +47,16 @@ def test_fused_form_is_the_papers_function(B, P, C, K, m):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_compiled_form_is_the_same_function():
+    torch.manual_seed(0)
+    module = STDModule(6, 5, 3, teachers=2).double()
+    z = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)(z)
+    grads = [torch.autograd.grad(out.logits.sum(), z)[0] for out in (compiled, module(z))]
+    torch.testing.assert_close(compiled.logits, module(z).logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [("both", 12 + 5), ("spatial", 12), ("channel", 5), ("none", 12)])
 def test_kinds_of_tokens_and_their_heads(tokens, width):
     module = STDModule(12, 5, 3, teachers=2, tokens=tokens)

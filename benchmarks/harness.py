@@ -1,0 +1,402 @@
+"""How the benchmarks measure, and what each result carries: the one harness of all of them.
+
+Contestants take turns in one process, forwards in one round and backwards in the next, so that all meet the same
+weather on the machine. What is reported is the median over the rounds with the quartiles beside it; ratios are ratios
+of medians, and their quartiles come from the rounds, each a pair of neighbours in time. The first call, which compiles,
+stands apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "torchvision", "timm", "triton", "ffcv", "nvidia-dali-cuda120", "numba", "numpy", "pillow")
+
+Report = dict[str, Any]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """What was measured of one contestant."""
+
+    first: float
+    """seconds of the first call: compilation, allocation, choice of kernels"""
+    turns: list[float] = field(default_factory=list)
+    """seconds of one call, in each round"""
+    processor: list[float] = field(default_factory=list)
+    """likewise, seconds that this process had a core: on a busy machine the figure to trust; empty on a GPU"""
+    peak_memory: float | None = None
+    """MiB on the GPU, all that lay there included; None on a CPU"""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.turns)
+
+
+def measure(
+    contestants: Mapping[str, Callable[[], object]],
+    args: argparse.Namespace,
+    warm_up: int = 2,
+) -> dict[str, Times]:
+    """Times callables in turns.
+
+    Args:
+        contestants: name -> what to time; called without arguments, its answer is thrown away.
+        args: of `add_arguments`: the device, `repeats` rounds in each of which every contestant has one turn, and
+            `turn_seconds`: a turn is as many calls as take about this long, at least one.
+        warm_up: calls before the first round, the first of them timed on its own.
+    """
+    device, repeats = args.device, args.repeats
+    wait = synchronizer(device)
+    times, calls = {}, {}
+    for name, call in contestants.items():
+        progress(f"{name}: warming up")
+        seconds = [_time(call, 1, wait) for _ in range(max(1, warm_up))]
+        times[name] = Times(seconds[0])
+        calls[name] = max(1, min(1000, round(args.turn_seconds / max(seconds[-1], 1e-9))))
+    for turn in range(repeats):
+        gc.collect()
+        for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
+            reset_peak_memory(device)
+            before = time.process_time()
+            times[name].turns.append(_time(contestants[name], calls[name], wait))
+            if device == "cpu":
+                times[name].processor.append((time.process_time() - before) / calls[name])
+            times[name].peak_memory = peak_memory(device)
+        progress(f"round {turn + 1} of {repeats}")
+    return times
+
+
+def _time(call: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
+    """Seconds of one call, the mean of `calls` in a row, undisturbed by the collector of garbage."""
+    gc.disable()
+    try:
+        wait()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        return (time.perf_counter() - began) / calls
+    finally:
+        gc.enable()
+
+
+def best(call: Callable[[], object], device: str, calls: int = 1, repeats: int = 6) -> float:
+    """Seconds of one call in the best of some turns: for ceilings, where the weather only ever takes away."""
+    wait = synchronizer(device)
+    return min(_time(call, calls, wait) for _ in range(repeats))
+
+
+def synchronizer(device: str) -> Callable[[], None]:
+    """Waits for the device; does nothing on a CPU."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
+
+
+def reset_peak_memory(device: str) -> None:
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: str) -> float | None:
+    """MiB, the most since the last reset; None on a CPU, where no one counts."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median and quartiles, rounded to significant digits."""
+    values = list(values)
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    names = ("median", "lower_quartile", "upper_quartile")
+    ordered = (quartiles[1], quartiles[0], quartiles[2])
+    return {name: significant(value, digits) for name, value in zip(names, ordered, strict=True)}
+
+
+def significant(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def row(name: str, times: Times, batch: int = 0, **more: Any) -> Report:
+    """A contestant's row: milliseconds a call, and images per second where a call takes a batch of images."""
+    figures: Report = {"name": name, "milliseconds": spread([1e3 * t for t in times.turns])}
+    if times.processor:
+        figures["cpu_milliseconds"] = spread([1e3 * t for t in times.processor])
+    if batch:
+        figures["images_per_second"] = significant(batch / times.median)
+    figures["first_call_seconds"] = significant(times.first, 3)
+    if times.peak_memory is not None:
+        figures["peak_memory_mib"] = round(times.peak_memory)
+    return figures | more | {"turns_ms": [significant(1e3 * t) for t in times.turns]}
+
+
+def ratio(what: str, of: Times, over: Times) -> Report:
+    """How many times as fast `of` is as `over`, by the clock and by processor time."""
+
+    def of_medians(a: list[float], b: list[float]) -> Report:
+        rounds = spread([y / x for x, y in zip(a, b, strict=True)], 3)
+        return rounds | {"median": significant(statistics.median(b) / statistics.median(a), 3)}
+
+    found = {"what": what, "ratio": of_medians(of.turns, over.turns)}
+    if of.processor and over.processor:
+        found["cpu_ratio"] = of_medians(of.processor, over.processor)
+    return found
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+def conditions(device: str = "cpu") -> Report:
+    """What a result must carry: machine, versions, commit, date. Numbers without these are rumours."""
+    import torch
+
+    gpu = None
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "gpu": gpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "HEAD") or "none",
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware(found: Report) -> str:
+    """The machine of some `conditions` as it stands in a file's name."""
+    name = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']} x{found['cores']}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+# -- from the command line to a report --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
+    """What every benchmark takes."""
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: whether it runs, not how fast")
+    parser.add_argument("--out", metavar="FOLDER", help="also write QUESTION-HARDWARE-DATE.json (and the plot) there")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds [{repeats}]")
+    parser.add_argument(
+        "--turn-seconds", type=float, default=0.2, help="calls are repeated until a turn lasts so long [0.2]"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads of a CPU's kernels; 0: all cores")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors as UserError: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(
+    question: str,
+    run: Callable[[argparse.Namespace], Report],
+    show: Callable[[Report], str],
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+    draw: Callable[[Report, Path], None] | None = None,
+    argv: list[str] | None = None,
+    text: str | None = None,
+) -> int:
+    """A benchmark as a command; returns the exit code (2: the user's mistake).
+
+    Args:
+        question: its name.
+        run: the parsed arguments -> `rows`, `ratios` and whatever else; `settings` and `conditions` are added here.
+        show: a report -> Markdown.
+        add: its own arguments.
+        draw: writes a plot of a report as a PNG, beside the JSON file of --out.
+        text: what `--help` says.
+    """
+    parser = Parser(
+        f"std-fast bench {question}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    if add is not None:
+        add(parser)
+    try:
+        args = parser.parse_args(argv)
+        report = complete(question, run, args)
+    except UserError as error:
+        print(f"std-fast bench {question}: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        print(write(report, Path(args.out)), file=sys.stderr)
+        if draw is not None:
+            draw(report, Path(args.out) / f"{stem(report)}.png")
+    print(json.dumps(report, indent=1) if args.json else show(report))
+    return 0
+
+
+def complete(question: str, run: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> Report:
+    """Runs a benchmark; returns its report with settings and conditions. UserError as `run` raises it."""
+    import torch
+
+    if args.smoke:
+        args.device, args.threads, args.repeats, args.turn_seconds = "cpu", 1, 2, 0.0
+    if args.repeats < 1:
+        raise UserError("--repeats: must be 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda, but torch sees no GPU; leave it out, or look at `std-fast doctor`")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        found = conditions(args.device)
+        body = run(args)
+    finally:
+        torch.set_num_threads(threads)
+    found["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+    found["host_memory_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "out")}
+    return {"question": question, "settings": settings, "conditions": found, **body}
+
+
+def write(report: Report, folder: Path) -> Path:
+    """Writes `QUESTION-HARDWARE-DATE.json`; a `variant` of the question stands in the name too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem(report)}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def stem(report: Report) -> str:
+    """Name of a report's files, without the ending."""
+    found = report["conditions"]
+    return "-".join(filter(None, (report["question"], report.get("variant"), hardware(found), found["date"][:10])))
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Rows as a Markdown table. `columns`: heading -> key; a column that no row has is left out."""
+    used = {heading: key for heading, key in columns.items() if any(r.get(key) is not None for r in rows)}
+    lines = ["| " + " | ".join(used) + " |", "|" + "---|" * len(used)]
+    lines += ["| " + " | ".join(cell(r.get(key)) for key in used.values()) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    """A figure as text; a median with its quartiles as `median (lower to upper)`."""
+    if value is None:
+        return "-"
+    if isinstance(value, Mapping):
+        return f"{cell(value['median'])} ({cell(value['lower_quartile'])} to {cell(value['upper_quartile'])})"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+TIMES = {
+    "what": "name",
+    "ms (quartiles)": "milliseconds",
+    "CPU ms (quartiles)": "cpu_milliseconds",
+    "images/s": "images_per_second",
+    "MFU, %": "mfu_percent",
+    "first call, s": "first_call_seconds",
+    "peak GPU memory, MiB": "peak_memory_mib",
+}
+
+
+def ratio_table(ratios: Sequence[Mapping[str, Any]]) -> str:
+    """Of `ratio`s."""
+    columns = {"times as fast": "what", "by the clock (quartiles)": "ratio", "by CPU time (quartiles)": "cpu_ratio"}
+    return table(ratios, columns)
+
+
+def show(report: Report, columns: Mapping[str, str] = TIMES) -> str:
+    """Rows and ratios of a report, under a line with its conditions."""
+    found = report["conditions"]
+    where = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, {found['threads']} of {found['cores']} cores"
+    load = f"load {found['load_average'][0]} to {found['load_average_after'][0]}"
+    changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
+    commit = f"commit {found['commit'][:9]}{changes}"
+    head = f"{where}, torch {found['versions']['torch']}, {load}, {found['date'][:10]}, {commit}"
+    parts = [head, table(report["rows"], columns)]
+    if report.get("ratios"):
+        parts.append(ratio_table(report["ratios"]))
+    parts += report.get("notes", [])
+    return "\n\n".join(parts)

@@ -1,0 +1,156 @@
+"""What one training step costs, and what of it is due to what.
+
+The plain backbone's step; the STD student's with the teachers' answers given; with the answers read from a store, and
+with the teachers asked (both from a raw batch that lies on the device, augmentation included); and augmentation and
+teachers on their own. MFU counts the products' operations, forward and backward, against the matrix product that this
+machine was measured to reach just before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import harness, workload
+from pipelines.batch import Batch
+from std_fast.build import Parts
+from std_fast.label_cache import pack
+from std_fast.losses import TeacherAnswers
+from std_fast.overlap import taught
+
+PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, answers given", "STD, answers stored", "STD, teachers asked"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    workload.add_arguments(parser)
+    names = " ".join(workload.PRETRAINED)
+    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help=f"timm names [{names}]")
+    parser.add_argument("--profile", action="store_true", help="also list the ten longest kernels of the STD step")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    workload.settle(args)
+    if args.smoke:
+        args.teachers = [workload.TINY_TEACHER] * 2
+    teachers = tuple(args.teachers)
+    with workload.workplace(args, teachers) as folder:
+        plain_recipe = workload.recipe_for(args, folder, ())
+        recipe = workload.recipe_for(args, folder, teachers, answers=str(folder / "answers"))
+        with workload.built(plain_recipe) as plain, workload.built(recipe) as std:
+            return compare(args, plain, std)
+
+
+def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any]:
+    raw = workload.raw_batch(std)
+    with torch.no_grad():
+        mixed = std.augment(raw)
+    answers = workload.given_answers(std)
+    assert answers is not None and std.answers is not None and std.teachers is not None
+    store(std, answers)
+    plain_step, step = workload.Stepper(plain), workload.Stepper(std)
+    asking = (std.augment, std.teachers, std.trainer.autocast)
+    stored, asked = std.answers.taught(0, again(raw), *asking), taught(again(raw), *asking)
+    teachers = std.teachers
+
+    def ask() -> None:
+        with std.trainer.autocast():
+            teachers(mixed.images)
+
+    contestants: dict[str, Callable[[], object]] = {
+        PLAIN: lambda: plain_step(mixed, None),
+        GIVEN: lambda: step(mixed, answers),
+        STORED: lambda: step(*next(stored)),
+        ASKED: lambda: step(*next(asked)),
+        "augmentation alone": torch.no_grad()(lambda: std.augment(raw)),
+        "teachers alone": ask,
+    }
+    flops = {PLAIN: workload.step_flops(plain, mixed, None), GIVEN: workload.step_flops(std, mixed, answers)}
+    ceiling = workload.matmul_ceiling(args.device, workload.compute_dtype(std))
+    times = harness.measure(contestants, args)
+    plain_step.check()
+    step.check()
+    rows = []
+    for name, one in times.items():
+        more = {}
+        if name in flops:
+            rate = flops[name] * args.batch / one.median
+            more = {"gflop_per_image": round(flops[name] / 1e9, 3), "mfu_percent": round(100 * rate / ceiling, 1)}
+        rows.append(harness.row(name, one, args.batch, **more))
+    ratios = [
+        harness.ratio("STD (answers given) over the plain backbone", times[GIVEN], times[PLAIN]),
+        harness.ratio("answers stored over teachers asked", times[STORED], times[ASKED]),
+    ]
+    parts = sum(times[name].median for name in (GIVEN, "augmentation alone", "teachers alone"))
+    report = {
+        "variant": workload.variant(args),
+        "rows": rows,
+        "ratios": ratios,
+        "matmul_ceiling_tflops": harness.significant(ceiling / 1e12),
+        "arithmetic_of_std_percent": round(100 * (flops[GIVEN] / flops[PLAIN] - 1), 1),
+        "time_of_std_percent": round(100 * (times[GIVEN].median / times[PLAIN].median - 1), 1),
+        "asked_over_sum_of_parts": harness.significant(times[ASKED].median / parts),
+        "precision": str(workload.compute_dtype(std)).removeprefix("torch."),
+    }
+    if args.profile:
+        report["profile"] = longest_kernels(contestants[GIVEN], args.device)
+    return report
+
+
+def again(batch: Batch) -> Iterator[Batch]:
+    """The same batch for ever."""
+    return itertools.repeat(batch)
+
+
+def store(parts: Parts, answers: TeacherAnswers) -> None:
+    """Writes epoch 0 of the run's store with the same answers for every step."""
+    assert parts.answers is not None
+    writer = parts.answers.writer(0)
+    for number in range(parts.train_loader.steps_per_epoch):
+        writer.add(number, pack(answers))
+    writer.end()
+    parts.answers.wait()
+
+
+def longest_kernels(call: Callable[[], object], device: str, steps: int = 5) -> list[dict[str, Any]]:
+    """The ten kernels (on a CPU: operators) that take most time, with their share of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        for _ in range(steps):
+            call()
+        harness.synchronizer(device)()
+    key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    return [
+        {
+            "kernel": event.key[:100],
+            "calls_per_step": event.count / steps,
+            "ms_per_step": harness.significant(getattr(event, key) / 1e3 / steps),
+            "percent": round(100 * getattr(event, key) / total, 1),
+        }
+        for event in events[:10]
+    ]
+
+
+def show(report: dict[str, Any]) -> str:
+    text = harness.show(report)
+    text += (
+        f"\n\nSTD adds {report['arithmetic_of_std_percent']} % of arithmetic and {report['time_of_std_percent']} % of "
+        f"time to the plain step. With the teachers asked, a step takes {report['asked_over_sum_of_parts']} of the sum "
+        f"of its parts. Ceiling of matrix products: {report['matmul_ceiling_tflops']} TFLOP/s in {report['precision']}."
+    )
+    if "profile" in report:
+        columns = {name: name for name in ("kernel", "calls_per_step", "ms_per_step", "percent")}
+        text += "\n\n" + harness.table(report["profile"], columns)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("step", run, show, add_arguments, text=__doc__))

@@ -1,0 +1,224 @@
+"""What the benchmarks of the step are run on: the project's own parts, built as `std-fast train` builds them.
+
+The images are synthetic and the weights random, which no time depends on. Shapes: B batch, K classes, M teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import best, progress
+from pipelines.augment import Mixed
+from pipelines.batch import Batch
+from pipelines.errors import UserError
+from std_fast import recipe as recipes
+from std_fast.build import Parts, build
+from std_fast.losses import TeacherAnswers, answers_from_logits
+from std_fast.recipe import Distill, Recipe, StudentSpec, TeacherSpec
+from std_fast.step import Objective
+
+TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
+TINY_TEACHER = "test_resnet"  # timm's, 0.5 M parameters: where answers are given, any teacher will do
+PRETRAINED = ("resnet50", "resnet101")
+SOURCES = 16  # different images on disk; the others are links to them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, sizes and precision. By default the batch is 1024 on a GPU and 8 on a CPU."""
+    parser.add_argument("--model", default="mixer_s16", help="a student of this project [mixer_s16]")
+    parser.add_argument("--batch", type=int, default=0, help="images per step [1024 on a GPU, 8 on a CPU]")
+    parser.add_argument("--image-size", type=int, default=224, help="[224]")
+    parser.add_argument("--classes", type=int, default=1000, help="[1000]")
+    parser.add_argument("--precision", default="auto", help="as run.precision [auto]")
+    parser.add_argument("--compile", default="auto", help="as run.compile [auto: on a GPU]")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fills in what depends on the device, and the tiny sizes of --smoke."""
+    if args.smoke:
+        args.model, args.batch, args.image_size, args.classes = "mixer", 8, 32, 8
+    args.batch = args.batch or (1024 if args.device == "cuda" else 8)
+
+
+def variant(args: argparse.Namespace) -> str | None:
+    """Stands in the file's name where the model is not the usual one."""
+    return None if args.model == "mixer_s16" else args.model
+
+
+def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...], **distill: Any) -> Recipe:
+    """The published recipe of `args.model` with two things replaced: synthetic data, and teachers of random weights.
+
+    Args:
+        folder: where data, weights and the run go.
+        teachers: names; none gives the plain backbone with the same settings.
+        distill: fields of the recipe's section, replaced.
+    """
+    base = "mixer_s16_std" if args.model == "mixer" else f"{args.model}_std"
+    recipe = recipes.load(base)
+    data = replace(
+        recipe.data, train=str(folder / "images"), val="", image_size=args.image_size, backend="torch", threads=1
+    )
+    run = replace(
+        recipe.run,
+        out=str(folder / "run"),
+        batch=args.batch,
+        device=args.device,
+        precision=args.precision,
+        compile=args.compile,
+        length="1000 steps",
+    )
+    run = recipes.from_dict(type(run), vars(run))  # so that words from the command line are validated
+    student = StudentSpec("mixer", TINY, recipe.student.drop_path) if args.model == "mixer" else recipe.student
+    if teachers:
+        specs = tuple(TeacherSpec(name, str(folder / f"{name}.safetensors")) for name in teachers)
+        section = replace(recipe.distill, teachers=specs, **distill)
+    else:
+        section = Distill(mode="none")
+    return replace(recipe, data=data, run=run, student=student, distill=section)
+
+
+@contextlib.contextmanager
+def workplace(args: argparse.Namespace, teachers: tuple[str, ...], images: int = 0) -> Iterator[Path]:
+    """A temporary folder with `images/CLASS/*.jpg` (by default two batches) and the weights of the teachers."""
+    with tempfile.TemporaryDirectory(prefix="std-fast-bench-") as name:
+        folder = Path(name)
+        write_images(
+            folder / "images", args.classes, images or max(2 * args.batch, args.classes), 4 * args.image_size // 3
+        )
+        for teacher in dict.fromkeys(teachers):
+            write_teacher(folder / f"{teacher}.safetensors", teacher, args.classes)
+        yield folder
+
+
+def write_images(folder: Path, classes: int, count: int, side: int) -> None:
+    """CLASS/NUMBER.jpg of about the bytes a pixel of photographs (0.2 to 0.3 at quality 90): clouds with a grain."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(min(SOURCES, count)):
+        height, width = side, side + int(random.integers(0, side // 2 + 1))
+        clouds = random.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        smooth = np.asarray(Image.fromarray(clouds).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        grain = random.normal(0, 6, (height, width, 1))
+        pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+    for number in range(count):
+        place = folder / f"{number % classes:04d}"
+        place.mkdir(exist_ok=True)
+        os.link(folder / f"{number % SOURCES}.jpg", place / f"{number}.jpg")
+    for file in folder.glob("*.jpg"):
+        file.unlink()
+
+
+def write_teacher(path: Path, name: str, classes: int) -> None:
+    """Random weights of a timm model. UserError when timm does not know it."""
+    import timm
+    from safetensors.torch import save_file
+
+    if not timm.is_model(name):
+        raise UserError(f"--teachers: timm has no model {name!r}")
+    save_file(timm.create_model(name, num_classes=classes).state_dict(), str(path))
+
+
+@contextlib.contextmanager
+def built(recipe: Recipe) -> Iterator[Parts]:
+    """`build(recipe)`, closed at the end."""
+    progress(f"building {recipe.student.name}, {recipe.distill.mode}")
+    parts = build(recipe)
+    try:
+        yield parts
+    finally:
+        parts.close()
+
+
+def raw_batch(parts: Parts, seed: int = 0) -> Batch:
+    """A uint8 batch of noise on the device, as a loader gives it."""
+    B, side, device = parts.recipe.run.batch, parts.recipe.data.image_size, parts.device
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (B, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    labels = torch.randint(0, parts.train_loader.num_classes, (B,), generator=generator)
+    positions = torch.arange(B)
+    return Batch(images.to(device), labels.to(device), positions.to(device), np.arange(B), epoch=0, step=0)
+
+
+def given_answers(parts: Parts, seed: int = 0) -> TeacherAnswers | None:
+    """Answers that M teachers might have given, on the device; None for a plain run."""
+    teachers = len(parts.recipe.distill.teachers)
+    if not teachers:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(parts.recipe.run.batch, teachers, parts.train_loader.num_classes, generator=generator)
+    return TeacherAnswers._make(x if x is None else x.to(parts.device) for x in answers_from_logits(logits))
+
+
+class Stepper:
+    """`Trainer.step` on a batch, counted; `check` says whether what was timed was training."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.count = parts, 0
+        self.with_mine = parts.recipe.distill.uses_mine
+
+    def __call__(self, mixed: Mixed, answers: TeacherAnswers | None) -> None:
+        self.count += 1
+        self.parts.trainer.step(mixed, answers, self.count, 1e-4, 1e-4, self.with_mine)
+
+    def check(self) -> None:
+        """RuntimeError when a loss or gradient was not finite: the optimizer then did nothing."""
+        if (bad := int(self.parts.trainer.guard.first_bad)) >= 0:
+            raise RuntimeError(f"step {bad} was not finite: these times are not of training")
+
+
+def step_flops(parts: Parts, mixed: Mixed, answers: TeacherAnswers | None) -> int:
+    """Floating-point operations of one training step for one image: matrix products and convolutions, forward and
+    backward, counted by their shapes while the plain student runs on four images."""
+    rows = 4
+    trainer, recipe = parts.trainer, parts.recipe
+    objective = Objective(recipe.distill, recipe.optim.smoothing, trainer.student.head_teacher)
+    few = replace(
+        mixed,
+        images=mixed.images[:rows],
+        labels_a=mixed.labels_a[:rows],
+        labels_b=mixed.labels_b[:rows],
+        lam=mixed.lam[:rows],
+        positions=mixed.positions[:rows],
+    )
+    some = answers and TeacherAnswers._make(x if x is None else x[:rows] for x in answers)
+    with FlopCounterMode(display=False) as counter:
+        with trainer.autocast():
+            losses = objective(trainer.student(few.images, None, recipe.distill.uses_mine), few, some)
+        losses.total.backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops() // rows
+
+
+def matmul_ceiling(device: str, dtype: torch.dtype, size: int = 0) -> float:
+    """FLOP/s of the best of some square matrix products: what the hardware reaches, not what its paper says."""
+    size = size or (8192 if device == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best(lambda: torch.mm(a, b), device, calls=10 if device == "cuda" else 2)
+
+
+def copy_ceiling(device: str, size: int = 0) -> float:
+    """Bytes/s, read and written together, of the best of some copies of a buffer beyond the caches."""
+    source = torch.randn((size or (1 << 31 if device == "cuda" else 1 << 28)) // 4, device=device)
+    target = torch.empty_like(source)
+    return 8 * len(source) / best(lambda: target.copy_(source), device)
+
+
+def compute_dtype(parts: Parts) -> torch.dtype:
+    """In which the matrix products run."""
+    with parts.trainer.autocast():
+        device = parts.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -1,0 +1,66 @@
+"""Golden values: a change that is not meant to change the numbers shows the same losses as before.
+
+After a change that is meant to: `python tests/golden/test_golden.py` writes the new ones; say why in the commit.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.augment import Augment, AugmentSpec
+from pipelines.batch import Batch
+from std_fast.build import build_student
+from std_fast.config import from_dict
+from std_fast.losses import answers_from_logits
+from std_fast.metrics import Meters
+from std_fast.optim import MovingAverage, build_optimizer
+from std_fast.recipe import Recipe
+from std_fast.step import Guard, Objective, Trainer
+from std_fast.teachers import autocast
+
+FILE = Path(__file__).with_name("losses.json")
+STUDENTS = {
+    "mixer": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    "resmlp": {"patch_size": 4, "dim": 16, "depth": 3},
+    "cyclemlp": {"layers": [1, 1, 1, 3], "embed_dims": [8, 8, 16, 16], "mlp_ratios": [2, 2, 2, 2]},
+}
+STEPS, B, K, SIZE = 5, 8, 5, 16
+
+
+def losses(name: str) -> list[list[float]]:
+    """Loss, distillation loss, MINE's bound and gradient norm of five steps on noise, from the seed alone."""
+    recipe = from_dict(Recipe, {
+        "data": {"image_size": SIZE}, "student": {"name": name, "options": STUDENTS[name], "drop_path": 0.2},
+        "distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}, "optim": {"clip": 1.0},
+    })  # fmt: skip
+    student = build_student(recipe, K).train()
+    device = torch.device("cpu")
+    trainer = Trainer(
+        student=student, forward=student, objective=Objective(recipe.distill, 0.1, student.head_teacher),
+        optimizer=build_optimizer(student, recipe, device), average=MovingAverage(student, 0.9), guard=Guard(device),
+        meters=Meters(), autocast=lambda: autocast(device, "float32"), clip=1.0, seed=0,
+    )  # fmt: skip
+    augment = Augment(AugmentSpec(randaugment_n=2, color_jitter=0.2, shift=2), seed=0)
+    rows = []
+    for step in range(STEPS):
+        g = torch.Generator().manual_seed(step)
+        images = torch.randint(256, (B, 3, SIZE, SIZE), dtype=torch.uint8, generator=g)
+        labels, positions = torch.randint(K, (B,), generator=g), torch.arange(step * B, step * B + B)
+        batch = Batch(images.to(memory_format=torch.channels_last), labels, positions, positions.numpy(), 0, step)
+        answers = answers_from_logits(torch.randn(B, 2, K, generator=g))
+        trainer.step(augment(batch), answers, step + 1, 1e-2, 1e-2, True)
+        figures = trainer.meters.read()
+        rows.append([figures[key] for key in ("loss", "loss_distill", "information", "grad_norm")])
+    return rows
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_losses_are_those_of_before(name):
+    expected = torch.tensor(json.loads(FILE.read_text(encoding="utf-8"))[name])
+    torch.testing.assert_close(torch.tensor(losses(name)), expected, rtol=1e-3, atol=1e-5)
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps({name: losses(name) for name in STUDENTS}, indent=1) + "\n", encoding="utf-8")

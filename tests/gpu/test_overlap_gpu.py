@@ -1,0 +1,111 @@
+"""Teachers on a stream of their own: the bits of taking turns, whoever is slow, and the trial."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+from pipelines.augment import Augment
+from std_fast import checkpoint
+from std_fast.build import build, build_teachers
+from std_fast.overlap import Overlap, Trial, taught
+from std_fast.train import Stopped, train
+
+pytestmark = pytest.mark.gpu
+
+SLOW = 20_000_000  # cycles, some 10 ms
+
+
+def weights(recipe):
+    return checkpoint.newest(checkpoint.Path(recipe.run.out) / "checkpoints")[1]
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor.nan_to_num(), two[name].nan_to_num()), name
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_a_run_has_the_weights_of_a_serial_one(at, mode):
+    serial, beside = at("serial"), at("beside", overlap=mode)
+    train(serial, quiet=True)
+    train(beside, quiet=True)
+    assert_same(weights(beside), weights(serial))
+
+
+def test_an_interrupted_run_goes_on_the_other_way(at):
+    serial, beside = at("serial"), at("beside", overlap="on")
+
+    def ask(run):
+        run.stop_wanted = run.step == 4
+
+    train(serial, quiet=True)
+    with pytest.raises(Stopped):
+        train(beside, quiet=True, on_step=ask)
+    train(at("beside", overlap="off"), resume=True, quiet=True)
+    assert_same(weights(beside), weights(serial))
+
+
+@pytest.mark.parametrize("slow", ["teacher", "student", "neither"])
+def test_what_crosses_the_streams_is_whole(at, slow):
+    """Whoever is late, the student reads what a serial pass gives, while everyone allocates and frees."""
+    parts = build(at())
+    try:
+        augment, device = parts.augment, parts.device
+        teachers = build_teachers(parts.recipe, 3, device)
+        if slow == "teacher":
+            teachers.register_forward_pre_hook(lambda *_: torch.cuda._sleep(SLOW))
+
+        def run(overlap):
+            seen = []
+            for epoch in range(4):
+                pairs = taught(parts.train_loader.epoch(epoch), augment, teachers, contextlib.nullcontext, overlap)
+                for mixed, answers in pairs:
+                    if slow == "student":
+                        torch.cuda._sleep(SLOW)
+                    parts_of = (mixed.images, mixed.labels_a, mixed.labels_b, mixed.lam, mixed.positions, *answers[:2])
+                    seen.append([part.clone() for part in parts_of])
+                    del mixed, answers, parts_of
+                    torch.randn(1 << 20, device=device)  # takes what was given back too early
+            return seen
+
+        expected, found = run(None), run(Overlap("on", device))
+        torch.cuda.synchronize()
+        assert len(expected) == len(found) == 12
+        for a, b in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    finally:
+        parts.close()
+
+
+def test_the_trial_measures_both_ways_and_decides(at, caplog, monkeypatch):
+    monkeypatch.setattr(Trial, "WARM", 2)
+    monkeypatch.setattr(Trial, "BLOCK", 2)
+    parts = build(at())
+    try:
+        overlap = Overlap("auto", parts.device)
+        with caplog.at_level(logging.INFO, "std_fast"):
+            for epoch in range(8):
+                batches = parts.train_loader.epoch(epoch)
+                for _ in taught(batches, parts.augment, parts.teachers, contextlib.nullcontext, overlap):
+                    torch.cuda._sleep(SLOW)
+                torch.cuda.synchronize()
+        assert overlap.trial.choice is not None
+        assert caplog.text.count("ms a step in turn") == 1
+    finally:
+        parts.close()
+
+
+def test_leaving_early_leaves_nothing_behind(at):
+    parts = build(at())
+    try:
+        overlap = Overlap("on", parts.device)
+        augment: Augment = parts.augment
+        pairs = taught(parts.train_loader.epoch(0), augment, parts.teachers, contextlib.nullcontext, overlap)
+        next(pairs)
+        pairs.close()
+        assert len(list(parts.train_loader.epoch(0))) == 3
+    finally:
+        parts.close()

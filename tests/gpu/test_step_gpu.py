@@ -1,0 +1,62 @@
+"""A step on a GPU: the host never waits for it, and what is measured of it is there."""
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+
+from std_fast.metrics import read_jsonl
+from std_fast.speed import ceiling
+from std_fast.train import Run, train
+
+pytestmark = pytest.mark.gpu
+
+OPTIMIZERS = ["adamw", "muon"] + (["lamb"] if importlib.util.find_spec("apex") else [])
+
+
+@contextlib.contextmanager
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_check_itself():
+    one = torch.ones((), device="cuda")
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        one.item()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("compile", ["off", "inductor"])
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_step_never_waits(at, name, compile, overlap):
+    """From the raw batch to the updated weights, with and without MINE, once all is compiled and state is made."""
+    run = Run(at(optim={"name": name}, compile=compile, overlap=overlap), quiet=True)
+    try:
+        trainer, batches = run.parts.trainer, run.batches()
+        for step in (1, 2):
+            trainer.step(*next(batches), step, 1e-3, 1e-3, step == 2)
+        batches.close()
+        raw = list(run.parts.train_loader.epoch(1))
+        for step, batch in zip((3, 4), raw, strict=False):
+            with no_waiting():
+                mixed = run.parts.augment(batch)
+                with trainer.autocast():
+                    answers = run.parts.teachers(mixed.images)
+                trainer.step(mixed, answers, step, 1e-3, 1e-3, step == 4)
+        assert trainer.guard.first_bad.item() == -1
+    finally:
+        run.close()
+
+
+def test_a_line_of_the_log_says_how_fast(at, tmp_path):
+    train(at("run", overlap="on"), quiet=True)
+    lines = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    for line in lines:
+        assert all(line[f"share_{part}"] > 0 for part in ("augment", "teacher", "student", "optimizer"))
+        assert 0 < line["mfu"] < 1 and line["peak_memory_gib"] > 0
+    assert ceiling(torch.device("cuda", 0), "bfloat16") > 1e12

@@ -1,0 +1,136 @@
+"""The commands as a user types them, and the README's claims about them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from std_fast import cli
+from std_fast import recipe as recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(capsys, *words):
+    code = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_convert_inspect_verify_warm(image_folder, tmp_path, capsys):
+    beton = tmp_path / "x.beton"
+    code, out, err = run(capsys, "convert", image_folder, beton, "--size", 32, "--seed", "none", "--json")
+    assert code == 0 and json.loads(out)["counts"]["samples"] == 24
+    assert "24/24 images" in err  # progress, on standard error
+    code, out, _ = run(capsys, "inspect", beton, "--json", "--sheet", tmp_path / "sheet.png")
+    assert code == 0 and json.loads(out)["samples"] == 24
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert run(capsys, "verify", beton, "--decode")[0] == 0
+    assert run(capsys, "warm", beton)[0] == 0
+    beton.write_bytes(beton.read_bytes()[:-9])
+    code, out, err = run(capsys, "verify", beton)
+    assert code in (1, 2) and str(beton) in out + err
+
+
+def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys):
+    png = tmp_path / "p.png"
+    code, out, _ = run(
+        capsys,
+        "preview",
+        "digits_std",
+        "--data.train",
+        image_folder,
+        "--out",
+        png,
+        "--images",
+        8,
+        "--data.backend",
+        "torch",
+    )
+    assert code == 0 and png.read_bytes().startswith(b"\x89PNG") and str(png) in out
+
+
+def test_info_and_recipes(capsys):
+    code, out, _ = run(
+        capsys,
+        "info",
+        "mixer",
+        "--options",
+        "{patch_size: 4, dim: 8, depth: 2, token_dim: 4, channel_dim: 8}",
+        "--image-size",
+        16,
+        "--classes",
+        3,
+        "--teachers",
+        1,
+        "--json",
+    )
+    assert code == 0 and json.loads(out)["taps"] == [2]
+    code, out, _ = run(capsys, "recipes", "--json")
+    listed = json.loads(out)
+    assert code == 0 and listed.keys() == {p.stem for p in recipes.RECIPES.glob("*.yaml")} and all(listed.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["trian", "x"], "did you mean 'train'"),
+        (["train"], "the following arguments are required: recipe"),
+        (["train", "digits_sdt"], "did you mean 'digits_std'"),
+        (["train", "digits_mixer", "--optim.lrr", "3"], "optim.lrr: unknown key; did you mean 'lr'"),
+        (["inspect", "/nothing.beton"], "/nothing.beton"),
+        (["inspect", __file__], "test_cli.py"),
+        (["convert", "/nothing", "x.beton"], "/nothing"),
+        (["convert", ".", "x.beton", "--shard", "2"], "--shard"),
+        (["convert", ".", "x.beton", "--quality", "high"], "quality"),
+        (["eval", "/nothing"], "/nothing"),
+        (["info", "mixer_s17"], "did you mean 'mixer_s16'"),
+        (["info", "mixer", "--options", "["], "--options"),
+        (["doctor", "extra"], "extra"),
+        (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words, complaint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    lines = [line for line in err.splitlines() if line.startswith("std-fast: ")]
+    assert code == 2 and len(lines) == 1 and complaint in lines[0] and not out
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_empty_class_and_unreadable_image(image_folder, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    (folder / "ant" / "99.jpg").write_bytes(b"not an image")
+    code, _, err = run(capsys, "convert", folder, tmp_path / "x.beton")
+    assert code == 2 and "99.jpg" in err and not (tmp_path / "x.beton").exists()
+    (folder / "dog").mkdir()
+    code, _, err = run(capsys, "convert", folder, tmp_path / "y.beton")
+    assert code == 2 and "dog" in err
+
+
+def test_every_command_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (?:torchrun .* -m std_fast\.cli|std-fast) (.*)$", text, re.M)
+    assert len(commands) >= 8
+    for command in commands:
+        words = shlex.split(command.split("#")[0])
+        assert words[0] in cli.VERBS, command
+        if words[0] in ("train", "preview", "plan", "teach"):
+            pairs = cli.read_overrides([w for w in words[2:] if w != "--resume"])
+            recipes.load(words[1], pairs)
+
+
+def test_the_readme_speaks_of_files_that_exist_and_shows_the_example_as_it_is():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists(), name
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    example = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
+    assert code[code.index("def distil") :].strip() in example

@@ -1,0 +1,320 @@
+"""Two processes (gloo, CPU) train as one does: losses, weights, files, stopping, and what happens when one fails."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.errors import UserError
+from std_fast import checkpoint, cli
+from std_fast import recipe as recipes
+from std_fast.build import build
+from std_fast.config import from_dict
+from std_fast.distributed import World, joined
+from std_fast.metrics import read_jsonl
+from std_fast.mine import across_ranks, donsker_varadhan, log_mean_exp
+from std_fast.recipe import Recipe
+from std_fast.teach import teach
+from std_fast.train import train
+
+SMALL = {
+    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
+    "student": {
+        "name": "mixer", "drop_path": 0.2,
+        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    },
+    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
+    "run": {"batch": 8, "length": "9 steps", "eval_batch": 10, "log_every": 1, "device": "cpu"},
+}  # fmt: skip
+
+# Every scenario in one pair of processes: starting them takes longer than all that they do.
+DRIVER = """
+import json, os, sys
+from dataclasses import replace
+import torch, torch.distributed as dist
+from std_fast import cli, recipe as recipes
+from std_fast.distributed import PeerLost
+from std_fast.train import NotFinite, Stopped, train
+
+def run(name, on_step=None, **sections):
+    sections["run"] = {"out": f"{folder}/{name}", **sections.get("run", {})}
+    changed = {s: replace(getattr(recipe, s), **values) for s, values in sections.items()}
+    try:
+        train(replace(recipe, **changed), quiet=True, on_step=on_step)
+        outcome = "done"
+    except (Stopped, NotFinite, PeerLost) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    print("OUTCOME", json.dumps([rank, name, outcome]), flush=True)
+
+recipe, folder = recipes.load(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def stop(now):
+    now.stop_wanted = now.step == 4 and rank == 1
+
+def poison(now):
+    if now.step == 4 and rank == 1:
+        kept = now.parts.trainer.objective
+        now.parts.trainer.objective = lambda *a: (l := kept(*a))._replace(total=l.total * float("nan"))
+
+def batch_norms(now):
+    if now.step >= 2:
+        buffers = torch.cat([b.flatten().double() for b in now.parts.trainer.student.buffers()])
+        one, other = now.world.gather(buffers[None])
+        assert torch.equal(one, other) == (now.step == 3)  # after which was evaluated
+
+run("whole")
+run("stopped", stop)
+run("poisoned", poison)
+run("compressed", run={"compress_gradients": True})
+run("budget", run={"length": "0.0003 gpu-hours", "log_every": 10, "eval_every": "9 epochs"})
+answers = {"answers": f"{folder}/store", "views": 2}
+run("written", distill=answers)
+run("read", lambda now: now.parts.teachers and sys.exit("teachers were built"), distill=answers)
+run("batch_norms", batch_norms, student={"name": "test_resnet", "options": {}, "drop_path": 0.0},
+    distill={"mode": "none", "teachers": ()}, optim={"ema": 0.0}, run={"length": "3 steps"})
+cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.answers", f"{folder}/taught"])
+run("left", lambda now: now.step == 3 and rank == 1 and os._exit(0))
+os._exit(0)
+"""
+
+HANG = """
+import sys, threading
+from std_fast import cli, train
+from std_fast.distributed import rank
+
+def hang(run):
+    if rank() == 1 and run.step == 2:
+        threading.Event().wait()
+
+kept = train.train
+train.train = lambda *args, **kw: kept(*args, **kw, on_step=hang)
+sys.exit(cli.main(["train", sys.argv[1], "--quiet"]))
+"""
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(recipes.__file__).parents[1])}
+
+
+def torchrun(*args):
+    """-> exit code, standard output and error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def recipe(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    data = {**SMALL["data"], "train": str(image_folder), "val": str(image_folder)}
+    plain = {**SMALL, "data": data, "student": {"name": "test_resnet"}}
+    plain["run"] = {**SMALL["run"], "out": str(folder / "run"), "length": "1 step"}
+    train(from_dict(Recipe, plain), quiet=True)
+    distill = {
+        "mode": "std",
+        "teachers": [{"weights": str(folder / "run")}] * 2,
+        "mine": {"every": "2 steps", "ema": 0.1},
+    }
+    return from_dict(Recipe, {**SMALL, "data": data, "distill": distill})
+
+
+def at(recipe, out, **run):
+    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """The same run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(at(recipe, folder), quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(recipe, tmp_path_factory):
+    """Folder of the driver's runs, and {(rank, name): outcome}."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "recipe.yaml").write_text(recipes.dump(recipe))
+    (folder / "driver.py").write_text(DRIVER)
+    code, out, err = torchrun(folder / "driver.py", folder / "recipe.yaml", folder)
+    assert code == 0, err[-4000:]
+    lines = [json.loads(line.split("OUTCOME ")[1]) for line in out.splitlines() if "OUTCOME" in line]
+    asked = [int(line.split(":")[1].strip(" ,")) for line in out.splitlines() if '"asked"' in line]
+    return folder, {(rank, name): outcome for rank, name, outcome in lines} | {(0, "asked"): sum(asked)}
+
+
+LEARNED = re.compile(r"step|samples|lr|loss.*|grad_norm|information|teacher_weight_.|top.*|images")
+
+
+def figures(folder, kind):
+    """What a run's records say of the learning; the rest is about speed."""
+    records = [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == kind]
+    return [{name: value for name, value in r.items() if LEARNED.fullmatch(name)} for r in records]
+
+
+def assert_close(folder, other):
+    """Figures of every step and evaluation, weights, their averages, and the optimizer's first moments.
+
+    Not the weights of psi: Adam divides by the gradient's size, so where a gradient is zero but for rounding (shifting
+    all scores changes no bound), its steps are rounding too. Its moments are compared.
+    """
+    for kind in ("train", "eval"):
+        one, two = figures(folder, kind), figures(other, kind)
+        assert len(one) == len(two) > 0
+        for a, b in zip(one, two, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-4), a["step"]
+    mine, theirs = (checkpoint.newest(f / "checkpoints")[1] for f in (folder, other))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        if name.endswith(":exp_avg") or (name.startswith(("model.", "ema.")) and ".psi." not in name):
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_two_processes_learn_what_one_learns(alone, together):
+    folder, outcomes = together
+    assert outcomes[0, "whole"] == outcomes[1, "whole"] == "done"
+    assert_close(folder / "whole", alone)
+    assert [r["step"] for r in figures(alone, "train") if "information" in r] == [2, 4, 6, 8]
+    assert figures(folder / "whole", "eval")[-1]["images"] == 24
+    assert not list((folder / "whole").glob("**/*.partial"))
+    summary = json.loads((folder / "whole" / "summary.json").read_text())
+    assert summary["gpu_hours"] * 3600 == pytest.approx(2 * sum(summary["seconds"].values()), rel=0.01)
+
+
+def test_one_rank_is_asked_to_stop_all_stop_and_one_process_goes_on(recipe, alone, together):
+    folder, outcomes = together
+    for rank in (0, 1):
+        assert outcomes[rank, "stopped"].startswith("Stopped: stopped at step 5")  # one later than it was asked
+    _, _, meta = checkpoint.newest(folder / "stopped" / "checkpoints")
+    held = 2 * sum(meta["seconds"].values()) / 3600
+    assert meta["devices"] == 2
+    summary = train(at(recipe, folder / "stopped"), resume=True, quiet=True)
+    assert_close(folder / "stopped", alone)
+    assert summary["gpu_hours"] > held  # what two held counts twice
+
+
+def test_one_rank_is_not_finite_and_all_stop_with_the_weights_before(together):
+    folder, outcomes = together
+    for rank in (0, 1):
+        assert outcomes[rank, "poisoned"].startswith("NotFinite: loss or gradient of step 5 is not finite")
+    assert json.loads((folder / "poisoned" / "not_finite.json").read_text())["step"] == 5
+    _, tensors, _ = checkpoint.newest(folder / "poisoned" / "checkpoints")
+    assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("ema."))
+
+
+def test_compressed_gradients_are_nearly_the_same(alone, together):
+    folder, outcomes = together
+    assert outcomes[1, "compressed"] == "done"
+    one, two = (figures(f, "train")[1]["grad_norm"] for f in (alone, folder / "compressed"))
+    assert one != two and one == pytest.approx(two, rel=1e-2)
+
+
+def test_a_budget_is_spent_by_one_clock(together):
+    """Ranks whose clocks differ would take different numbers of steps, and so hang."""
+    folder, outcomes = together
+    assert outcomes[0, "budget"] == outcomes[1, "budget"] == "done"
+    last = figures(folder / "budget", "train")[-1]
+    assert last["lr"] == pytest.approx(1e-5)
+
+
+def test_answers_are_written_by_two_and_read_by_two_or_one(recipe, together):
+    folder, outcomes = together
+    assert outcomes[0, "written"] == outcomes[1, "written"] == outcomes[1, "read"] == "done"
+    assert_close(folder / "read", folder / "written")
+    stored = replace(recipe, distill=replace(recipe.distill, answers=str(folder / "store"), views=2))
+    train(at(stored, folder / "read_by_one"), quiet=True)
+    assert_close(folder / "read_by_one", folder / "written")
+
+
+def test_two_teach_what_one_teaches(recipe, together, tmp_path):
+    folder, outcomes = together
+    assert outcomes[0, "asked"] == 24  # one document, of rank 0
+    store = replace(recipe.distill, answers=str(tmp_path), views=1)
+    teach(replace(recipe, distill=store), quiet=True)
+    files = [path / "epoch-00000.answers" for path in (tmp_path, folder / "taught")]
+    one, two = (np.fromfile(file, "<u2", 24 * 4).reshape(-1, 2) for file in files)
+    assert (one[:, 0] == two[:, 0]).all()
+    confidence = [words[:, 1].copy().view(np.float16).astype(np.float32) for words in (one, two)]
+    np.testing.assert_allclose(*confidence, rtol=2e-3)
+
+
+def test_batch_norms_are_evaluated_with_the_statistics_of_rank_0(together):
+    """The driver compares them, before and after the evaluation."""
+    folder, outcomes = together
+    assert outcomes[0, "batch_norms"] == outcomes[1, "batch_norms"] == "done"
+    assert figures(folder / "batch_norms", "eval")[-1]["images"] == 24
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(together):
+    folder, outcomes = together
+    assert (1, "left") not in outcomes
+    assert outcomes[0, "left"].startswith("PeerLost: rank 0: another process has died")
+
+
+def test_a_rank_that_hangs_is_an_error_on_the_others(recipe, tmp_path):
+    """Without torchrun, which would give the one that hangs half a minute more."""
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(at(recipe, tmp_path / "run", timeout="3 seconds")))
+    (tmp_path / "hang.py").write_text(HANG)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(tmp_path / "hang.py"), str(tmp_path / "recipe.yaml")]
+    ranks = []
+    for rank in ("0", "1"):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(subprocess.Popen(command, env=environment() | place, stderr=subprocess.PIPE, text=True))
+    try:
+        _, err = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode == cli.PEER_LOST, err
+        assert "std-fast: rank 0: another process has died, or has not answered for 3 seconds" in err
+        assert ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_what_a_user_gets_wrong(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start many processes with torchrun"), joined(False, 1.0):
+        pass
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):
+        build(recipe, World(2, 3))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.floats(-20, 20), st.integers(0, 1000))
+def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_whole_batch(ranks, scale, seed):
+    torch.manual_seed(seed)
+    joint, marginal = torch.randn(2, ranks, 6, dtype=torch.float64) * scale
+    whole = [x.clone().requires_grad_() for x in (joint, marginal)]
+    value = donsker_varadhan(*whole)
+    expected = torch.autograd.grad(value, whole)
+    local = [[joint[r].clone().requires_grad_(), marginal[r].clone().requires_grad_()] for r in range(ranks)]
+    terms = [(j.mean(), log_mean_exp(m)) for j, m in local]
+    everyone = torch.stack([torch.stack(t).detach() for t in terms])
+    for r in range(ranks):
+        a, b = across_ranks(*terms[r], lambda row: everyone)
+        torch.testing.assert_close(a - b, value)
+        for got, want in zip(torch.autograd.grad(a - b, local[r]), expected, strict=True):
+            torch.testing.assert_close(got / ranks, want[r])  # DDP divides by the number of ranks

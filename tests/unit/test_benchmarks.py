@@ -1,0 +1,242 @@
+"""The harness, and that what the benchmarks compare with computes the same function as what it is compared with."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite, harness, kernels, naive, peers, workload
+from pipelines.augment import Mixed
+from pipelines.errors import UserError
+from std_fast import cli
+from std_fast.config import from_dict
+from std_fast.flops import count_macs
+from std_fast.library import create_student
+from std_fast.losses import answers_from_logits, class_loss
+from std_fast.mine import MutualInformation
+from std_fast.recipe import Recipe
+from std_fast.step import Objective
+from std_fast.tokens import STDModule
+
+ARGS = SimpleNamespace(device="cpu", repeats=4, turn_seconds=0.0)
+
+
+# The harness
+
+
+def test_contestants_take_turns_forwards_and_backwards():
+    order = []
+    times = harness.measure({name: lambda n=name: order.append(n) for name in "abc"}, ARGS, warm_up=2)
+    assert "".join(order) == "aabbcc" + "abc" + "cba" + "abc" + "cba"
+    assert all(len(one.turns) == len(one.processor) == 4 and one.first > 0 for one in times.values())
+
+
+def test_a_turn_repeats_short_calls_and_counts_one():
+    class Clock:
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1
+            sum(range(20_000))
+
+    call = Clock()
+    args = SimpleNamespace(device="cpu", repeats=2, turn_seconds=0.02)
+    one = harness.measure({"a": call}, args)["a"]
+    assert call.calls > 2 + 2 * 2
+    assert one.median * (call.calls - 2) / 2 == pytest.approx(0.02, rel=0.9)
+
+
+def test_spread_and_ratio_are_of_medians():
+    assert harness.spread([1.0, 5.0, 2.0, 4.0, 3.0]) == {"median": 3, "lower_quartile": 2, "upper_quartile": 4}
+    assert harness.spread([7.0])["upper_quartile"] == 7
+    fast, slow = harness.Times(9.0, [1.0, 2.0, 4.0]), harness.Times(9.0, [3.0, 6.0, 6.0])
+    found = harness.ratio("fast over slow", fast, slow)
+    assert found["ratio"] == {"median": 3.0, "lower_quartile": 2.25, "upper_quartile": 3.0}
+    assert "cpu_ratio" not in found
+    row = harness.row("fast", fast, batch=8, more=1)
+    assert row["images_per_second"] == 4.0 and row["more"] == 1 and row["turns_ms"] == [1000, 2000, 4000]
+
+
+def test_a_result_carries_its_conditions(tmp_path, capsys):
+    def run(args):
+        return {"rows": [{"name": "x", "milliseconds": harness.spread([1.0, 3.0])}], "ratios": []}
+
+    assert harness.main("nothing", run, harness.show, argv=["--json", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["repeats"] == 7
+    found = report["conditions"]
+    assert {"cpu", "cores", "threads", "load_average", "load_average_after", "versions", "date"} <= found.keys()
+    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert isinstance(found["uncommitted_changes"], bool) or found["commit"] == "none"
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"nothing-{harness.hardware(found)}-{found['date'][:10]}.json"
+    assert json.loads(file.read_text()) == report
+    assert "| x | 2 (1.5 to 2.5) |" in harness.show(report)
+
+
+def test_mistakes_end_with_one_line_and_code_2(capsys):
+    def run(args):
+        raise UserError("--model: no")
+
+    assert harness.main("q", run, harness.show, argv=["--device", "cpu"]) == 2
+    assert harness.main("q", run, harness.show, argv=["--nope"]) == 2
+    assert harness.main("q", run, harness.show, argv=["--repeats", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2][:8] for line in lines] == ["--model:", "unrecogn", "--repeat"]
+
+
+def test_the_cli_knows_every_benchmark_and_no_other():
+    folder = harness.ROOT / "benchmarks"
+    runnable = {path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    assert set(cli.BENCHMARKS) == runnable
+
+
+def test_the_cli_starts_a_benchmark_with_its_own_arguments(capfd):
+    assert cli.main(["bench", "peers", "--model", "cyclemlp_b1", "--device", "cpu"]) == 2
+    assert "timm has no cyclemlp_b1" in capfd.readouterr().err
+    assert cli.main(["bench", "pears"]) == 2
+    assert "invalid choice: 'pears'" in capfd.readouterr().err
+
+
+# What is compared is equal
+
+
+def tiny_args(**more):
+    values = {"smoke": True, "model": "mixer", "batch": 8, "image_size": 32, "classes": 8, "device": "cpu"}
+    return argparse.Namespace(**values, precision="float32", compile="off", **more)
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_naive_std_is_the_same_function(teachers):
+    torch.manual_seed(0)
+    module = STDModule(12, 9, 5, teachers).double()
+    z = torch.randn(4, 9, 12, dtype=torch.float64)
+    for ours, plain in zip(module(z), naive.std_by_concatenation(module, z), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_naive_mine_is_the_same_function():
+    torch.manual_seed(0)
+    mine = MutualInformation(6, 5, width=16, weight=0.3).double()
+    rival = naive.NaiveMine(mine).double()
+    results = []
+    for form in (mine, rival):
+        tokens = [torch.linspace(-2, 1, 8 * 2 * n, dtype=torch.float64).sin().view(8, 2, n) for n in (6, 5)]
+        tokens = [t.requires_grad_() for t in tokens]
+        value = form(*tokens)
+        results.append([value, *torch.autograd.grad(value, tokens)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mixer", "resmlp"])
+def test_naive_student_and_loss_are_ours(name):
+    """timm's blocks, concatenations and losses against the student and the objective, with the same weights."""
+    from timm.models.mlp_mixer import MlpMixer, ResBlock
+    from timm.models.mlp_mixer import Affine as TimmAffine
+
+    torch.manual_seed(0)
+    options = {"patch_size": 8, "dim": 16, "depth": 3}
+    student = create_student(name, 8, 32, 2, mine_weight=0.2, mine_width=16, **options).train()
+    kind = {"block_layer": ResBlock, "norm_layer": TimmAffine, "mlp_ratio": 4} if name == "resmlp" else {}
+    backbone = MlpMixer(8, 32, 3, 8, 3, 16, **kind)
+    backbone.load_state_dict(student.backbone.state_dict())
+    rival = naive.NaiveStudent(backbone, student)
+    mixed = Mixed(
+        torch.randn(8, 3, 32, 32),
+        torch.randint(0, 8, (8,)),
+        torch.randint(0, 8, (8,)),
+        torch.rand(8),
+        torch.arange(8),
+        0,
+        0,
+    )
+    answers = answers_from_logits(torch.randn(8, 2, 8))
+    ours, plain = student(mixed.images), rival(mixed.images)
+    torch.testing.assert_close(ours.class_logits, plain.class_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.dist_logits, plain.dist_logits, rtol=1e-4, atol=1e-5)
+    distill = from_dict(Recipe, {"distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}}).distill
+    expected = Objective(distill, 0.1, student.head_teacher)(ours, mixed, answers).total
+    target = naive.mixed_target(mixed, 8, 0.1)
+    found = naive.naive_objective(plain, target, answers, distill.alpha, student.head_teacher)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    again = class_loss(ours.class_logits, mixed.labels_a, mixed.labels_b, mixed.lam, 0.1)
+    torch.testing.assert_close(naive.soft_target_loss(ours.class_logits, target), again)
+
+
+def test_peers_do_equal_work_and_learn():
+    args = tiny_args()
+    teachers = (workload.TINY_TEACHER,) * 2
+    with workload.workplace(args, teachers) as folder:
+        with workload.built(workload.recipe_for(args, folder, teachers)) as std:
+            plain_recipe = workload.recipe_for(args, folder, ())
+            with workload.built(plain_recipe) as plain:
+                theirs = peers.timm_backbone(plain_recipe, 8)
+                shapes = {name: p.shape for name, p in theirs.named_parameters()}
+                assert shapes == {n: p.shape for n, p in plain.trainer.student.backbone.named_parameters()}
+                with torch.no_grad():
+                    mixed = std.augment(workload.raw_batch(std))
+                flops = workload.step_flops(plain, mixed, None)
+                # three times the forward pass, but for the first layer, whose input needs no gradient
+                assert 0.9 < flops / (6 * count_macs(plain.trainer.student, 32)) < 1
+            answers, step = workload.given_answers(std), workload.Stepper(std)
+            before = [p.clone() for p in std.trainer.student.parameters()]
+            step(mixed, answers)
+            step.check()
+            assert any(not torch.equal(a, b) for a, b in zip(before, std.trainer.student.parameters(), strict=True))
+            rival = peers.naive_step(std)
+            first = rival(mixed, answers)
+            for _ in range(30):
+                last = rival(mixed, answers)
+            assert last < first
+            std.trainer.guard.first_bad.fill_(1)
+            with pytest.raises(RuntimeError, match="step 1 was not finite"):
+                step.check()
+
+
+# Bytes
+
+
+def test_bytes_of_operators():
+    x, y = torch.ones(100), torch.ones(100)
+    with kernels.CountBytes() as counter:
+        x.add_(y)  # reads two, writes one
+    assert counter.total == 1200
+    with kernels.CountBytes() as counter:
+        x.view(10, 10).T.unsqueeze(0)  # moves nothing
+        torch.add(x, torch.ones(()).expand(100))  # the broadcast number is read once
+    assert counter.total == 400 + 4 + 400 + 4  # and written once
+
+
+def test_images_are_as_large_as_photographs(tmp_path):
+    workload.write_images(tmp_path / "i", 3, 7, 256)
+    files = sorted((tmp_path / "i").rglob("*.jpg"))
+    assert len(files) == 7 and len({file.parent for file in files}) == 3
+    from PIL import Image
+
+    for file in files[:3]:
+        with Image.open(file) as image:
+            assert 0.1 < file.stat().st_size / (image.width * image.height) < 0.5
+
+
+# The suite
+
+
+def test_a_part_that_hangs_or_fails_takes_nothing_with_it(tmp_path):
+    hangs = gpu_suite.Part("hangs", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 1.5)
+    fails = gpu_suite.Part("fails", ("timeit", "1/0"), 20)
+    found = {part.name: gpu_suite.attempt(part, part.limit, tmp_path) for part in (hangs, fails)}
+    assert found["hangs"]["state"] == "ran past its limit of 2 s" and found["hangs"]["seconds"] < 10
+    assert found["fails"]["state"] == "exit code 1" and "ZeroDivisionError" in found["fails"]["said"][-1]
+    gpu_suite.save(tmp_path, found, smoke=True)
+    assert json.loads((tmp_path / "gpu_suite.json").read_text())["parts"] == found
+    assert "hangs: ran past" in gpu_suite.table(found)
+
+
+def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
+    names = [part.name for part in gpu_suite.PARTS]
+    assert len(names) == len(set(names))
+    wanted = {"roofline", "kernels", "step", "peers", "overlap", "end_to_end", "compile", "mine_gaussians"}
+    assert {part.question for part in gpu_suite.PARTS if part.question} == wanted

@@ -1,0 +1,180 @@
+"""What torch.compile is given, how often it compiles, who pays for it, and that a step never waits for the device."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pipelines.errors import UserError
+from std_fast import compiling
+from std_fast.budget import Ledger
+from std_fast.config import from_dict
+from std_fast.metrics import read_jsonl
+from std_fast.recipe import Recipe
+from std_fast.train import Run, train
+
+SMALL = {
+    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
+    "student": {
+        "name": "mixer", "drop_path": 0.2,
+        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    },
+    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
+    "run": {"batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "device": "cpu"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    data = {**SMALL["data"], "train": str(image_folder), "val": str(image_folder)}
+    plain = {**SMALL, "data": data, "student": {"name": "test_resnet"}}
+    plain["run"] = {**SMALL["run"], "out": str(folder / "run"), "length": "1 step"}
+    train(from_dict(Recipe, plain), quiet=True)
+    distill = {"mode": "std", "teachers": [{"weights": str(folder / "run")}] * 2, "mine": {"every": "2 steps"}}
+    return from_dict(Recipe, {**SMALL, "data": data, "distill": distill})
+
+
+def at(recipe, out, **run):
+    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
+
+
+def test_nothing_is_compiled_again_after_the_first_two_steps(recipe, tmp_path):
+    """With and without MINE, over epochs, with evaluation between: two graphs of the student and of the objective, one
+    of the teachers, the augmentation and stochastic depth each. The losses are those of a run without compilation, up
+    to the order in which gradients are summed."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    train(
+        at(recipe, tmp_path / "compiled", compile="eager"), quiet=True,
+        on_step=lambda run: graphs.append(counters["stats"]["unique_graphs"]),
+    )  # fmt: skip
+    assert graphs == [5] + [7] * 8
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    train(at(recipe, tmp_path / "plain", compile="off"), quiet=True)
+    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("compiled", "plain"))
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "loss_class", "loss_distill", "information", "grad_norm", "top1"} & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+    assert one[0]["seconds"]["compile"] > 0.05 and two[0]["seconds"]["compile"] == 0
+
+
+def test_compilation_is_booked_wherever_it_happens():
+    torch._dynamo.reset()
+    ledger = Ledger()
+    ledger.switch("evaluate")
+    twice = compiling.compiled(lambda x: x * 2, "eager")
+    with compiling.counted(ledger):
+        twice(torch.ones(3))
+        assert ledger.switch("evaluate") == "evaluate"  # the part before is back
+        booked = ledger.read()["compile"]
+        twice(torch.ones(3))
+        assert ledger.read()["compile"] == booked > 0
+    compiling.compiled(lambda x: x * 3, "eager")(torch.ones(3))
+    assert ledger.read()["compile"] == booked
+
+
+def test_what_auto_means(recipe, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert compiling.backend_of(recipe, cpu) is None
+    assert compiling.backend_of(at(recipe, "", compile="off"), cuda) is None
+    assert compiling.backend_of(at(recipe, "", compile="aot_eager"), cpu) == "aot_eager"
+    find_spec = compiling.importlib.util.find_spec
+    for there in (True, False):
+        monkeypatch.setattr(
+            compiling.importlib.util, "find_spec",
+            lambda name, there=there: (there or None) if name == "triton" else find_spec(name),
+        )  # fmt: skip
+        assert compiling.backend_of(recipe, cuda) == ("inductor" if there else None)
+        wanted = at(recipe, "", compile="inductor")
+        assert compiling.backend_of(wanted, cpu) == "inductor"  # C++ there
+        if not there:
+            with pytest.raises(UserError, match=r"run.compile: inductor needs Triton on a GPU; pip install triton"):
+                compiling.backend_of(wanted, cuda)
+
+
+def test_the_cache_is_kept_unless_the_user_chose_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")  # so that it is put back afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiling.keep_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "std_fast" / "inductor")
+    assert (tmp_path / "std_fast" / "inductor").is_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    compiling.keep_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nowhere")
+    compiling.keep_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+# No host synchronisation
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+
+@contextmanager
+def nothing_is_read():
+    """Inside, whatever would make the host wait for a GPU's value is an error."""
+
+    def refuse(name):
+        def call(self, *args, **kw):
+            raise AssertionError(f"Tensor.{name} makes the host wait for the device")
+
+        return call
+
+    kept = {name: torch.Tensor.__dict__.get(name) for name in READS}  # None: inherited from the C base
+    try:
+        for name in READS:
+            setattr(torch.Tensor, name, refuse(name))
+        yield
+    finally:
+        for name, method in kept.items():
+            if method is None:
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, method)
+
+
+def test_the_hook_sees_each_way_of_reading():
+    one = torch.ones(())
+    for read in (torch.Tensor.item, bool, int, float, range, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+        with nothing_is_read(), pytest.raises(AssertionError, match="wait"):
+            getattr(one, read.__name__)() if read.__qualname__.startswith(("_", "T")) else read(one)
+    assert one.item() == 1.0 and bool(one) and float(one) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_device(recipe, tmp_path, name):
+    """Augmentation, teachers, and steps with and without MINE; a GPU's own check is in tests/gpu."""
+    changed = replace(recipe, optim=replace(recipe.optim, name=name))
+    run = Run(at(changed, tmp_path / "run"), quiet=True)
+    try:
+        trainer, batches = run.parts.trainer, run.batches()
+        for step in (1, 2):
+            trainer.step(*next(batches), step, 1e-3, 1e-3, step == 2)  # state is made
+        raw = next(run.parts.train_loader.epoch(1))
+        for step in (3, 4):
+            with nothing_is_read():
+                mixed = run.parts.augment(raw)
+                answers = run.parts.teachers(mixed.images)
+                trainer.step(mixed, answers, step, 1e-3, 1e-3, step == 4)
+        assert trainer.guard.first_bad.item() == -1
+        batches.close()
+    finally:
+        run.close()
+
+
+def test_a_line_of_the_log_says_how_fast(recipe, tmp_path):
+    summary = train(at(recipe, tmp_path / "run"), quiet=True)
+    lines = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["step"] for r in lines] == [3, 6, 9]
+    for line in lines:
+        shares = [line[f"share_{part}"] for part in ("augment", "teacher", "student", "optimizer")]
+        assert all(share > 0 for share in shares)
+        assert 0 <= line["data_wait"] < 1 and 0 < line["mfu"] < 1 and 0.05 < line["peak_memory_gib"] < 64
+    assert summary["images_per_second"] > 0

@@ -1,0 +1,174 @@
+"""What a budget buys, from figures whose answer is known; and the measurement itself on a tiny run."""
+
+import copy
+import json
+from datetime import datetime
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+from std_fast import cli, plan
+from std_fast import recipe as recipes
+from std_fast.config import from_dict
+from std_fast.recipe import Recipe
+
+PLAIN = {
+    "student": {"name": "mixer", "options": {"patch_size": 4, "dim": 8, "depth": 3}},
+    "data": {"image_size": 16, "threads": 1},
+    "run": {"batch": 8, "length": "1 gpu-hours", "eval_every": "5 epochs", "device": "cpu"},
+}
+TAUGHT = {**PLAIN, "distill": {"teachers": [{"name": "test_resnet"}, {"name": "test_vit"}]}}
+
+
+def recipe_of(data=TAUGHT, **run):
+    return from_dict(Recipe, {**data, "run": {**data["run"], **run}})
+
+
+def mode(rate, **more):
+    return {
+        "images_per_second": rate,
+        "steps": 50,
+        "waiting_share": 0.0,
+        "compile_seconds": 0.0,
+        "memory_gib": 3.5,
+        **more,
+    }
+
+
+FIGURES = {
+    "format": 1, "date": "2026-01-01T00:00:00+00:00", "device": "GPU", "versions": {},
+    "samples": 1_000_003, "steps_per_epoch": 125_000, "val_images": 50_000, "evaluation_seconds": 10.0,
+    "start_seconds": 40.0, "save_seconds": {"stall": 0.5, "write": 1.5}, "checkpoint_bytes": 10**8,
+    "host_memory_gib": 4.0,
+    "modes": {"running": mode(10_000.0, compile_seconds=20.0), "stored": mode(20_000.0), "none": mode(25_000.0)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def figures():
+    return {**copy.deepcopy(FIGURES), "recipe": recipes.dump(recipe_of())}
+
+
+def test_epochs_of_each_mode(figures):
+    bought = plan.buy(figures, recipe_of(length="8 gpu-hours"), datetime(2026, 1, 1, 12).astimezone())
+    rows = {row.mode: row for row in bought.rows}
+    reserve = 1.25 * 12 + plan.CLOSING
+    assert bought.reserve_seconds == pytest.approx(reserve, abs=0.1)
+    # an epoch of a million images takes 100 s and a fifth of an evaluation; start, compilation and one evaluation first
+    left = 8 * 3600 - 40 - 10 - reserve
+    assert rows["running"].epochs == pytest.approx((left - 20) / 102, rel=1e-3)
+    assert rows["stored"].epochs == pytest.approx(left / 52, rel=1e-3)
+    assert rows["none"].epochs == pytest.approx(left / 42, rel=1e-3)
+    assert rows["running"].steps == pytest.approx(rows["running"].epochs * 125_000, rel=1e-3)
+    views = round(rows["running"].epochs / 2)
+    assert rows["views"].epochs == pytest.approx(views + (left - 20 - 102 * views) / 52, rel=1e-3)
+    # 4 bytes per image, epoch and teacher
+    assert rows["views"].answers_bytes == pytest.approx(4 * 1_000_003 * 2 * views, rel=1e-4)
+    assert rows["stored"].answers_bytes == pytest.approx(4 * 1_000_003 * 2 * -(-rows["stored"].epochs // 1), rel=1e-4)
+    assert rows["running"].answers_bytes == rows["none"].answers_bytes == 0
+    assert bought.ends.startswith("2026-01-01T20:00")
+    assert list(bought.options) == ["--distill.answers", "answers/run", "--distill.views", str(views)]
+    text = plan.as_text(bought)
+    for part in (
+        "8 GPU-hours on GPU",
+        "teachers running",
+        f"{views} views cycled",
+        "3.5 GiB",
+        "20:00",
+        "--distill.views",
+    ):
+        assert part in text
+    assert json.loads(json.dumps(plan.as_dict(bought)))["rows"][0]["mode"] == "running"
+
+
+def test_without_a_budget_the_length_is_priced(figures):
+    cost = {row.mode: row.gpu_hours for row in plan.buy(figures, recipe_of(length="300 epochs")).rows}
+    assert cost["running"] == pytest.approx((300 * 102 + 60 + 15.35) / 3600, rel=1e-3)
+    assert cost["none"] < cost["stored"] < cost["views"] < cost["running"]
+    budget = plan.buy(figures, recipe_of(length=f"{cost['stored'] + 10 / 3600} gpu-hours"))
+    assert {row.mode: row.epochs for row in budget.rows}["stored"] == pytest.approx(300, rel=1e-3)  # the way back
+
+
+def test_what_is_recommended(figures):
+    figures["modes"]["stored"]["images_per_second"] = 10_500.0
+    bought = plan.buy(figures, recipe_of(length="8 gpu-hours"))
+    assert bought.options == () and "they cost 5 %" in bought.recommended
+    figures["modes"]["stored"]["images_per_second"] = 20_000.0
+    few = plan.buy(figures, recipe_of(length="0.2 gpu-hours"))  # no epoch would come a second time
+    assert "views" not in {row.mode for row in few.rows}
+    assert few.options[:2] == ("--distill.answers", "answers/run") and "few" in few.notes[0]
+    short = plan.buy(figures, recipe_of(length="8 gpu-hours", eval_every="1 epoch"))
+    assert short.options[-2:] == ("--run.eval-every", "4 epochs")  # 10 s after each 100 s
+    figures["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2}
+    told = " ".join(plan.buy(figures, recipe_of(length="8 gpu-hours")).notes)
+    assert "40 % of the time is waiting" in told and "fewer than 5 steps" in told
+    figures["modes"] = {"none": mode(100.0)}
+    assert plan.buy(figures, recipe_of(PLAIN)).recommended.startswith("a plain training")
+
+
+def test_a_budget_smaller_than_its_start(figures):
+    rows = plan.buy(figures, recipe_of(length="0.01 gpu-hours")).rows
+    assert [row.epochs for row in rows] == [0, 0, 0]
+
+
+def test_a_stored_measurement_is_of_the_same_work(figures, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(figures))
+    same = recipe_of(length="8 gpu-hours", seed=3, log_every=7)
+    assert plan.plan(same, stored=str(path)) == plan.buy(figures, same)
+    for other, name in [
+        (recipe_of(batch=16), "run.batch"),
+        (recipe_of({**TAUGHT, "data": {"image_size": 32}}), "data.image_size"),
+        (recipe_of(PLAIN), "distill.mode"),
+        (recipe_of({**TAUGHT, "distill": {"teachers": [{"name": "test_resnet"}]}}), "distill.teachers"),
+    ]:
+        with pytest.raises(UserError, match=f"bench.json: was measured with another {name}"):
+            plan.read(path, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no measurement"),
+        ("[]", "no measurement"),
+        ("{}", "no measurement"),
+        (None, "is damaged or of another version"),
+    ],
+)
+def test_a_damaged_measurement(figures, tmp_path, text, complaint):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**figures, "samples": -1}) if text is None else text)
+    with pytest.raises(UserError, match=complaint):
+        plan.read(path, recipe_of())
+
+
+def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys):
+    recipe, weights = tmp_path / "tiny.yaml", tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
+    data = {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1}
+    taught = {**TAUGHT, "data": data, "distill": {"teachers": [{"name": "test_resnet", "weights": str(weights)}]}}
+    taught["run"] = {**TAUGHT["run"], "out": str(tmp_path / "runs" / "tiny")}
+    recipe.write_text(recipes.dump(from_dict(Recipe, taught)))
+    saved = tmp_path / "bench.json"
+    command = ["plan", str(recipe), "--budget.gpu-hours", "0.5", "--json"]
+    assert cli.main([*command, "--seconds", "0.6", "--save", str(saved)]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert {row["mode"] for row in made["rows"]} == {"running", "views", "stored", "none"}
+    assert all(row["images_per_second"] > 0 and row["epochs"] > 0 for row in made["rows"])
+    figures = json.loads(saved.read_text())
+    assert figures["samples"] == figures["val_images"] == 24 and figures["steps_per_epoch"] == 3
+    assert figures["checkpoint_bytes"] > 1000 and figures["evaluation_seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bench.json",
+        "teacher.safetensors",
+        "tiny.yaml",
+    ]  # nothing else is left
+    # elsewhere, without the data
+    recipe.write_text(recipe.read_text().replace(str(image_folder), "/nowhere"))
+    assert cli.main([*command, "--from", str(saved)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["rows"] == made["rows"]
+    assert cli.main(["plan", str(recipe), "--seconds", "0"]) == 2
+    assert "--seconds" in capsys.readouterr().err
