@@ -30,8 +30,7 @@ from benchmarks.harness import conditions
 from pipelines.batch import Batch, Loader
 from std_fast import build, cli
 from std_fast import recipe as recipes
-from std_fast.budget import in_words
-from std_fast.checkpoint import listed
+from std_fast.budget import HELD, in_words
 from std_fast.cli import STOPPED
 from std_fast.demo import write_digits
 from std_fast.metrics import read_jsonl
@@ -82,17 +81,19 @@ def run_case(case: Case, hours: float, out: Path, overrides: list[str], throttle
     """Trains, interrupted as the case says, to the end of the budget."""
     child = [sys.executable, "-m", "benchmarks.budget_runs", "--throttle", str(throttled_by if case.throttled else 0)]
     command = [*child, "--child", case.recipe, "--quiet", "--run.out", str(out), *overrides]
-    command += ["--budget.gpu-hours", str(hours)]
+    command += ["--budget.gpu-hours", str(hours), "--run.save-every", "10 seconds"]
     dice = random.Random(f"{case}")
     wall, exits = 0.0, []
-    # moments in the first two thirds of the budget, after the first save
-    moments = sorted(dice.uniform(0.3, 0.66) * hours * 3600 for _ in case.interrupt)
+    # moments in the first two thirds of the budget, some time apart
+    moments = [(0.3 + 0.25 * number + dice.uniform(0, 0.1)) * hours * 3600 for number in range(len(case.interrupt))]
     for number, what in enumerate((*case.interrupt, None)):
         began = time.perf_counter()
         process = subprocess.Popen([*command, *(["--resume"] if number else [])], stdout=subprocess.DEVNULL)
         if what is not None:
-            until = began + moments[number] - wall
-            while time.perf_counter() < until or not listed(out / "checkpoints"):
+            until, held = began + moments[number] - wall, out / HELD
+            before = held.stat().st_mtime_ns if held.exists() else 0
+            # not before it counts: a process that is killed while it imports torch leaves no word of itself
+            while time.perf_counter() < until or not held.exists() or held.stat().st_mtime_ns == before:
                 time.sleep(0.05)
             process.send_signal(what)
         exits.append(process.wait())

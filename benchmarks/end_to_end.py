@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.teachers, args.backend, args.steps = [workload.TINY_TEACHER], "torch", 1
     args.steps = args.steps or (20 if args.device == "cuda" else 3)
     teachers = tuple(args.teachers)
-    with workload.workplace(args, teachers, images=8 * args.batch) as folder:
+    with workload.workplace(args, teachers, images=max(8 * args.batch, args.classes)) as folder:
         recipe = workload.recipe_for(args, folder, teachers)
         source = args.data or as_beton(folder / "images", args)
         data = replace(recipe.data, train=source, backend=args.backend, threads=args.threads)

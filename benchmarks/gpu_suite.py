@@ -53,7 +53,7 @@ PARTS = (
     bench("peers", limit=300),
     bench("overlap"),
     bench("end_to_end"),
-    *(bench("step", "--model", model, "--profile", name=f"step {model}", limit=240) for model in OTHERS),
+    *(bench("step", "--model", name, "--batch", "512", "--profile", name=f"step {name}", limit=240) for name in OTHERS),
     bench("compile", "--limit", "240", limit=600),
     bench("mine_gaussians"),
 )

@@ -47,13 +47,21 @@ class Times:
     turns: list[float] = field(default_factory=list)
     """seconds of one call, in each round"""
     processor: list[float] = field(default_factory=list)
-    """likewise, seconds that this process had a core: on a busy machine the figure to trust; empty on a GPU"""
+    """likewise, seconds of all cores together that this process had; empty on a GPU"""
+    threads: int = 1
     peak_memory: float | None = None
     """MiB on the GPU, all that lay there included; None on a CPU"""
 
     @property
     def median(self) -> float:
+        """By the clock."""
         return statistics.median(self.turns)
+
+    @property
+    def seconds(self) -> float:
+        """The median that rates are made from: on a CPU processor time by thread, which others on the machine disturb
+        less than the clock's."""
+        return statistics.median(self.processor) / self.threads if self.processor else self.median
 
 
 def measure(
@@ -69,13 +77,15 @@ def measure(
             `turn_seconds`: a turn is as many calls as take about this long, at least one.
         warm_up: calls before the first round, the first of them timed on its own.
     """
+    import torch
+
     device, repeats = args.device, args.repeats
     wait = synchronizer(device)
     times, calls = {}, {}
     for name, call in contestants.items():
         progress(f"{name}: warming up")
         seconds = [_time(call, 1, wait) for _ in range(max(1, warm_up))]
-        times[name] = Times(seconds[0])
+        times[name] = Times(seconds[0], threads=torch.get_num_threads())
         calls[name] = max(1, min(1000, round(args.turn_seconds / max(seconds[-1], 1e-9))))
     for turn in range(repeats):
         gc.collect()
@@ -154,7 +164,7 @@ def row(name: str, times: Times, batch: int = 0, **more: Any) -> Report:
     if times.processor:
         figures["cpu_milliseconds"] = spread([1e3 * t for t in times.processor])
     if batch:
-        figures["images_per_second"] = significant(batch / times.median)
+        figures["images_per_second"] = significant(batch / times.seconds)
     figures["first_call_seconds"] = significant(times.first, 3)
     if times.peak_memory is not None:
         figures["peak_memory_mib"] = round(times.peak_memory)

@@ -7,23 +7,20 @@ the epoch to its last batch) and CPU time per image (the process and its childre
 of the library included, of torch not) to the first batch, the most memory beyond what the process held before, and the
 images per second when the files have to be read from the disk.
 
-    python -m benchmarks.loader X.beton --json results.json
+    std-fast bench loader --data X.beton --json
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import importlib.metadata
 import importlib.util
 import json
 import mmap
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from pipelines.batch import LoaderSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
@@ -405,35 +403,6 @@ def _drop_from_cache(paths: list[str]) -> float:
     return held / pages
 
 
-def conditions() -> dict[str, Any]:
-    """What a row must carry: machine, versions, commit, date."""
-    cpu = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    versions = {}
-    for name in ("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda120", "numba", "numpy", "pillow"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
-    import torch
-
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or "none",
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def main(
     data: str,
     *,
@@ -486,8 +455,9 @@ def main(
         )
     settings_shown = {key: value for key, value in asdict(settings).items() if key != "files"}
     return {
-        "benchmark": "loader",
-        "conditions": conditions() | {"load_before": load_before, "load_after": os.getloadavg()},
+        "question": "loader",
+        "variant": Path(data).stem,
+        "conditions": harness.conditions(device) | {"load_average": load_before, "load_average_after": os.getloadavg()},
         "settings": settings_shown | {"repeats": repeats, "images": count, **shape},
         "left_out": missing,
         "cold_share_still_cached": still_held,
@@ -590,24 +560,34 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
-    parser.add_argument("data", help="a beton of JPEGs")
-    parser.add_argument("--json", help="write the report there")
+def command(argv: list[str] | None = None) -> int:
+    """`std-fast bench loader`; returns the exit code."""
+    parser = argparse.ArgumentParser("std-fast bench loader", description=__doc__)
+    parser.add_argument("--data", required=True, help="a beton of JPEGs")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--out", metavar="FOLDER", help="also write QUESTION-DATA-HARDWARE-DATE.json there")
     parser.add_argument("--backends", default="ffcv,dali,torch", help="ours, each with what it stands on")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-cold", dest="cold", action="store_false")
-    options = vars(parser.parse_args())
-    target = options.pop("json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--no-cold", dest="cold", action="store_false", help="do not drop the files from the page cache"
+    )
+    options = vars(parser.parse_args(argv))
+    as_json, out = options.pop("json"), options.pop("out")
     options["backends"] = tuple(options["backends"].split(","))
     try:
-        result = main(options.pop("data"), **options, progress=lambda line: print(line, file=sys.stderr))
+        result = main(options.pop("data"), **options, progress=harness.progress)
     except UserError as error:
-        sys.exit(f"benchmarks.loader: {error}")
-    if target:
-        Path(target).write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+        print(f"std-fast bench loader: {error}", file=sys.stderr)
+        return 2
+    if out:
+        harness.progress(str(harness.write(result, Path(out))))
+    print(json.dumps(result, indent=1) if as_json else table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     }
     times = harness.measure(contestants, args)
     step.check()
-    parts_alone = [times[STUDENT].median, times[TEACHERS].median]
+    parts_alone = [times[STUDENT].seconds, times[TEACHERS].seconds]
     notes = []
     if args.device == "cpu":
         notes.append("A CPU has no streams: concurrent is serial here, and the ratio shows the noise.")
@@ -58,8 +58,8 @@ def compare(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
         "variant": workload.variant(args),
         "rows": [harness.row(name, one, args.batch) for name, one in times.items()],
         "ratios": [harness.ratio("concurrent over serial", times[BESIDE], times[SERIAL])],
-        "serial_over_sum": harness.significant(times[SERIAL].median / sum(parts_alone), 3),
-        "concurrent_over_longer": harness.significant(times[BESIDE].median / max(parts_alone), 3),
+        "serial_over_sum": harness.significant(times[SERIAL].seconds / sum(parts_alone), 3),
+        "concurrent_over_longer": harness.significant(times[BESIDE].seconds / max(parts_alone), 3),
         "precision": str(workload.compute_dtype(parts)).removeprefix("torch."),
         "notes": notes,
     }

@@ -74,10 +74,10 @@ def place(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
                 gflop=harness.significant(flops[name] / 1e9),
                 moved_mb=harness.significant(moved[name] / 1e6),
                 flop_per_byte=harness.significant(flops[name] / moved[name], 3),
-                tflops=harness.significant(flops[name] / one.median / 1e12, 3),
-                gb_per_s=harness.significant(moved[name] / one.median / 1e9, 3),
+                tflops=harness.significant(flops[name] / one.seconds / 1e12, 3),
+                gb_per_s=harness.significant(moved[name] / one.seconds / 1e9, 3),
                 limit="arithmetic" if flops[name] / matmul > moved[name] / copying else "memory",
-                roof_percent=harness.significant(100 * least / one.median, 3),
+                roof_percent=harness.significant(100 * least / one.seconds, 3),
             )
         )
     return {

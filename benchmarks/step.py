@@ -78,22 +78,22 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
     for name, one in times.items():
         more = {}
         if name in flops:
-            rate = flops[name] * args.batch / one.median
+            rate = flops[name] * args.batch / one.seconds
             more = {"gflop_per_image": round(flops[name] / 1e9, 3), "mfu_percent": round(100 * rate / ceiling, 1)}
         rows.append(harness.row(name, one, args.batch, **more))
     ratios = [
         harness.ratio("STD (answers given) over the plain backbone", times[GIVEN], times[PLAIN]),
         harness.ratio("answers stored over teachers asked", times[STORED], times[ASKED]),
     ]
-    parts = sum(times[name].median for name in (GIVEN, "augmentation alone", "teachers alone"))
+    parts = sum(times[name].seconds for name in (GIVEN, "augmentation alone", "teachers alone"))
     report = {
         "variant": workload.variant(args),
         "rows": rows,
         "ratios": ratios,
         "matmul_ceiling_tflops": harness.significant(ceiling / 1e12),
         "arithmetic_of_std_percent": round(100 * (flops[GIVEN] / flops[PLAIN] - 1), 1),
-        "time_of_std_percent": round(100 * (times[GIVEN].median / times[PLAIN].median - 1), 1),
-        "asked_over_sum_of_parts": harness.significant(times[ASKED].median / parts),
+        "time_of_std_percent": round(100 * (times[GIVEN].seconds / times[PLAIN].seconds - 1), 1),
+        "asked_over_sum_of_parts": harness.significant(times[ASKED].seconds / parts),
         "precision": str(workload.compute_dtype(std)).removeprefix("torch."),
     }
     if args.profile:

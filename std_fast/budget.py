@@ -20,7 +20,7 @@ from std_fast.recipe import Duration, Recipe, parse_warmup
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
 LEARNING = ("train", "teacher", "data")  # while these run, images are learned from
 UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
-CLOSING = 0.35  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
+CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
 HELD = "held.json"
 log = logging.getLogger("std_fast")
 
@@ -124,7 +124,7 @@ class Heartbeat:
 
     The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
     It is replaced whole and not flushed: it outlives the process, and of a machine that loses power the last seconds
-    may be missing.
+    may be missing. The first seconds of a process that is killed while it still imports torch are not known either.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:

@@ -25,7 +25,7 @@ from std_fast.overlap import Overlap
 from std_fast.recipe import Recipe
 from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
 from std_fast.step import Guard, Objective, Trainer, residual_scales
-from std_fast.student import Student, plan_modules
+from std_fast.student import ModulePlan, Student, plan_modules
 from std_fast.teachers import Teachers, autocast, build_classifier, build_teacher, load_weights, read_run, read_weights
 
 log = logging.getLogger("std_fast")
@@ -77,9 +77,18 @@ def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE
     if not recipe.data.train:
         raise UserError("data.train: is empty; give a .beton or an image folder, e.g. --data.train imagenet.beton")
     spec = LoaderSpec(
-        path=recipe.data.train, image_size=recipe.data.image_size, global_batch=recipe.run.batch, seed=recipe.run.seed,
-        shuffle=True, drop_last=drop_last, crop=recipe.data.crop, device=str(device), threads=recipe.data.threads,
-        ahead=recipe.data.ahead, resample=recipe.data.resample, shard=world.shard,
+        path=recipe.data.train,
+        image_size=recipe.data.image_size,
+        global_batch=recipe.run.batch,
+        seed=recipe.run.seed,
+        shuffle=True,
+        drop_last=drop_last,
+        crop=recipe.data.crop,
+        device=str(device),
+        threads=recipe.data.threads,
+        ahead=recipe.data.ahead,
+        resample=recipe.data.resample,
+        shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 
@@ -90,9 +99,18 @@ def open_val_loader(recipe: Recipe, device: torch.device, path: str = "", world:
     if not path:
         return None
     spec = LoaderSpec(
-        path=path, image_size=recipe.data.image_size, global_batch=recipe.run.eval_batch or recipe.run.batch,
-        seed=recipe.run.seed, shuffle=False, drop_last=False, crop=recipe.data.eval_crop, device=str(device),
-        threads=recipe.data.threads, ahead=recipe.data.ahead, resample=recipe.data.eval_resample, shard=world.shard,
+        path=path,
+        image_size=recipe.data.image_size,
+        global_batch=recipe.run.eval_batch or recipe.run.batch,
+        seed=recipe.run.seed,
+        shuffle=False,
+        drop_last=False,
+        crop=recipe.data.eval_crop,
+        device=str(device),
+        threads=recipe.data.threads,
+        ahead=recipe.data.ahead,
+        resample=recipe.data.eval_resample,
+        shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 
@@ -109,10 +127,12 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
     if d.tokens == "deit" and d.mode == "std":
         options["distill_token"] = True
     backbone = build_classifier(s.name, num_classes, recipe.data.image_size, s.drop_path, **options)
-    modules = ()
+    modules: tuple[ModulePlan, ...] = ()
     if d.mode == "std":
         if not hasattr(backbone, "forward_taps"):
-            raise UserError(f"student.name: {s.name} is timm's own and has no STD form; take one of this project's students")
+            raise UserError(
+                f"student.name: {s.name} is timm's own and has no STD form; take one of this project's students"
+            )
         modules = plan_modules(backbone, len(d.teachers), d.taps, d.assign)
     mine = d.mine
     student = Student(
@@ -124,7 +144,7 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
             load_weights(student, read_run(path).state, f"student.weights ({path})")
         else:
             load_weights(backbone, read_weights(path), f"student.weights ({path})")
-    return student.to(memory_format=torch.channels_last)
+    return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Teachers | None:
@@ -163,14 +183,26 @@ def build_missing_teachers(
         raise UserError(f"{error} (needed because distill.answers {lacks})") from None
 
 
-def make_fast(augment: Augment, teachers: Teachers | None, backend: str | None, captured: bool) -> Teachers | None:
-    """Compiles both in place; returns the teachers, as a CUDA graph if they shall be `captured`."""
+def make_fast(
+    recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None
+) -> tuple[Teachers | None, str | None]:
+    """Compiles both in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's backend.
+
+    Raises:
+        UserError: the compiler lacks what it needs.
+    """
+    backend = backend_of(recipe, device)
     if backend is not None:
-        keep_cache()
+        if options(backend)["backend"] == "inductor":
+            keep_cache()
         augment.compile(**options(backend))
         if teachers is not None:
             teachers.compile(**options(backend))
-    return ReplayedTeachers(teachers) if captured and teachers is not None else teachers
+    if recipe.run.cuda_graphs == "teachers" and teachers is not None:
+        if device.type == "cuda":
+            return ReplayedTeachers(teachers), backend
+        log.info("run.cuda_graphs: teachers has no effect on a CPU")
+    return teachers, backend
 
 
 def build(recipe: Recipe, world: World = ALONE) -> Parts:
@@ -178,7 +210,9 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
     device = pick_device(recipe)
     precision = precision_of(recipe, device)
     if recipe.run.batch % (4 * world.size):  # MINE's partners lie in groups of four
-        raise UserError(f"run.batch: {recipe.run.batch} over {world.size} processes must be a multiple of {4 * world.size}")
+        raise UserError(
+            f"run.batch: {recipe.run.batch} over {world.size} processes must be a multiple of {4 * world.size}"
+        )
     train_loader = open_train_loader(recipe, device, world)
     val_loader = answers = None
     try:
@@ -193,10 +227,8 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         answers = open_answers(recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world)
         teachers = build_missing_teachers(recipe, train_loader, answers, device)
         flops = flops_per_image(student, teachers, recipe.data.image_size)
-        backend = backend_of(recipe, device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        captured = recipe.run.cuda_graphs == "teachers" and device.type == "cuda"
-        teachers = make_fast(augment, teachers, backend, captured)
+        teachers, backend = make_fast(recipe, device, augment, teachers)
         objective = Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher)
         watch = Stopwatch(device)
         decay = recipe.optim.ema ** (recipe.run.batch / recipe.optim.ema_batch) if recipe.optim.ema else 0.0
@@ -225,9 +257,7 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         raise
     text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
     log.info(text, device, precision, backend or "off", limit / 1e12)
-    return Parts(
-        recipe, device, train_loader, val_loader, augment, teachers, answers, trainer, overlap, speed, backend
-    )
+    return Parts(recipe, device, train_loader, val_loader, augment, teachers, answers, trainer, overlap, speed, backend)
 
 
 def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
@@ -253,9 +283,13 @@ def check_same_classes(train: Loader, val: Loader | None) -> None:
     if ours is not None and theirs is not None and list(ours) != list(theirs):
         odd = sorted(set(ours) ^ set(theirs))
         what = f"e.g. {odd[0]!r} is only in one of them" if odd else "the same names in another order"
-        raise UserError(f"data.val: its classes are not those of data.train ({what}); convert both from the same classes")
+        raise UserError(
+            f"data.val: its classes are not those of data.train ({what}); convert both from the same classes"
+        )
     if val.num_classes > train.num_classes:
-        raise UserError(f"data.val: has {val.num_classes} classes, data.train {train.num_classes}; use data of the same classes")
+        raise UserError(
+            f"data.val: has {val.num_classes} classes, data.train {train.num_classes}; use data of the same classes"
+        )
 
 
 def resolved(recipe: Recipe) -> Recipe:

@@ -9,9 +9,10 @@ import difflib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("std_fast").setLevel(logging.INFO)
     try:
-        return run(argv)
+        with stoppable() if argv[:1] == ["train"] else contextlib.nullcontext():
+            return run(argv)
     except UserError as error:
         print(f"std-fast: {error}", file=sys.stderr)
         return 2
@@ -52,8 +54,26 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM or SIGUSR1 before a training has begun (importing torch takes seconds), or after it: exit code 3."""
+
+    def leave(_signum: int, _frame: object) -> NoReturn:
+        raise SystemExit(STOPPED)
+
+    kept = {}
+    with contextlib.suppress(ValueError):  # not the main thread
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            kept[signum] = signal.signal(signum, leave)
+    try:
+        yield
+    finally:
+        for signum, handler in kept.items():
+            signal.signal(signum, handler)
+
+
 def entry(argv: list[str] | None = None) -> NoReturn:
-    """`main` as a process, which ends at once: taking torch's modules down would hold the GPU for one or two seconds."""
+    """`main` as a process, which ends at once: taking torch down would hold the GPU for one or two seconds."""
     code = main(argv)
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):  # a reader that has left, a stream that is closed
@@ -147,14 +167,18 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
     from pipelines.convert import ON_ERROR, ConvertSettings
 
-    parser.add_argument("src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet files or CIFAR's files")
+    parser.add_argument(
+        "src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet files or CIFAR's files"
+    )
     parser.add_argument("dst", help="the .beton to write")
     for field in fields(ConvertSettings):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", default=None, help=f"{CONVERT_HELP[field.name]} [{field.default}]"
         )
     parser.add_argument("--workers", type=int, default=0, help="processes [one per core]")
-    parser.add_argument("--on-error", choices=ON_ERROR, default="stop", help="what to do about unreadable images [stop]")
+    parser.add_argument(
+        "--on-error", choices=ON_ERROR, default="stop", help="what to do about unreadable images [stop]"
+    )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="convert part I (from 0) of N, one beton each")
     add_json(parser)
 
@@ -177,12 +201,19 @@ def convert(args: argparse.Namespace) -> None:
             bar.append(Progress("converted", now.total, "images"))
         bar[0].update(now.done)
         left = f"{now.seconds_left:.0f} s left, " if now.phase == "converting" else ""
-        bar[0].note(now.done, f"{now.phase}: {now.rate:.0f} images/s, {left}{now.estimated_bytes / 1e6:.0f} MB in the end")
+        bar[0].note(
+            now.done, f"{now.phase}: {now.rate:.0f} images/s, {left}{now.estimated_bytes / 1e6:.0f} MB in the end"
+        )
 
     try:
         manifest = run_conversion(
-            args.src, args.dst, settings=settings, workers=args.workers, on_error=args.on_error,
-            shard=(int(part), int(parts)), progress=progress,
+            args.src,
+            args.dst,
+            settings=settings,
+            workers=args.workers,
+            on_error=args.on_error,
+            shard=(int(part), int(parts)),
+            progress=progress,
         )
     finally:
         for one in bar:
@@ -235,7 +266,13 @@ def warm(args: argparse.Namespace) -> None:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run's folder")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=["auto"],
+        help="go on from the newest whole checkpoint of the run's folder, if it has one",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_json(parser)
 
@@ -249,7 +286,7 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = recipes.load(args.recipe, args.overrides)
     try:
-        summary = run_training(recipe, resume=args.resume, quiet=args.quiet)
+        summary = run_training(recipe, resume=bool(args.resume), quiet=args.quiet)
     except (Stopped, NotFinite) as end:
         if rank() == 0:
             print(f"std-fast: {end}", file=sys.stderr)
@@ -262,15 +299,20 @@ def train(args: argparse.Namespace) -> int:
     result = summary["result"]
     heads = "  ".join(f"{k} {v:.2f} %" for k, v in result.items() if k.startswith("top1"))
     where = resolved(recipe).run.out
-    show(args, summary, f"{heads or 'no validation data'}\n{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}\n{in_words(summary['seconds'])}")
+    lines = [heads or "no validation data", f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
+    show(args, summary, "\n".join([*lines, in_words(summary["seconds"])]))
     return 0
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--from", dest="stored", default="", metavar="JSON", help="a stored measurement, of any machine")
-    parser.add_argument("--save", default="", metavar="JSON", help="store the measurement, for a plan on another machine")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure, after start and compilation [60]")
+    parser.add_argument(
+        "--from", dest="stored", default="", metavar="JSON", help="a stored measurement, of any machine"
+    )
+    parser.add_argument(
+        "--save", default="", metavar="JSON", help="store the measurement, for a plan on another machine"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure, after the start [60]")
     add_json(parser)
 
 
@@ -323,7 +365,9 @@ def teach(args: argparse.Namespace) -> int:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("data", nargs="?", default="", help="a .beton or image folder; by default the run's own data.val")
+    parser.add_argument(
+        "data", nargs="?", default="", help="a .beton or image folder; by default the run's own data.val"
+    )
     parser.add_argument("--backend", default="", help="read with this backend instead of the run's")
     add_json(parser)
 
@@ -386,7 +430,9 @@ def preview(args: argparse.Namespace) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("out", help="the folder to make")
-    parser.add_argument("--formats", nargs="+", default=[], help="of timm, class-head, onnx, pt2; default: all that can be had")
+    parser.add_argument(
+        "--formats", nargs="+", default=[], help="of timm, class-head, onnx, pt2; default: all that can be had"
+    )
     parser.add_argument("--predict", default="", help="mean, class or distill; default: as the recipe says")
     add_json(parser)
 
@@ -426,11 +472,13 @@ def demo(args: argparse.Namespace) -> None:
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its own arguments: std-fast bench NAME --help")
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...", help="its own arguments: std-fast bench NAME --help"
+    )
 
 
 def bench(args: argparse.Namespace) -> int:
-    """In a process of its own: no module of std_fast imports a benchmark, and nothing is loaded that would disturb it."""
+    """In a process of its own: std_fast imports no benchmark, and nothing is loaded that would disturb it."""
     try:
         return subprocess.run([sys.executable, "-m", f"benchmarks.{args.name}", *args.words]).returncode
     except KeyboardInterrupt:  # the benchmark got it too

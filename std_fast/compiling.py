@@ -1,13 +1,14 @@
-"""torch.compile, around four regions: the student's forward, the teachers, the augmentation, the objective.
+"""torch.compile, around five regions: the student's forward, its stochastic depth, the objective, the teachers and the
+augmentation.
 
 The optimizer is one fused kernel already, and what is left between the regions is small. Every region has fixed shapes
 (training drops the last, smaller batch), so that it is compiled once; the student and its objective twice: with MINE
 and without. Evaluation runs uncompiled. Order matters: compile, then DDP (distributed.py), then capture (graphs.py).
 
-Backends: `inductor` fuses, into Triton kernels on a GPU and C++ on a CPU; `max-autotune` is inductor that also measures
-which kernels are best, without its CUDA graphs, whose shared memory pool does not suit two models at once; `aot_eager`
-and `eager` trace the same graphs but run torch's own kernels: for machines without Triton or a compiler, and to find
-out whether a difference is the compiler's.
+Backends: `inductor` fuses, into Triton kernels on a GPU and C++ on a CPU. `max-autotune` is inductor that also measures
+which kernels are best (two runs may choose differently, and so differ in the last bits), without its CUDA graphs, whose
+shared memory pool does not suit two models at once. `aot_eager` and `eager` trace the same graphs but run torch's own
+kernels: for machines without Triton or a compiler, and to find out whether a difference is the compiler's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pipelines.errors import UserError
 from std_fast.budget import Ledger
 from std_fast.recipe import Recipe
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 F = TypeVar("F", bound=Callable)
 log = logging.getLogger("std_fast")
 
@@ -66,15 +68,19 @@ def compiled(call: F, backend: str | None) -> F:
 def keep_cache() -> None:
     """Compiled kernels stay in ~/.cache/std_fast (XDG_CACHE_HOME is heeded), so that the next run starts warm.
 
-    An existing TORCHINDUCTOR_CACHE_DIR decides instead. Call before anything is compiled: torch reads it once.
+    A TORCHINDUCTOR_CACHE_DIR of the user's decides instead. Call before anything is compiled.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE, default_cache_dir()) != default_cache_dir():  # torch itself sets it to its default
+        return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "std_fast" / "inductor"))
+    folder = home / "std_fast" / "inductor"
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[CACHE] = str(folder)
     except OSError as error:
-        log.warning("%s: cannot be made (%s); compiled kernels are not kept", folder, error)
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        log.warning("%s: cannot be made (%s); compiled kernels stay in %s", folder, error, default_cache_dir())
 
 
 @contextmanager

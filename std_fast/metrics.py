@@ -58,12 +58,14 @@ class Journal:
         draft = self.path.with_suffix(".partial")
         draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(draft, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "a", encoding="utf-8")
         self._board = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+            )
         except ImportError:
             log.warning("TensorBoard is not installed, metrics go to %s only: pip install tensorboard", self.path)
 
@@ -104,12 +106,18 @@ class Progress:
         self._bar = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True), transient=False,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=False,
             )
             self._bar.start()
             self._task = self._bar.add_task(what, total=total, note="")

@@ -30,7 +30,8 @@ class Muon(torch.optim.AdamW):
 
     The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which goes matrix by matrix, wants its
     learning rate on the host and knows no `found_inf`. Here the matrices of one shape (one or two from every block) are
-    orthogonalised together, in bfloat16 on a GPU. Every process of many does all of them.
+    orthogonalised together, in bfloat16 on a GPU: for Mixer-S16 118 operations a step instead of 738, for ResMLP-S24 89
+    instead of 1658. Every process of many does all of them.
 
     Gradients of the `muon` groups are used up: `step` leaves None.
     """

@@ -90,7 +90,9 @@ class Data:
     crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
     eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
     backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
-    resample: Resample = opt("auto", "how training crops are resized; auto: bilinear, antialiased; area: as FFCV's own loader")
+    resample: Resample = opt(
+        "auto", "how training crops are resized; auto: bilinear, antialiased; area: as FFCV's own loader"
+    )
     eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared ahead")
@@ -104,7 +106,10 @@ class Data:
 @dataclass(frozen=True)
 class StudentSpec:
     name: str = opt("mixer_s16", "a backbone of this project, or any timm name when distill.mode is none")
-    options: dict = opt({}, "arguments of the model's builder, e.g. {patch_size: 4, depth: 6}; timm's ResNets take {small_stem: true} for 32 px")
+    options: dict = opt(
+        {},
+        "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
+    )
     drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
 
@@ -116,8 +121,9 @@ class StudentSpec:
 class TeacherSpec:
     name: str = opt("", "timm name, or a backbone of this project; left out when weights is a folder, which knows it")
     weights: str = opt(
-        "", "a run folder, a Hugging Face folder (config.json and weights), a .safetensors or timm checkpoint file, or "
-        "`pretrained` (needs a network)"
+        "",
+        "a run folder, a Hugging Face folder (config.json and weights), a .safetensors or timm checkpoint file, or "
+        "`pretrained` (needs a network)",
     )
     options: dict = opt({}, "arguments of the model's builder, as in student.options")
     image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
@@ -146,7 +152,8 @@ class MineSpec:
         every = Duration.parse(self.every, "distill.mine.every")
         require(
             every.unit in ("steps", "epochs") and every.amount >= 1 and every.amount == int(every.amount),
-            "distill.mine.every", "must be a whole number of steps or epochs",
+            "distill.mine.every",
+            "must be a whole number of steps or epochs",
         )
 
 
@@ -167,26 +174,42 @@ class Distill:
     mine: MineSpec = opt(MineSpec(), "mutual information regularisation")
     predict: Literal["mean", "class", "distill"] = opt("mean", "which heads answer in evaluation")
     answers: str = opt("", "folder of stored teacher answers: epochs that it holds are read, others are added to it")
-    views: int = opt(0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones")
+    views: int = opt(
+        0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones"
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
         require(self.temperature > 0, "distill.temperature", "must be positive")
-        require(self.labels == "soft" or self.temperature == 1.0, "distill.temperature",
-                "has no effect on hard labels; leave it at 1 or set distill.labels to soft")
+        require(
+            self.labels == "soft" or self.temperature == 1.0,
+            "distill.temperature",
+            "has no effect on hard labels; leave it at 1 or set distill.labels to soft",
+        )
         require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
         require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")
-        require(self.labels == "soft" or not self.top_k, "distill.top_k",
-                "has no effect on hard labels; leave it at 0 or set distill.labels to soft")
-        require(not self.answers or self.labels == "hard" or self.top_k > 0, "distill.top_k",
-                "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.answers out")
-        require(not self.answers or self.mode == "std", "distill.answers", "has no effect with mode: none; leave it out")
+        require(
+            self.labels == "soft" or not self.top_k,
+            "distill.top_k",
+            "has no effect on hard labels; leave it at 0 or set distill.labels to soft",
+        )
+        require(
+            not self.answers or self.labels == "hard" or self.top_k > 0,
+            "distill.top_k",
+            "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.answers out",
+        )
+        require(
+            not self.answers or self.mode == "std", "distill.answers", "has no effect with mode: none; leave it out"
+        )
         if self.mode == "std":
             require(len(self.teachers) > 0, "distill.teachers", "is empty; name a teacher or set distill.mode to none")
             for i, teacher in enumerate(self.teachers):
                 require(bool(teacher.name or teacher.weights), f"distill.teachers.{i}", "needs a name or weights")
-            require(self.tokens != "deit" or (self.taps is None and self.assign is None), "distill.taps",
-                    "has no effect with tokens: deit; leave taps and assign out")
+            require(
+                self.tokens != "deit" or (self.taps is None and self.assign is None),
+                "distill.taps",
+                "has no effect with tokens: deit; leave taps and assign out",
+            )
         else:
             require(not self.teachers, "distill.teachers", "has no effect with mode: none; leave it out")
 
@@ -198,7 +221,8 @@ class Distill:
 @dataclass(frozen=True)
 class Optim:
     name: Literal["adamw", "muon", "lamb"] = opt(
-        "adamw", "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`: apex's, on GPUs"
+        "adamw",
+        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`: apex's, on GPUs",
     )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
@@ -230,7 +254,9 @@ class Run:
     batch: int = opt(1024, "images per step over all GPUs")
     length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "auto: a GPU where there is one")
-    precision: Literal["auto", "float32", "bfloat16"] = opt("auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU")
+    precision: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU"
+    )
     compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
     timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
     compile: Literal["auto", "off", "inductor", "max-autotune", "aot_eager", "eager"] = opt(
@@ -253,7 +279,9 @@ class Run:
         require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
         require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
         every = Duration.parse(self.eval_every, "run.eval_every")
-        require(every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end")
+        require(
+            every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end"
+        )
         parse_seconds(self.save_every, "run.save_every")
         require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
 

@@ -323,14 +323,15 @@ h3 { font-size: 15px; margin: 16px 0 8px; }
 p.lead, p.note, p.none, figcaption { color: var(--soft); margin: 0 0 12px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
           padding: 20px 22px; margin-top: 20px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; } td.n, th.n { text-align: right; }
-td:first-child code { white-space: nowrap; }
+th, td:first-child code, .whole { white-space: nowrap; }
+td:first-child { min-width: 150px; }
 td code { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 8px; }
 .samples { display: flex; flex-wrap: wrap; gap: 12px; }
@@ -364,7 +365,7 @@ def shown(value: Any, form: str) -> str:
 
 
 def overview(told: list[Told]) -> str:
-    rows = []
+    rows, unfinished = [], "<br><small>not finished</small>"
     for t in told:
         s = t.summary
         best = max((r["top1"] for r in t.evals if number(r.get("top1"))), default=None)
@@ -374,7 +375,7 @@ def overview(told: list[Told]) -> str:
         rows.append([
             f"{swatch(t)}{html.escape(t.name)}<br><small>{html.escape(r.summary)}</small>",
             f"{html.escape(r.student.name)}<br><small>{html.escape(how)}</small>",
-            html.escape(r.run.length).replace(" ", "&nbsp;") + ("" if s else "<br><small>not finished</small>"),
+            f'<span class="whole">{html.escape(r.run.length)}</span>{"" if s else unfinished}',
             shown(t.last("top1"), ".2f"),
             shown(best, ".2f"),
             shown(s.get("epochs", t.last("epoch")), ".1f"),
@@ -383,7 +384,7 @@ def overview(told: list[Told]) -> str:
             shown(s.get("parameters", math.nan) / 1e6 if number(s.get("parameters")) else None, ".1f"),
             html.escape(str(s.get("device", "–"))),
         ])  # fmt: skip
-    head = ("run", "student", "length", "last top-1 %", "best", "epochs", "GPU-hours", "images/s", "M parameters", "on")
+    head = ("run", "student", "length", "top-1 %", "best", "epochs", "GPU-hours", "images/s", "M param.", "on")
     return table(head, rows, range(3, 9))
 
 

@@ -138,7 +138,7 @@ class Trainer:
         self.meters.add(figures(losses, norm, answers))
 
     def stochastic_depth(self, mixed: Mixed, step: int) -> Tensor | None:
-        """Residual scales [2 L, B], 0 or 1 / (1 - rate): a pure function of seed, epoch and position (DESIGN.md, rule 1).
+        """Residual scales [2 L, B], 0 or 1 / (1 - rate): a pure function of seed, epoch and position.
 
         A timm model draws from torch's generator instead, which is seeded by the step.
         """

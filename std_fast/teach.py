@@ -12,7 +12,6 @@ import torch
 from pipelines.augment import Augment
 from pipelines.errors import UserError
 from std_fast.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of, uses_gpu
-from std_fast.compiling import backend_of
 from std_fast.distributed import joined
 from std_fast.label_cache import AnswerStore, epochs_needed, open_answers, pack
 from std_fast.metrics import Progress
@@ -49,8 +48,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             teachers = build_teachers(recipe, loader.num_classes, device)
             assert teachers is not None
             augment = Augment(recipe.augment, recipe.run.seed).to(device)
-            captured = recipe.run.cuda_graphs == "teachers" and device.type == "cuda"
-            teachers = make_fast(augment, teachers, backend_of(recipe, device), captured)
+            teachers, _ = make_fast(recipe, device, augment, teachers)
             cast = functools.partial(autocast, device, precision)
             bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
             began, asked = time.perf_counter(), 0

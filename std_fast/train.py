@@ -8,14 +8,15 @@ import logging
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
+from pipelines.augment import Mixed
 from pipelines.errors import UserError
 from std_fast import __version__, checkpoint
 from std_fast.budget import Clock, Heartbeat, Ledger, Pace, Timed, earlier, in_words, learning_seconds, process_seconds
@@ -24,18 +25,30 @@ from std_fast.compiling import counted
 from std_fast.config import difference
 from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
+from std_fast.losses import TeacherAnswers
 from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, loads, parse_seconds
+from std_fast.speed import peak_memory
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
 
 # fields that a resumed run may change: they decide where and how fast, not what is computed
 FREE = (
-    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "data.threads", "data.ahead",
-    "distill.answers", "summary", "name", "run.overlap", "run.cuda_graphs",
+    "run.out",
+    "run.log_every",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.timeout",
+    "data.threads",
+    "data.ahead",
+    "distill.answers",
+    "summary",
+    "name",
+    "run.overlap",
+    "run.cuda_graphs",
 )
 
 
@@ -50,7 +63,14 @@ class NotFinite(Exception):
 class Run:
     """A training run: its folder, what it is made of, and how far it is. Of many processes only rank 0 writes files."""
 
-    def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        resume: bool = False,
+        quiet: bool = False,
+        world: World = ALONE,
+        asked: Sequence[int] = (),
+    ) -> None:
         self.recipe, self.world = resolved(recipe), world
         recipe = self.recipe
         self.folder = Path(recipe.run.out)
@@ -58,6 +78,7 @@ class Run:
         self.step = self._saved_step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
+        self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
         self._closing = ExitStack()
         found = self._find_checkpoint(resume)
         if resume and world.main:
@@ -94,7 +115,6 @@ class Run:
         what, total, unit = ("hour", self.clock.hours, "GPU-h") if self.clock.hours else ("step", self.clock.steps, "")
         self.progress = Progress(what, total or 0, unit, quiet or not world.main)
         self._closing.callback(self.progress.close)
-        self.stop_wanted = False
         self._logged = self.ledger.read()  # at the last line of the log
         # the first save of a budget is made early, so that the cost of the last one is known
         save_now = self.clock.hours and "checkpoint" not in self.clock.costs
@@ -114,7 +134,7 @@ class Run:
 
     def _beat_every(self) -> float:
         length = Duration.parse(self.recipe.run.length)
-        return min(5.0, max(0.2, 0.002 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
+        return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -122,7 +142,9 @@ class Run:
         folder = self.folder / "checkpoints"
         if not resume:
             if checkpoint.listed(folder):
-                raise UserError(f"{self.folder}: already holds a run; add --resume to continue it, or give another --run.out")
+                raise UserError(
+                    f"{self.folder}: already holds a run; add --resume to continue it, or give another --run.out"
+                )
             return None
         found = checkpoint.newest(folder) if self.world.main else None
         name = self.world.tell(found and found[0].name)
@@ -136,7 +158,7 @@ class Run:
         other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in FREE]
         if other:
             raise UserError(
-                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's own recipe.yaml, or "
+                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
                 "start a new run with another --run.out"
             )
         trainer = self.parts.trainer
@@ -168,12 +190,22 @@ class Run:
             trainer = self.parts.trainer
             average = trainer.average.state() if trainer.average is not None else {}
             tensors = checkpoint.training_tensors(trainer.student, trainer.optimizer, average)
-            self.writer.save(self.step, tensors, {
-                "step": self.step, "recipe": dump(self.recipe), "seconds": self.ledger.read(), "best": self.best,
-                "devices": self.world.size, "costs": self.clock.costs, "complete": complete,
-                "versions": versions(), "num_classes": self.parts.train_loader.num_classes,
-                "class_names": self.parts.train_loader.source.class_names,
-            })
+            self.writer.save(
+                self.step,
+                tensors,
+                {
+                    "step": self.step,
+                    "recipe": dump(self.recipe),
+                    "seconds": self.ledger.read(),
+                    "best": self.best,
+                    "devices": self.world.size,
+                    "costs": self.clock.costs,
+                    "complete": complete,
+                    "versions": versions(),
+                    "num_classes": self.parts.train_loader.num_classes,
+                    "class_names": self.parts.train_loader.source.class_names,
+                },
+            )
             self.copy_seconds, self._saved_step = time.perf_counter() - began, self.step
 
     # -- log and evaluation ---------------------------------------------------------------------------------------
@@ -208,8 +240,12 @@ class Run:
         figures = figures or {}
         epoch, place = divmod(bad - 1, self.per_epoch)
         report = {
-            "step": bad, "epoch": epoch, "step_in_epoch": place, "figures": {k: str(v) for k, v in figures.items()},
-            "positions": self.parts.train_loader.plan.positions(place).tolist(), "recipe": dump(self.recipe),
+            "step": bad,
+            "epoch": epoch,
+            "step_in_epoch": place,
+            "figures": {k: str(v) for k, v in figures.items()},
+            "positions": self.parts.train_loader.plan.positions(place).tolist(),
+            "recipe": dump(self.recipe),
         }
         path = self.folder / "not_finite.json"
         if self.world.main:
@@ -231,8 +267,12 @@ class Run:
             with trainer.average.applied() if trainer.average is not None else nullcontext():
                 self.world.share_buffers(trainer.student)
                 result = evaluate(
-                    trainer.student, parts.val_loader, parts.augment.normalise_only, trainer.autocast,
-                    self.recipe.distill.predict, self.world,
+                    trainer.student,
+                    parts.val_loader,
+                    parts.augment.normalise_only,
+                    trainer.autocast,
+                    self.recipe.distill.predict,
+                    self.world,
                 )
             trainer.student.train()
         spent = self.world.tell(time.perf_counter() - began)
@@ -257,7 +297,9 @@ class Run:
 
     def _where(self) -> dict:
         return {
-            "step": self.step, "samples": self.samples, "epoch": round(self.step / self.per_epoch, 4),
+            "step": self.step,
+            "samples": self.samples,
+            "epoch": round(self.step / self.per_epoch, 4),
             "gpu_hours": round(self.ledger.gpu_hours, 6),
         }
 
@@ -266,16 +308,16 @@ class Run:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator:
+    def batches(self) -> Generator[tuple[Mixed, TeacherAnswers | None], None, None]:
         """Batches with the teachers' answers from the present step on, epoch after epoch."""
         p, views = self.parts, self.recipe.distill.views
         epoch, start = divmod(self.step, self.per_epoch)
         while True:
             shown = epoch % views if views else epoch  # the epoch whose images are seen; see recipe.py
-            raw = p.train_loader.epoch(shown, start)
+            raw: Any = p.train_loader.epoch(shown, start)
             data = self.ledger.waiting(raw)
             ask = (p.augment, cast(Teachers | None, self.teachers), p.trainer.autocast, p.overlap)
-            pairs = taught(data, *ask) if p.answers is None else p.answers.taught(shown, data, *ask)
+            pairs: Any = taught(data, *ask) if p.answers is None else p.answers.taught(shown, data, *ask)
             try:
                 for mixed, answers in pairs:
                     yield replace(mixed, epoch=epoch), answers  # stochastic depth draws anew
@@ -323,7 +365,7 @@ class Run:
                 result = self.evaluate()
             if on_step is not None:
                 on_step(self)
-            stop, share = self.agree(self.stop_wanted, self._share())
+            stop, share = self.agree(self.stop_wanted or bool(self.asked), self._share())
             if last or stop:
                 self.stop_if_not_finite()
                 self.save(complete=last)
@@ -355,12 +397,23 @@ class Run:
         busy = learning_seconds(seconds)
         student = self.parts.trainer.student
         summary = {
-            "name": self.recipe.name, "seed": self.recipe.run.seed, "steps": self.step, "samples": self.samples,
-            "epochs": round(self.step / self.per_epoch, 4), "result": result, "best": self.best,
+            "name": self.recipe.name,
+            "seed": self.recipe.run.seed,
+            "steps": self.step,
+            "samples": self.samples,
+            "epochs": round(self.step / self.per_epoch, 4),
+            "result": result,
+            "best": self.best,
             "images_per_second": round(self.samples / busy, 1) if busy else None,
-            "gpu_hours": round(self.ledger.gpu_hours, 6), "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "parameters": sum(p.numel() for p in student.parameters()), "versions": versions(),
-            "device": torch.cuda.get_device_name() if self.parts.device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+            "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),
+            "ceiling_tflops": round(self.parts.speed.limit / 1e12, 3),
+            "gpu_hours": round(self.ledger.gpu_hours, 6),
+            "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "versions": versions(),
+            "device": torch.cuda.get_device_name()
+            if self.parts.device.type == "cuda"
+            else f"cpu x{torch.get_num_threads()}",
         }
         self._record("end", {"step": self.step, "gpu_hours": summary["gpu_hours"]})
         if self.world.main:
@@ -390,8 +443,8 @@ def train(
     """
     limit = parse_seconds(recipe.run.timeout, "run.timeout")
     with joined(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
-        run = Run(recipe, resume, quiet, world)
-        with stop_on_signal(run):  # to the end: a second signal must not cut the save short
+        with stop_on_signal() as asked:  # to the end: a second signal must not cut the save short
+            run = Run(recipe, resume, quiet, world, asked)
             try:
                 return run.finish(run.loop(on_step))
             except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
@@ -421,11 +474,15 @@ def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 ask the run to save and stop after the present step; nothing where signals cannot be set."""
+def stop_on_signal() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1 ask a run to save and stop after the present step: they are put into the list.
+
+    Nothing where signals cannot be set.
+    """
+    asked: list[int] = []
 
     def ask(signum: int, _frame: object) -> None:
-        run.stop_wanted = True
+        asked.append(signum)
 
     kept = {}
     try:
@@ -434,7 +491,7 @@ def stop_on_signal(run: Run) -> Iterator[None]:
     except ValueError:  # not the main thread
         pass
     try:
-        yield
+        yield asked
     finally:
         for signum, handler in kept.items():
             signal.signal(signum, handler)

@@ -22,7 +22,7 @@ NAMES = ["adamw", "muon", pytest.param("lamb", marks=needs_apex)]
 def with_gradients(module, seed):
     torch.manual_seed(seed)
     for parameter in module.parameters():
-        parameter.grad = torch.randn(parameter.shape).to(parameter.device)
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))  # in the parameter's layout
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from std_fast import checkpoint, train
+from std_fast import checkpoint, cli, train
 from std_fast import recipe as recipes
 from std_fast.config import from_dict
 from std_fast.metrics import read_jsonl
@@ -92,3 +93,29 @@ def test_killed_and_resumed(recipe, tmp_path):
     last = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"][-1]
     assert last["lr"] == pytest.approx(recipe.optim.min_lr)
     assert json.loads((tmp_path / "run" / "held.json").read_text())["step"] == summary["steps"]
+
+
+def test_asked_to_stop_at_any_moment_it_says_that_it_can_go_on(recipe, tmp_path):
+    """While torch is imported nothing has begun; while the run is built, it saves after its first step."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(of_hours(recipe, 1.0)))
+    command = [sys.executable, "-m", "std_fast.cli", "train", str(path), "--quiet", "--resume"]
+    for seen in ("caught", "held"):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            limit = time.monotonic() + 60
+            while not (catches_sigterm(process.pid) if seen == "caught" else (tmp_path / "run" / "held.json").exists()):
+                assert process.poll() is None and time.monotonic() < limit
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == cli.STOPPED, seen
+        finally:
+            process.kill()
+        assert bool(checkpoint.listed(tmp_path / "run" / "checkpoints")) == (seen == "held")
+
+
+def catches_sigterm(pid):
+    """Whether the process has a handler for it, by the kernel's word."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)

@@ -21,7 +21,8 @@ SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
     "augment": {"erase": 0.25},
     "student": {
-        "name": "mixer", "drop_path": 0.2,
+        "name": "mixer",
+        "drop_path": 0.2,
         "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
     },
     "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},

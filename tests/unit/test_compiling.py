@@ -97,19 +97,25 @@ def test_what_auto_means(recipe, monkeypatch):
                 compiling.backend_of(wanted, cuda)
 
 
-def test_the_cache_is_kept_unless_the_user_chose_another(tmp_path, monkeypatch):
+def test_the_cache_is_kept_unless_the_user_chose_another(tmp_path, monkeypatch, caplog):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")  # so that it is put back afterwards
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    for before in (None, default_cache_dir()):  # torch sets it to its own default when first asked
+        monkeypatch.setenv(compiling.CACHE, before or "x")
+        if before is None:
+            monkeypatch.delenv(compiling.CACHE)
+        compiling.keep_cache()
+        assert cache_dir() == str(tmp_path / "std_fast" / "inductor")
+        assert (tmp_path / "std_fast" / "inductor").is_dir()
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "mine"))
     compiling.keep_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "std_fast" / "inductor")
-    assert (tmp_path / "std_fast" / "inductor").is_dir()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_dir() == str(tmp_path / "mine")
+    monkeypatch.delenv(compiling.CACHE)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     compiling.keep_cache()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nowhere")
-    compiling.keep_cache()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert compiling.CACHE not in os.environ and "cannot be made" in caplog.text
 
 
 # No host synchronisation

@@ -12,6 +12,7 @@ from std_fast.config import from_dict
 from std_fast.optim import build_optimizer, parameter_groups, set_learning_rates
 from std_fast.optimizers import Muon, orthogonal
 from std_fast.recipe import Recipe
+from std_fast.train import Stopped, train
 
 CPU = torch.device("cpu")
 STUDENTS = {
@@ -135,6 +136,24 @@ def test_muons_state_survives_a_checkpoint_to_the_bit(tmp_path):
     assert any(key.endswith("momentum_buffer") for key in one) and any(key.endswith("exp_avg_sq") for key in one)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key].nan_to_num(), two[key].nan_to_num()) for key in one)
+
+
+def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
+    def at(name):
+        data = {"train": str(image_folder), "image_size": 16, "threads": 1, "backend": "torch"}
+        run = {"out": str(tmp_path / name), "batch": 8, "length": "5 steps", "device": "cpu"}
+        student = {"name": "mixer", "options": STUDENTS["mixer"]}
+        return from_dict(Recipe, {"data": data, "student": student, "optim": {"name": "muon", "lr": 0.01}, "run": run})
+
+    def ask(run):
+        run.stop_wanted = run.step == 2
+
+    train(at("whole"), quiet=True)
+    with pytest.raises(Stopped):
+        train(at("parts"), quiet=True, on_step=ask)
+    train(at("parts"), resume=True, quiet=True)
+    one, two = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "parts"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_lamb_says_what_it_needs():

@@ -85,7 +85,7 @@ def test_epochs_of_each_mode(figures):
 
 def test_without_a_budget_the_length_is_priced(figures):
     cost = {row.mode: row.gpu_hours for row in plan.buy(figures, recipe_of(length="300 epochs")).rows}
-    assert cost["running"] == pytest.approx((300 * 102 + 60 + 15.35) / 3600, rel=1e-3)
+    assert cost["running"] == pytest.approx((300 * 102 + 60 + 15 + plan.CLOSING) / 3600, rel=1e-3)
     assert cost["none"] < cost["stored"] < cost["views"] < cost["running"]
     budget = plan.buy(figures, recipe_of(length=f"{cost['stored'] + 10 / 3600} gpu-hours"))
     assert {row.mode: row.epochs for row in budget.rows}["stored"] == pytest.approx(300, rel=1e-3)  # the way back
