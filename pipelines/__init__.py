@@ -21,12 +21,12 @@ RESIDENT_SHARE = 0.25  # of a GPU's memory
 log = logging.getLogger("std_fast")
 
 
-def open_loader(spec: LoaderSpec, backend: str = "auto", *, hw_decoder_load: float | None = None) -> Loader:
+def open_loader(spec: LoaderSpec, backend: str = "auto") -> Loader:
     """Opens the dataset of `spec` with one of BACKENDS; all give the same boxes, labels and order.
 
     "auto" takes resident for a small dataset of small images of one size, else ffcv where it is installed, else torch;
-    the log says which and why. hw_decoder_load: of dali on a GPU, see there. Raises UserError for an unknown backend,
-    one that is not installed, or a dataset that cannot be opened.
+    the log says which and why. Raises UserError for an unknown backend, one that is not installed, or a dataset that
+    cannot be opened.
     """
     from pipelines.source import open_source
 
@@ -43,7 +43,7 @@ def open_loader(spec: LoaderSpec, backend: str = "auto", *, hw_decoder_load: flo
     if backend == "dali":
         from pipelines.dali_backend import DaliLoader
 
-        return DaliLoader(spec, source, hw_decoder_load)
+        return DaliLoader(spec, source)
     if backend == "torch":
         from pipelines.torch_backend import TorchLoader
 

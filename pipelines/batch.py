@@ -63,14 +63,18 @@ class LoaderSpec:
     ahead: int = 2
     """batches prepared beyond the one in use: bounds the loader's memory"""
     resample: str = "auto"
-    """"bilinear" and "bicubic" are antialiased, "area" is the mean over the pixel's footprint; "auto" is the backend's
-    own choice. A backend that lacks one refuses it by name.
+    """"auto" is antialiased bilinear in every backend, "bicubic" is antialiased too; "area", the mean over the pixel's
+    footprint, is in ffcv only: the others refuse it by name.
     """
+    hw_decoder_load: float | None = None
+    """dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; None: the best of a short sweep"""
 
     def __post_init__(self) -> None:
         for name, lowest in (("image_size", 1), ("global_batch", 1), ("threads", 0), ("ahead", 1)):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} {getattr(self, name)} must be {lowest} or more")
+        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"hw_decoder_load {self.hw_decoder_load} must lie in 0..1")
         if self.resample not in RESAMPLES:
             raise UserError(f"resample {self.resample!r} is unknown: choose one of {', '.join(RESAMPLES)}")
 

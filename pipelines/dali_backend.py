@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,8 @@ import torch
 
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.crops import Boxes
-from pipelines.decode import decode_rgb, is_turned
+from pipelines.decode import decode_rgb, is_plain_jpeg
 from pipelines.errors import DataError, UserError
-from pipelines.image_prep import turbojpeg
 from pipelines.order import indices_at
 from pipelines.prefetch import available_cores
 from pipelines.source import Bytes, Integers, Source
@@ -72,17 +71,14 @@ class _Job:
 class DaliLoader:
     """A `batch.Loader` on NVIDIA DALI 2. Raises UserError when DALI is missing or lacks what the spec asks for.
 
-    hw_decoder_load: share of the images that the GPU's JPEG engine decodes, 0 to 1; None: the best of a short `sweep`
-    (which the log shows), on a GPU.
+    On a GPU without a given `hw_decoder_load`, it opens with a short `sweep`, which the log shows.
 
     Threads of the pool prepare what DALI is fed, one thread drives DALI and makes the batches. One epoch at a time.
     """
 
-    def __init__(self, spec: LoaderSpec, source: Source, hw_decoder_load: float | None = None) -> None:
+    def __init__(self, spec: LoaderSpec, source: Source) -> None:
         if spec.resample not in MODES:
             raise UserError(f"resample: {spec.resample!r} is not in the dali backend; choose one of {', '.join(MODES)}")
-        if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
-            raise UserError(f"hw_decoder_load {hw_decoder_load} must lie in 0..1")
         _import_dali()
         self.spec = spec
         self.source = source
@@ -103,6 +99,7 @@ class DaliLoader:
         self._pipe: Any = None
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(self.threads, thread_name_prefix="std_fast-loader")
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="std_fast-dali")
+        hw_decoder_load = spec.hw_decoder_load
         if hw_decoder_load is None and self.device.type == "cuda":
             hw_decoder_load, rows = sweep(spec, source)
             log.info("%s: DALI's hw_decoder_load %.2f, the best of %s", source.path, hw_decoder_load, rows)
@@ -176,22 +173,10 @@ class DaliLoader:
             return None
         data = self.source.read(index) if self.source.is_jpeg(index) else None
         if self._kinds[index] == _UNKNOWN:
-            self._kinds[index] = _PLAIN if data is not None and self._is_plain(index, data.tobytes()) else _ODD
+            self._kinds[index] = (
+                _PLAIN if data is not None and is_plain_jpeg(self.source, index, data.tobytes()) else _ODD
+            )
         return data if self._kinds[index] == _PLAIN else None
-
-    def _is_plain(self, index: int, encoded: bytes) -> bool:
-        if self.source.kind == "folder" and is_turned(encoded):
-            return False
-        (height,), (width,) = self.source.sizes(np.array([index]))
-        decoder = turbojpeg()
-        if decoder is not None:
-            known = decoder.header(encoded)
-            return known is not None and not known.is_cmyk and (known.height, known.width) == (height, width)
-        try:
-            with PIL.Image.open(io.BytesIO(encoded)) as image:
-                return image.mode in ("RGB", "L") and image.size == (width, height)
-        except Exception:  # PIL raises errors of every kind; `decode_rgb` will say which
-            return False
 
     # In the driver's thread
 
@@ -344,7 +329,7 @@ def sweep(
     """
     rows = []
     for load in loads:
-        with DaliLoader(spec, source, load) as loader:
+        with DaliLoader(replace(spec, hw_decoder_load=load), source) as loader:
             count = min(steps, loader.steps_per_epoch)
             epoch = loader.epoch(0)
             next(epoch)  # buffers grow with the first batches

@@ -54,6 +54,24 @@ def is_turned(encoded: bytes) -> bool:
         return orientation(image) != 1
 
 
+def is_plain_jpeg(source: Source, index: int, encoded: bytes) -> bool:
+    """Whether a JPEG sample is one for a GPU's decoder: upright, gray or colour, of the stated size and not cut off
+    (which such decoders may pass over in silence). `decode_rgb` reads the others, or says what is wrong with them.
+    """
+    if not encoded.endswith(b"\xff\xd9") or (source.kind == "folder" and is_turned(encoded)):
+        return False
+    (height,), (width,) = source.sizes(np.array([index]))
+    decoder = turbojpeg()
+    if decoder is not None:
+        known = decoder.header(encoded)
+        return known is not None and not known.is_cmyk and (known.height, known.width) == (height, width)
+    try:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
+            return image.mode in ("RGB", "L") and image.size == (width, height)
+    except Exception:  # PIL raises errors of every kind; `decode_rgb` will say which
+        return False
+
+
 def _plain_jpeg(encoded: bytes) -> Pixels | None:
     """A gray or colour JPEG as it is stored; None for what takes more than that. Raises BadImage for damaged data."""
     decoder = turbojpeg()

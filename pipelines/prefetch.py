@@ -57,6 +57,8 @@ class Job:
     parts: list[Future[None]] = field(default_factory=list)
     left: int = 0
     """parts not yet done"""
+    encoded: dict[int, torch.Tensor] = field(default_factory=dict)
+    """rows that are left to `_complete`, and their bytes, uint8 [number of bytes]"""
     batch: Batch | None = None
     ready: torch.cuda.Event | None = None
     """on a GPU: the copy is done"""
@@ -91,6 +93,12 @@ class ThreadedLoader(ABC):
         """Fills job.images[start:stop] from the boxes of these samples. Runs in a thread of the pool. Raises DataError
         with the sample's name.
         """
+
+    def _complete(self, job: Job, images: torch.Tensor) -> None:
+        """For backends whose `_decode` leaves some rows in job.encoded: fills them in images [B, S, S, 3], which is on
+        the device, in its current stream. Raises DataError with the sample's name.
+        """
+        raise NotImplementedError
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """See `batch.Loader`. Raises UserError when `start_step` lies outside the epoch or the loader is closed."""
@@ -177,11 +185,16 @@ class ThreadedLoader(ABC):
         labels = np.where(job.indices < 0, -1, self.source.labels[job.indices])
         keys = torch.from_numpy(np.stack([labels, job.positions]))
         images = job.host
-        if self._stream is not None:
+        if self._stream is None:
+            if job.encoded:
+                self._complete(job, images)
+        else:
             with torch.cuda.stream(self._stream):
                 # The pinned memory is torch's: its allocator does not hand it out again before the copy is done.
                 images = images.to(self.device, non_blocking=True)
                 keys = keys.pin_memory().to(self.device, non_blocking=True)
+                if job.encoded:
+                    self._complete(job, images)
                 job.ready = torch.cuda.Event()
                 job.ready.record(self._stream)
         job.batch = Batch(images.permute(0, 3, 1, 2), keys[0], keys[1], job.indices, job.epoch, job.step)

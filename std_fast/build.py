@@ -87,6 +87,7 @@ def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE
         device=str(device),
         threads=recipe.data.threads,
         ahead=recipe.data.ahead,
+        hw_decoder_load=recipe.data.hw_decoder_load,
         resample=recipe.data.resample,
         shard=world.shard,
     )
@@ -109,6 +110,7 @@ def open_val_loader(recipe: Recipe, device: torch.device, path: str = "", world:
         device=str(device),
         threads=recipe.data.threads,
         ahead=recipe.data.ahead,
+        hw_decoder_load=recipe.data.hw_decoder_load,
         resample=recipe.data.eval_resample,
         shard=world.shard,
     )

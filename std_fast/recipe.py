@@ -96,11 +96,16 @@ class Data:
     eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared ahead")
+    hw_decoder_load: float | None = opt(
+        None, "dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; default: a short sweep decides"
+    )
 
     def __post_init__(self) -> None:
         require(self.image_size >= 8, "data.image_size", f"{self.image_size} is too small; use 8 or more")
         require(self.threads >= 0, "data.threads", "cannot be negative; 0 means all cores")
         require(self.ahead >= 1, "data.ahead", "must be 1 or more")
+        load = self.hw_decoder_load
+        require(load is None or 0 <= load <= 1, "data.hw_decoder_load", f"{load} must be in [0, 1]")
 
 
 @dataclass(frozen=True)

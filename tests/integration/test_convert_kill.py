@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from pipelines.convert import ConvertSettings, convert
 from tests.beton_tools import encoded, pixels
@@ -37,7 +36,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     journal = tmp_path / ".x.beton.converting" / "journal"
     random = np.random.default_rng(int(time.time_ns()))
     lengths = []
-    for _ in range(KILLS):
+    while len(lengths) < KILLS:
         before = journal.stat().st_size if journal.exists() else 0
         process = subprocess.Popen(command, cwd=ROOT)
         # Some moments after the journal has grown, or, once in a while, before.
@@ -46,13 +45,15 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             time.sleep(0.005)
         time.sleep(float(random.uniform(0, 0.3)))
         process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
+        if process.wait() == 0:  # it was faster than the signal: from the beginning again
+            assert path.read_bytes() == reference.read_bytes()
+            path.unlink()
+            Path(f"{path}.json").unlink()
+            continue
         assert not (path.exists() and not Path(f"{path}.json").exists())
         lengths.append(journal.stat().st_size if journal.exists() else 0)
     finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert path.read_bytes() == reference.read_bytes()
     assert not journal.parent.exists()
-    if len(lengths) < 2 or max(lengths) == 0:
-        pytest.fail(f"the conversion ended before it could be killed: {lengths}")
+    assert max(lengths) > 0  # at least once there was work to go on from

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import pipelines
@@ -20,6 +21,7 @@ from pipelines.crops import CropSpec
 from pipelines.errors import DataError, UserError
 from pipelines.order import Shard
 from pipelines.source import open_source
+from pipelines.torch_backend import TorchLoader
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
@@ -187,8 +189,6 @@ def test_without_libturbojpeg_and_numba_the_pixels_are_the_same(tmp_path, backen
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
     monkeypatch.setattr("pipelines.decode.turbojpeg", lambda: None)
-    if backend == "dali":
-        monkeypatch.setattr("pipelines.dali_backend.turbojpeg", lambda: None)
     for batch, other in zip(batches(evaluation(path, 8), backend), expected, strict=True):
         assert (batch.images.int() - other.images.int()).abs().max() <= (1 if backend == "dali" else 0)
 
@@ -374,11 +374,89 @@ def test_sweep_measures_each_load_and_names_the_best(beton):
         ({"resample": "area"}, "torch", "resample: 'area'"),
         ({"resample": "area"}, "resident", "resample: 'area'"),
         pytest.param({"resample": "area"}, "dali", "resample: 'area'", marks=needs_dali),
+        ({"hw_decoder_load": 1.5}, "dali", "hw_decoder_load 1.5 must lie in 0..1"),
     ],
 )
 def test_mistakes_are_named(beton, changes, backend, message):
     with pytest.raises(UserError, match=message):
         open_loader(training(beton, **changes), backend)
+
+
+# Decoding a batch in one call: what a GPU does, here by the same code and torchvision's decoder for CPUs
+
+
+@pytest.mark.parametrize("make", [training, evaluation])
+def test_decoding_together_gives_the_same_batches(beton, make):
+    """Raw samples among the JPEGs, places without a sample; bicubic overshoots. Rounding differs by 1 of 255."""
+    spec = make(beton, resample="bicubic")
+    with TorchLoader(spec, open_source(beton), together=True) as loader:
+        found = list(loader.epoch(2))
+    for batch, plain in zip(found, batches(spec, "torch", epoch=2), strict=True):
+        assert np.array_equal(batch.indices, plain.indices) and torch.equal(batch.labels, plain.labels)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert (batch.images.int() - plain.images.int()).abs().max() <= 1
+
+
+def test_what_the_decoder_refuses_is_decoded_on_the_host(beton, monkeypatch, caplog):
+    """As nvJPEG may refuse a sound image: its row is exactly the plain path's, and it is not tried again."""
+    source = open_source(beton)
+    refused, decode, calls = source.read(4).tobytes(), torchvision.io.decode_jpeg, []
+
+    def picky(data, mode, device="cpu"):
+        calls.append([one.numpy().tobytes() == refused for one in data])
+        if any(calls[-1]):
+            raise RuntimeError("unsupported")
+        return decode(data, mode, device)
+
+    plain = batches(evaluation(beton), "torch")
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", picky)
+    with caplog.at_level(logging.WARNING), TorchLoader(evaluation(beton), source, together=True) as loader:
+        first = list(loader.epoch(0))
+        assert any(map(any, calls))
+        calls.clear()
+        assert_same(list(loader.epoch(0)), first)
+        assert not any(map(any, calls))
+    assert torch.equal(first[0].images[4], plain[0].images[4])
+    assert all((a.images.int() - b.images.int()).abs().max() <= 1 for a, b in zip(first, plain, strict=True))
+    assert caplog.text.count("sample 4: refused by the decoder of cpu") == 1
+
+
+@pytest.mark.parametrize("kind", ["truncated", "not a JPEG", "other size", "odd scan"])
+def test_decoding_together_names_a_damaged_image(tmp_path, kind):
+    """An impossible first scan after a sound header is for the decoder to see."""
+    if kind == "odd scan":
+        data = bytearray(encoded(pixels(40, 50), progressive=True))
+        data[data.index(b"\xff\xda") + 13] = 14  # bits of the coefficients that are left out: at most 13
+        bad = Sample(bytes(data), 40, 50, 0)
+    else:
+        bad = damaged(kind)
+    good = samples(11)
+    path = str(write_beton(tmp_path / "bad.beton", good[:8] + [bad] + good[8:]))
+    taken = []
+    with pytest.raises(DataError, match=r"bad\.beton: sample 8: cannot be decoded"):
+        with TorchLoader(evaluation(path, batch=2), open_source(path), together=True) as loader:
+            for batch in loader.epoch(0):
+                taken.append(batch.step)
+    assert taken == [0, 1, 2, 3]
+
+
+def test_decoding_together_leaves_odd_files_to_the_host(tmp_path):
+    """Turned by EXIF, CMYK, PNG: the same batch, through a folder."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    image, exif = Image.fromarray(pixels(40, 60)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "a.jpg", exif=exif)
+    image.convert("CMYK").save(folder / "b.jpg")
+    image.save(folder / "c.png")
+    image.convert("L").save(folder / "d.jpg")
+    spec = evaluation(str(folder.parent), batch=4, crop=CropSpec("full"))
+    with TorchLoader(spec, open_source(spec.path), together=True) as loader:
+        (batch,) = loader.epoch(0)
+    (plain,) = batches(spec, "torch")
+    assert torch.equal(batch.images[:3], plain.images[:3])
+    assert (batch.images.int() - plain.images.int()).abs().max() <= 1
 
 
 def test_resident_refuses_what_does_not_fit(beton, monkeypatch):

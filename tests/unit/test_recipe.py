@@ -37,6 +37,7 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
         ({"distill": {"mine": {"every": "2 samples"}}}, "distill.mine.every"),
         ({"augment": {"flip": 2}}, "augment.flip"),
         ({"data": {"crop": {"scale": [0.5]}}}, "data.crop.scale: expected 2 values, got 1"),
+        ({"data": {"hw_decoder_load": -0.1}}, "data.hw_decoder_load: -0.1"),
         ({"data": 3}, "data: expected a section"),
     ],
 )
