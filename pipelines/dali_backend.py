@@ -173,9 +173,8 @@ class DaliLoader:
             return None
         data = self.source.read(index) if self.source.is_jpeg(index) else None
         if self._kinds[index] == _UNKNOWN:
-            self._kinds[index] = (
-                _PLAIN if data is not None and is_plain_jpeg(self.source, index, data.tobytes()) else _ODD
-            )
+            plain = data is not None and is_plain_jpeg(self.source, index, data.tobytes())
+            self._kinds[index] = _PLAIN if plain else _ODD
         return data if self._kinds[index] == _PLAIN else None
 
     # In the driver's thread

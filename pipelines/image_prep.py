@@ -285,8 +285,9 @@ class TurboJpeg:
         self._renew()
 
     def _renew(self) -> None:
-        """A fresh handle. TurboJPEG 2.1 keeps a header that failed half-read: the next image, a good one, is then given
-        the size 0x0, and decoding it writes outside its buffer."""
+        """A fresh handle, for each image. TurboJPEG 2.1 keeps what it read of the one before: after a header that
+        failed half-read, a good image has size 0x0, and decoding it writes outside its buffer; an image without
+        quantization tables is decoded with the tables of another."""
         self.__del__()
         self._handle = self._library.tjInitDecompress()
         if not self._handle:
@@ -298,11 +299,11 @@ class TurboJpeg:
 
     def header(self, data: bytes) -> JpegHeader | None:
         """None where TurboJPEG does not know the kind of JPEG, which may still be a good one."""
+        self._renew()
         width, height, sampling, space = (ctypes.c_int() for _ in range(4))
         outputs = [ctypes.byref(value) for value in (width, height, sampling, space)]
         failed = self._library.tjDecompressHeader3(self._handle, data, len(data), *outputs)
         if failed or width.value < 1 or height.value < 1:
-            self._renew()
             return None
         is_cmyk = space.value in (self._CS_CMYK, self._CS_YCCK)
         return JpegHeader(width.value, height.value, space.value == self._CS_RGB, is_cmyk)
@@ -321,7 +322,6 @@ class TurboJpeg:
             return ""
         remark = self._library.tjGetErrorStr2(self._handle).decode("ascii", "replace")
         is_warning = self._library.tjGetErrorCode(self._handle) == self._WARNING
-        self._renew()
         if is_warning and any(text in remark for text in self._HARMLESS):
             return remark
         raise BadImage(f"damaged JPEG: {remark}")

@@ -48,6 +48,8 @@ def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[t
     try:
         return decode_jpeg(encoded, ImageReadMode.RGB, device)
     except RuntimeError:  # it does not say which, so that is found by halving
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it may still be writing to memory that is free now
         if len(encoded) == 1:
             return [None]
     half = len(encoded) // 2
@@ -57,7 +59,7 @@ def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[t
 def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Boxes, spec: LoaderSpec) -> list[int]:
     """Decodes, cuts and resizes the JPEGs of some rows of images [B, S, S, 3], all on its device.
 
-    Returns the rows whose JPEG the decoder refuses. Differs from `crop_and_resize` by the device's DCT, and by at most
+    Returns the rows that the device refuses. Differs from `crop_and_resize` by the device's DCT, and by at most
     1 of 255 because that rounds after each of the filter's two passes.
     """
     refused, rows, cuts = [], [], []
@@ -68,7 +70,11 @@ def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Box
             continue
         top, left, height, width = boxes[row].tolist()
         crop = pixels[None, :, top : top + height, left : left + width].float()  # no antialiasing of uint8 on a GPU
-        cuts.append(interpolate(crop, size, mode=mode, antialias=True))
+        try:
+            cuts.append(interpolate(crop, size, mode=mode, antialias=True))
+        except RuntimeError:  # CUDA's filter lacks the memory to reduce about a hundredfold
+            refused.append(row)
+            continue
         rows.append(row)
     if rows:
         values = (torch.cat(cuts) + 0.5).clamp(0, 255).to(torch.uint8)
@@ -88,7 +94,7 @@ class TorchLoader(ThreadedLoader):
                 f"resample: {spec.resample!r} is not in the torch backend; choose one of {', '.join(MODES)}"
             )
         super().__init__(spec, source)
-        self.together = _nvjpeg_works(self.device) if together is None else together
+        self.together = _nvjpeg_works(self._stream) if together is None else together
         self._turn = threading.Lock()
         self._refused: set[int] = set()
 
@@ -107,9 +113,9 @@ class TorchLoader(ThreadedLoader):
 
     def _complete(self, job: Job, images: torch.Tensor) -> None:
         for row in fill_rows(images, job.encoded, job.boxes, self.spec):
-            images[row] = torch.from_numpy(self._on_host(job, row))  # damaged: raises DataError
+            images[row].copy_(torch.from_numpy(self._on_host(job, row)))  # damaged: raises DataError
             index = int(job.indices[row])
-            log.warning("%s: refused by the decoder of %s; the host decodes it", self.source.name(index), self.device)
+            log.warning("%s: refused by the decoder on %s; the host decodes it", self.source.name(index), self.device)
             self._refused.add(index)
         job.encoded.clear()
 
@@ -119,17 +125,22 @@ class TorchLoader(ThreadedLoader):
         # torchvision decodes in a stream of its own that does not wait for ours, into memory that ours may have given
         # back but still be reading: ours must be at rest whenever the decoder is called.
         with self._turn:
-            super()._finish(job)
-            if job.ready is not None:
-                job.ready.synchronize()
+            try:
+                super()._finish(job)
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()
 
 
-def _nvjpeg_works(device: torch.device) -> bool:
+def _nvjpeg_works(stream: torch.cuda.Stream | None) -> bool:
+    """Whether torchvision decodes a JPEG on the stream's GPU. None, on a CPU: no."""
     from torchvision.io import encode_jpeg
 
-    if device.type != "cuda":
+    if stream is None:
         return False
-    works = decode_together([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device)[0] is not None
+    with torch.cuda.stream(stream):
+        tiny = encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
+        works = decode_together([tiny], stream.device)[0] is not None
     if not works:
-        log.info("torch backend: torchvision has no nvJPEG on %s; the host decodes", device)
+        log.info("torch backend: torchvision has no nvJPEG on %s; the host decodes", stream.device)
     return works

@@ -44,6 +44,7 @@ FREE = (
     "run.timeout",
     "data.threads",
     "data.ahead",
+    "data.hw_decoder_load",
     "distill.answers",
     "summary",
     "name",

@@ -131,6 +131,17 @@ def test_a_bad_header_does_not_spoil_the_next_image() -> None:
     assert decoder.header(plain) == (odd_images.WIDTH, odd_images.HEIGHT, False, False)
 
 
+@pytest.mark.skipif(image_prep.turbojpeg() is None, reason="libturbojpeg is not installed")
+def test_an_image_without_tables_is_not_decoded_with_the_last_ones() -> None:
+    plain = odd_images.encoded(odd_images.picture(), "JPEG")
+    bare = plain
+    while (start := bare.find(b"\xff\xdb")) >= 0:  # DQT: marker, then a length that counts itself
+        bare = bare[:start] + bare[start + 2 + int.from_bytes(bare[start + 2 : start + 4], "big") :]
+    image_prep.prepare(plain, ConvertSettings(), raw=False)
+    with pytest.raises(image_prep.BadImage):
+        image_prep.prepare(bare, ConvertSettings(), raw=False)
+
+
 # sizes and modes
 
 

@@ -419,7 +419,7 @@ def test_what_the_decoder_refuses_is_decoded_on_the_host(beton, monkeypatch, cap
         assert not any(map(any, calls))
     assert torch.equal(first[0].images[4], plain[0].images[4])
     assert all((a.images.int() - b.images.int()).abs().max() <= 1 for a, b in zip(first, plain, strict=True))
-    assert caplog.text.count("sample 4: refused by the decoder of cpu") == 1
+    assert caplog.text.count("sample 4: refused by the decoder on cpu") == 1
 
 
 @pytest.mark.parametrize("kind", ["truncated", "not a JPEG", "other size", "odd scan"])
