@@ -33,7 +33,8 @@ from std_fast.label_cache import AnswerStore, bytes_per_epoch
 from std_fast.losses import TeacherAnswers
 from std_fast.overlap import Overlap, Pair, taught
 from std_fast.recipe import Distill, Duration, Recipe, dump, loads
-from std_fast.train import Run, Stopped, versions
+from std_fast.run_folder import versions
+from std_fast.train import Run, Stopped
 
 log = logging.getLogger("std_fast")
 FORMAT = 1
@@ -124,9 +125,12 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
         }
         share = seconds / 2 if parts.teachers is None else seconds / 4
         modes["none" if parts.teachers is None else "running"] = time_steps(run, share)
-        run.writer.wait()
+        run.folder.writer.wait()
         figures["start_seconds"] = round(run.ledger.read()["start"] - figures["evaluation_seconds"], 3)
-        figures["save_seconds"] = {"stall": round(run.copy_seconds, 3), "write": round(run.writer.seconds, 3)}
+        figures["save_seconds"] = {
+            "stall": round(run.folder.copy_seconds, 3),
+            "write": round(run.folder.writer.seconds, 3),
+        }
         figures["checkpoint_bytes"] = max(file.stat().st_size for file in (scratch / "one").glob("checkpoints/*"))
         if parts.teachers is not None:
             with torch.no_grad(), parts.trainer.autocast():
@@ -141,7 +145,7 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
         try:
             modes["none"] = time_steps(plain, seconds / 4)
         finally:
-            plain.writer.wait()
+            plain.folder.writer.wait()
             plain.close()
     device = f"cpu, {torch.get_num_threads()} threads"
     return {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import platform
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,40 +15,21 @@ from typing import Any, cast
 import torch
 
 from pipelines.augment import Mixed
-from pipelines.errors import UserError
-from std_fast import __version__, checkpoint
-from std_fast.budget import Clock, Heartbeat, Ledger, Pace, Timed, earlier, in_words, learning_seconds, process_seconds
+from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds, process_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
-from std_fast.config import difference
 from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
 from std_fast.losses import TeacherAnswers
 from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
-from std_fast.recipe import Duration, Recipe, dump, loads, parse_seconds
+from std_fast.recipe import Duration, Recipe, dump, parse_seconds
+from std_fast.run_folder import RunFolder, locked, versions
 from std_fast.speed import peak_memory
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
-
-# fields that a resumed run may change: they decide where and how fast, not what is computed
-FREE = (
-    "run.out",
-    "run.log_every",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.timeout",
-    "data.threads",
-    "data.ahead",
-    "data.hw_decoder_load",
-    "distill.answers",
-    "summary",
-    "name",
-    "run.overlap",
-    "run.cuda_graphs",
-)
 
 
 class Stopped(Exception):
@@ -74,44 +53,38 @@ class Run:
     ) -> None:
         self.recipe, self.world = resolved(recipe), world
         recipe = self.recipe
-        self.folder = Path(recipe.run.out)
         self.ledger = Ledger(world.size, already=process_seconds())
-        self.step = self._saved_step = 0
+        self.step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
+        self.folder = RunFolder(recipe, world, self.ledger, resume)
         self._closing = ExitStack()
-        found = self._find_checkpoint(resume)
-        if resume and world.main:
-            self._carry(found)
+        self._closing.callback(lambda: self.folder.close(self.step))
         try:
-            if world.main:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                heartbeat = Heartbeat(self.folder, self.ledger, self._beat_every())
-                # every second is accounted for when the steps that it was spent on are saved
-                self._closing.callback(lambda: heartbeat.stop(self.step if self.step == self._saved_step else None))
-            self._build(found, quiet)
+            self._build(quiet)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, found: tuple | None, quiet: bool) -> None:
+    def _build(self, quiet: bool) -> None:
         recipe, world = self.recipe, self.world
         self.parts: Parts = build(recipe, world)
         self._closing.callback(self.parts.close)
         self.per_epoch = self.parts.train_loader.steps_per_epoch
         self.clock = Clock(recipe, self.per_epoch, self.ledger)
-        if found is not None:
-            self._restore(*found)
+        if self.folder.found is not None:
+            meta = self.folder.restore(self.parts.trainer)
+            self.step, self.best = meta["step"], meta["best"]
+            self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
         self.agree = Agreement(world)
         on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
         self.pace = Pace() if on_gpu and self.clock.hours else None
         self.teachers = Timed(teachers, "teacher", self.ledger, on_gpu) if teachers is not None else None
+        self.journal: Journal | None = None
         if world.main:
-            (self.folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-        self.writer = checkpoint.Writer(self.folder / "checkpoints", recipe.run.keep_checkpoints)
-        self.journal = Journal(self.folder, self.step) if world.main else None
-        if self.journal is not None:
+            (self.folder.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            self.journal = Journal(self.folder.path, self.step)
             self._closing.callback(self.journal.close)
         what, total, unit = ("hour", self.clock.hours, "GPU-h") if self.clock.hours else ("step", self.clock.steps, "")
         self.progress = Progress(what, total or 0, unit, quiet or not world.main)
@@ -133,81 +106,18 @@ class Run:
     def _steps_between(self, text: str) -> int:
         return Duration.parse(text).steps(self.per_epoch, self.recipe.run.batch)
 
-    def _beat_every(self) -> float:
-        length = Duration.parse(self.recipe.run.length)
-        return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _find_checkpoint(self, resume: bool) -> tuple | None:
-        folder = self.folder / "checkpoints"
-        if not resume:
-            if checkpoint.listed(folder):
-                raise UserError(
-                    f"{self.folder}: already holds a run; add --resume to continue it, or give another --run.out"
-                )
-            return None
-        found = checkpoint.newest(folder) if self.world.main else None
-        name = self.world.tell(found and found[0].name)
-        if name and not self.world.main:
-            found = (folder / name, *checkpoint.load(folder / name))
-        if found is None:
-            log.info("%s holds no checkpoint yet: starting from the beginning", self.folder)
-        return found
-
-    def _restore(self, path: Path, tensors: dict, meta: dict) -> None:
-        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in FREE]
-        if other:
-            raise UserError(
-                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
-                "start a new run with another --run.out"
-            )
-        trainer = self.parts.trainer
-        average = checkpoint.restore(tensors, trainer.student, trainer.optimizer)
-        if trainer.average is not None:
-            trainer.average.load(average)
-        self.step, self.best = meta["step"], meta["best"]
-        self._saved_step = self.step
-        self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
-        log.info("resumed %s at step %d", path, self.step)
-
-    def _carry(self, found: tuple | None) -> None:
-        """Takes over what the run was held before, also where nothing of it was saved."""
-        step, devices, seconds = 0, 1, {}
-        if found is not None:
-            meta = found[2]
-            step, devices, seconds = meta["step"], meta.get("devices", 1), meta["seconds"]
-        saved = {part: devices * value for part, value in seconds.items()}
-        self.ledger.carry(earlier(self.folder, step, saved))
-
     def save(self, complete: bool = False) -> None:
         """A checkpoint of this moment; the file is written by another thread."""
         self._saved_at = time.perf_counter()
-        if not self.world.main:
-            return
-        with self.ledger.during("checkpoint"):
-            self.writer.wait()
-            began = time.perf_counter()
-            trainer = self.parts.trainer
-            average = trainer.average.state() if trainer.average is not None else {}
-            tensors = checkpoint.training_tensors(trainer.student, trainer.optimizer, average)
-            self.writer.save(
-                self.step,
-                tensors,
-                {
-                    "step": self.step,
-                    "recipe": dump(self.recipe),
-                    "seconds": self.ledger.read(),
-                    "best": self.best,
-                    "devices": self.world.size,
-                    "costs": self.clock.costs,
-                    "complete": complete,
-                    "versions": versions(),
-                    "num_classes": self.parts.train_loader.num_classes,
-                    "class_names": self.parts.train_loader.source.class_names,
-                },
-            )
-            self.copy_seconds, self._saved_step = time.perf_counter() - began, self.step
+        loader = self.parts.train_loader
+        meta = {
+            "best": self.best,
+            "costs": self.clock.costs,
+            "complete": complete,
+            "num_classes": loader.num_classes,
+            "class_names": loader.source.class_names,
+        }
+        self.folder.save(self.step, self.parts.trainer, meta)
 
     # -- log and evaluation ---------------------------------------------------------------------------------------
 
@@ -237,7 +147,7 @@ class Run:
             return
         self.step = bad - 1  # since then nothing has changed
         self.save()
-        self.writer.wait()
+        self.folder.writer.wait()
         figures = figures or {}
         epoch, place = divmod(bad - 1, self.per_epoch)
         report = {
@@ -248,7 +158,7 @@ class Run:
             "positions": self.parts.train_loader.plan.positions(place).tolist(),
             "recipe": dump(self.recipe),
         }
-        path = self.folder / "not_finite.json"
+        path = self.folder.path / "not_finite.json"
         if self.world.main:
             path.write_text(json.dumps(report, indent=1), encoding="utf-8")
         raise NotFinite(
@@ -373,12 +283,12 @@ class Run:
             elif self._save_is_due():
                 self.save()
             if stop and not last:
-                raise Stopped(f"stopped at step {self.step}, saved in {self.folder}; continue with --resume")
+                raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
         return result
 
     def _share(self) -> float:
-        if self.writer.seconds:
-            self.clock.cost("checkpoint", self.copy_seconds + self.writer.seconds)
+        if self.folder.save_seconds is not None:
+            self.clock.cost("checkpoint", self.folder.save_seconds)
         return self.clock.share()
 
     def _fits_eval(self) -> bool:
@@ -393,7 +303,7 @@ class Run:
     def finish(self, result: dict[str, float]) -> dict:
         """Writes `summary.json`; returns it."""
         with self.ledger.during("checkpoint"):
-            self.writer.wait()
+            self.folder.writer.wait()
         seconds = self.ledger.read()
         busy = learning_seconds(seconds)
         student = self.parts.trainer.student
@@ -418,7 +328,7 @@ class Run:
         }
         self._record("end", {"step": self.step, "gpu_hours": summary["gpu_hours"]})
         if self.world.main:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         return summary
 
     def close(self) -> None:
@@ -449,29 +359,14 @@ def train(
             try:
                 return run.finish(run.loop(on_step))
             except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
-                run.writer.wait()
+                run.folder.writer.wait()
                 world.wait_for_all()
                 raise
             finally:
                 try:
-                    run.writer.wait()
+                    run.folder.writer.wait()
                 finally:
                     run.close()
-
-
-@contextmanager
-def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
-    """The run's folder for this run alone. UserError when another process trains into it."""
-    if not world.main:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
-        yield
 
 
 @contextmanager
@@ -496,8 +391,3 @@ def stop_on_signal() -> Iterator[list[int]]:
     finally:
         for signum, handler in kept.items():
             signal.signal(signum, handler)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {"std_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}

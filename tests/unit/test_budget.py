@@ -111,7 +111,7 @@ def test_a_process_knows_how_long_it_was_held():
     first = process_seconds()
     began = time.perf_counter()
     assert 0 < first < 24 * 3600
-    assert process_seconds() - first == pytest.approx(time.perf_counter() - began, abs=0.05)
+    assert process_seconds() - first == pytest.approx(time.perf_counter() - began, abs=0.5)
 
 
 def test_in_words():

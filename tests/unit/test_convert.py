@@ -481,7 +481,7 @@ def test_a_worker_that_is_killed_is_noticed_at_once(images: Path, tmp_path: Path
         began = time.monotonic()
         with pytest.raises(UserError, match=r"ended by SIGKILL at class 0/\d+.jpg; if memory was short, use fewer"):
             list(results)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         pids = workers.pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
