@@ -142,7 +142,7 @@ def pieces(parts: Parts) -> tuple[Calls, Calls]:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
         if trainer.average is not None:
-            trainer.average.update(1)
+            trainer.average.update(1, trainer.guard.found_inf)
 
     gradients = [(p, torch.randn_like(p)) for p in student.parameters() if p.requires_grad]
     teachers = parts.teachers

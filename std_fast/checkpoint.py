@@ -158,16 +158,24 @@ def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, avera
 
 
 def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Puts a checkpoint back in place; the moving average's tensors are returned."""
+    """Puts `training_tensors` back in place, in memory of its own; the moving average's tensors are returned."""
     part: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "optim")}
     for name, tensor in tensors.items():
         kind, rest = name.split(".", 1)
         part[kind][rest] = tensor
     student.load_state_dict(part["model"])
     parameters = dict(student.named_parameters())
+    stored: dict[str, dict[str, Tensor]] = {}
     for name, value in part["optim"].items():
         name, key = name.rsplit(":", 1)
-        parameter = parameters[name]
-        like = torch.empty_like(parameter) if value.shape == parameter.shape and key != "step" else None
-        optimizer.state[parameter][key] = value.to(parameter.device) if like is None else like.copy_(value)
+        stored.setdefault(name, {})[key] = value
+    for name, parameter in parameters.items():
+        if name not in stored:
+            optimizer.state.pop(parameter, None)  # it had not had a step yet
+        for key, value in stored.get(name, {}).items():
+            state = optimizer.state[parameter]
+            if key not in state:
+                like_parameter = value.shape == parameter.shape and key != "step"
+                state[key] = torch.empty_like(parameter if like_parameter else value, device=parameter.device)
+            state[key].copy_(value)
     return part["ema"]

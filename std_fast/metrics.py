@@ -23,26 +23,35 @@ class Meters:
 
     def __init__(self, world: World = ALONE) -> None:
         self.world = world
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.steps = 0  # added since the last read, those that were left out included
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of the steps with just these names: sums, and how many
 
     @torch.no_grad()
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Adds one value a name (float tensors of no dimension)."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, values: dict[str, Tensor], left_out: Tensor) -> None:
+        """Adds one value a name (float tensors of no dimension), unless `left_out` is 1."""
+        self.steps += 1
+        names = tuple(values)
+        row = torch.stack([*(value.detach().float() for value in values.values()), 1 - left_out])
+        row = torch.where(left_out > 0, 0.0, row)
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, over all ranks, each of which must ask; starts anew."""
-        if not self.sums:
+        """Means since the last read, over all ranks, each of which must ask; starts anew. What was always left out has
+        none."""
+        kinds, self.steps = self._sums, 0
+        self._sums = {}
+        if not kinds:
             return {}
-        names = list(self.sums)
-        values = (self.world.sum(torch.stack([self.sums[name] for name in names])) / self.world.size).tolist()
-        means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
-        self.sums, self.counts = {}, {}
-        return means
+        rows = iter((self.world.sum(torch.cat(list(kinds.values()))) / self.world.size).tolist())
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for names in kinds:
+            values = [next(rows) for _ in names]
+            count = next(rows)
+            for name, value in zip(names, values, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0.0) + count
+        return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
 
 class Journal:

@@ -110,10 +110,12 @@ class MovingAverage:
         self.average = [tensor.detach().clone().float() for tensor in self.live]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimizer step number `step`, counting from 1."""
+    def update(self, step: int, found_inf: Tensor) -> None:
+        """After optimizer step number `step`, counting from 1; nothing where `found_inf` is 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [tensor.detach() for tensor in self.live], 1 - decay)
+        away = torch._foreach_sub([tensor.detach() for tensor in self.live], self.average)
+        torch._foreach_mul_(away, (1 - decay) * (1 - found_inf))
+        torch._foreach_add_(self.average, away)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -276,11 +276,27 @@ class Run:
     save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")
     keep_checkpoints: int = opt(2, "how many of the newest stay on disk")
     log_every: int = opt(50, "steps between lines of the log; the only moments at which metrics are read")
+    not_finite: Literal["stop", "skip", "rollback"] = opt(
+        "stop",
+        "when a loss or gradient is not finite: `stop` and save what was before; `skip` that step, which then changes "
+        "nothing; `rollback` to the last multiple of `rollback_every` and go on behind the bad batch",
+    )
+    not_finite_limit: int = opt(10, "so many such steps are skipped or rolled back over, at one more the run stops")
+    rollback_every: str = opt(
+        "500 steps", "with rollback: how often the state to go back to is put aside, on the device"
+    )
 
     def __post_init__(self) -> None:
         require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
         require(self.log_every >= 1, "run.log_every", "must be 1 or more")
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
+        require(self.not_finite_limit >= 1, "run.not_finite_limit", "must be 1 or more; to stop at the first, stop")
+        back = Duration.parse(self.rollback_every, "run.rollback_every")
+        require(
+            back.unit != "gpu-hours" and back.amount > 0,
+            "run.rollback_every",
+            "write epochs, steps or samples, more than nothing",
+        )
         require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
         require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
         every = Duration.parse(self.eval_every, "run.eval_every")

@@ -24,13 +24,17 @@ from std_fast.step import Trainer
 
 log = logging.getLogger("std_fast")
 
-# fields that a resumed run may change: they decide where and how fast, not what is computed
+# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
+# becomes of a run that would otherwise end
 FREE = (
     "run.out",
     "run.log_every",
     "run.save_every",
     "run.keep_checkpoints",
     "run.timeout",
+    "run.not_finite",
+    "run.not_finite_limit",
+    "run.rollback_every",
     "data.threads",
     "data.ahead",
     "data.hw_decoder_load",
@@ -115,9 +119,7 @@ class RunFolder:
                 f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
                 "start a new run with another --run.out"
             )
-        average = checkpoint.restore(tensors, trainer.student, trainer.optimizer)
-        if trainer.average is not None:
-            trainer.average.load(average)
+        trainer.load_state(tensors)
         self._saved_step = meta["step"]
         log.info("resumed %s at step %d", path, self._saved_step)
         self.found = None  # its tensors have served
@@ -130,8 +132,7 @@ class RunFolder:
         with self.ledger.during("checkpoint"):
             self.writer.wait()
             began = time.perf_counter()
-            average = trainer.average.state() if trainer.average is not None else {}
-            tensors = checkpoint.training_tensors(trainer.student, trainer.optimizer, average)
+            tensors = trainer.state()
             own = {
                 "step": step,
                 "recipe": dump(self.recipe),

@@ -6,7 +6,7 @@ Nothing in it makes the host wait for the device. Shapes: B batch, K classes, H 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipelines import rng
 from pipelines.augment import Mixed
+from std_fast import checkpoint
 from std_fast.distributed import ALONE, World
 from std_fast.losses import TeacherAnswers, class_loss, confidence_weights, distillation_loss
 from std_fast.metrics import Meters
@@ -56,22 +57,76 @@ class Objective:
 
 
 class Guard:
-    """Notices the first step whose loss or gradient is not finite, on the device.
+    """Notices steps whose loss or gradient is not finite, on the device, and lets them change nothing.
 
-    From that step on `found_inf` is 1 and the optimizer changes nothing, so that the weights stay those before
-    the bad step until the host reads `first_bad` (when a line is logged) and stops. All ranks notice the same step.
+    In such a step `found_inf` is 1: weights, optimizer, moving average and saved buffers stay as they were. Once more
+    than `allowed` of them have been met, `found_inf` stays 1 (the guard is frozen): the state is then that before the
+    last of `steps` until the host looks (when a line is logged) and does what the recipe says. All ranks notice the
+    same steps.
+
+    Args:
+        capacity: how many steps are kept in mind, one at least.
+        allowed: how many are passed over before all is frozen; 0: none.
     """
 
-    def __init__(self, device: torch.device, world: World = ALONE) -> None:
+    def __init__(self, device: torch.device, world: World = ALONE, capacity: int = 1, allowed: int = 0) -> None:
         self.world = world
         self.found_inf = torch.zeros((), device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_values = torch.zeros((), dtype=torch.int64, device=device)
+        self.set([], capacity, allowed)
+
+    def set(self, steps: Sequence[int], capacity: int, allowed: int) -> None:
+        """Goes on behind these bad steps, fewer than `capacity`."""
+        device = self.found_inf.device
+        padded = [*steps, *[-1] * (capacity - len(steps))]
+        self.steps = torch.tensor(padded, dtype=torch.int64, device=device)
+        self.allowed = torch.full((), allowed, dtype=torch.int64, device=device)
+        self._places = torch.arange(capacity, device=device)
 
     @torch.no_grad()
     def check(self, step: int, *values: Tensor) -> None:
-        bad = self.world.sum((~torch.stack([value.detach().isfinite() for value in values])).sum())
-        self.first_bad.masked_fill_((bad > 0) & (self.first_bad < 0), step)
-        self.found_inf.copy_(self.first_bad >= 0)
+        """`found_inf` for this step; `bad_values` has bit i set where the i-th of `values` was the last bad one's."""
+        bad_V = self.world.sum((~torch.stack([value.detach().isfinite() for value in values])).long()) > 0
+        count = (self.steps >= 0).sum()
+        frozen = count > self.allowed
+        new = bad_V.any() & ~frozen
+        self.steps.copy_(torch.where(new & (self._places == count), step, self.steps))
+        bits = (bad_V << torch.arange(len(bad_V), device=bad_V.device)).sum()
+        self.bad_values.copy_(torch.where(new, bits, self.bad_values))
+        self.found_inf.copy_(new | frozen)
+
+    @property
+    def first_bad(self) -> Tensor:
+        """The first bad step, -1 while there is none: on the device."""
+        return self.steps[0]
+
+    def read(self) -> tuple[list[int], bool]:
+        """The bad steps so far, oldest first; whether all is frozen since the last of them. Waits for the device."""
+        *steps, allowed = torch.cat([self.steps, self.allowed[None]]).tolist()
+        steps = [step for step in steps if step >= 0]
+        return steps, len(steps) > allowed
+
+
+class Buffers:
+    """The buffers of a module that are saved (batch norms' statistics, MINE's average): a forward pass may change them,
+    and where its step turns out not to be finite they must be as before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        saved = module.state_dict(keep_vars=True)
+        self.live = [buffer for name, buffer in module.named_buffers() if name in saved]
+        self.before = [buffer.clone() for buffer in self.live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self.live:
+            torch._foreach_copy_(self.before, self.live)
+
+    @torch.no_grad()
+    def put_back(self, found_inf: Tensor) -> None:
+        """As they were at the last `keep`, if `found_inf` is 1."""
+        if self.live:
+            pairs = zip(self.before, self.live, strict=True)
+            torch._foreach_copy_(self.live, [torch.where(found_inf > 0, old, new) for old, new in pairs])
 
 
 def residual_scales(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
@@ -101,11 +156,14 @@ class Trainer:
     scales: Callable[..., Tensor] = residual_scales
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
 
+    aside: dict[str, Tensor] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
         psi = self.student.training_only()
         named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         self.student_parameters = [p for name, p in named if name not in psi]
         self.psi_parameters = [p for name, p in named if name in psi]
+        self.buffers = Buffers(self.student)
 
     def step(
         self, mixed: Mixed, answers: TeacherAnswers | None, step: int, lr: float, psi_lr: float, with_mine: bool
@@ -113,6 +171,7 @@ class Trainer:
         """Learns from one batch; `step` counts from 1 over the whole training. Figures go to the meters."""
         set_learning_rates(self.optimizer, lr, psi_lr)
         began = self.watch.now()
+        self.buffers.keep()
         with self.autocast():
             out = self.forward(mixed.images, self.stochastic_depth(mixed, step), with_mine)
             losses = self.objective(out, mixed, answers)
@@ -132,10 +191,37 @@ class Trainer:
         self.optimizer.found_inf = self.guard.found_inf  # read by every optimizer: 1 leaves everything as it is
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.put_back(self.guard.found_inf)
         if self.average is not None:
-            self.average.update(step)
+            self.average.update(step, self.guard.found_inf)
         self.watch.note(student=(began, learned), optimizer=(learned, self.watch.now()))
-        self.meters.add(figures(losses, norm, answers))
+        self.meters.add(figures(losses, norm, answers), self.guard.found_inf)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights, optimizer, moving average, and what was put aside to go back to."""
+        average = self.average.state() if self.average is not None else {}
+        tensors = checkpoint.training_tensors(self.student, self.optimizer, average)
+        return tensors | {f"aside.{name}": tensor for name, tensor in self.aside.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`, from any device."""
+        device = self.guard.found_inf.device
+        self.aside = {n.removeprefix("aside."): t.to(device) for n, t in tensors.items() if n.startswith("aside.")}
+        self._put_in_place({name: tensor for name, tensor in tensors.items() if not name.startswith("aside.")})
+
+    def put_aside(self) -> None:
+        """Keeps a copy of the present state on the device, for `go_back`."""
+        self.aside = {}
+        self.aside = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+
+    def go_back(self) -> None:
+        """To the state that was put aside."""
+        self._put_in_place(self.aside)
+
+    def _put_in_place(self, tensors: dict[str, Tensor]) -> None:
+        average = checkpoint.restore(tensors, self.student, self.optimizer)
+        if self.average is not None:
+            self.average.load(average)
 
     def stochastic_depth(self, mixed: Mixed, step: int) -> Tensor | None:
         """Residual scales [2 L, B], 0 or 1 / (1 - rate): a pure function of seed, epoch and position.

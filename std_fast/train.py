@@ -7,10 +7,10 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -30,6 +30,7 @@ from std_fast.speed import peak_memory
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
+CHECKED = ("loss", "gradient", "MINE's gradient")  # what the guard checks, in its order
 
 
 class Stopped(Exception):
@@ -37,7 +38,7 @@ class Stopped(Exception):
 
 
 class NotFinite(Exception):
-    """Loss or gradient of a step was not finite; the weights before it are saved."""
+    """Loss or gradient of a step was not finite; the state before it is saved."""
 
 
 class Run:
@@ -57,6 +58,9 @@ class Run:
         self.step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
+        self._aside_step = 0
+        self._batches: Generator[tuple[Mixed, TeacherAnswers | None], None, None]
+        self.bad_steps: list[int] = []  # whose loss or gradient was not finite, as far as the host knows
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
         self.folder = RunFolder(recipe, world, self.ledger, resume)
         self._closing = ExitStack()
@@ -77,6 +81,8 @@ class Run:
             meta = self.folder.restore(self.parts.trainer)
             self.step, self.best = meta["step"], meta["best"]
             self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
+            self.bad_steps = list(meta.get("bad_steps", []))
+            self._aside_step = meta.get("aside_step", 0)
         self.agree = Agreement(world)
         on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
         self.pace = Pace() if on_gpu and self.clock.hours else None
@@ -96,6 +102,14 @@ class Run:
         self._save_every = parse_seconds(recipe.run.save_every, "run.save_every")
         self._eval_every = self._steps_between(recipe.run.eval_every)
         self._mine_every = max(1, self._steps_between(recipe.distill.mine.every))
+        goes_back = recipe.run.not_finite == "rollback"
+        self._aside_every = max(1, self._steps_between(recipe.run.rollback_every)) if goes_back else 0
+        known, limit = len(self.bad_steps), recipe.run.not_finite_limit
+        room = known if recipe.run.not_finite == "stop" else max(known, limit)
+        allowed = room if recipe.run.not_finite == "skip" else known
+        self.parts.trainer.guard.set(self.bad_steps, room + 1, allowed)
+        if goes_back and not self.parts.trainer.aside:
+            self._put_aside()
 
     # -- how far --------------------------------------------------------------------------------------------------
 
@@ -109,11 +123,15 @@ class Run:
     def save(self, complete: bool = False) -> None:
         """A checkpoint of this moment; the file is written by another thread."""
         self._saved_at = time.perf_counter()
+        if not self.world.main:
+            return
         loader = self.parts.train_loader
         meta = {
             "best": self.best,
             "costs": self.clock.costs,
             "complete": complete,
+            "bad_steps": self.parts.trainer.guard.read()[0],
+            "aside_step": self._aside_step,
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
         }
@@ -122,48 +140,87 @@ class Run:
     # -- log and evaluation ---------------------------------------------------------------------------------------
 
     def log_line(self, lr: float) -> None:
-        """Reads the meters (the only wait for the device), writes a record, and stops on a step that was not finite."""
-        trainer = self.parts.trainer
-        steps = max(trainer.meters.counts.values(), default=0)
-        figures = trainer.meters.read()
+        """Reads the meters (the only wait for the device) and writes a record."""
+        meters = self.parts.trainer.meters
+        steps, figures = meters.steps, meters.read()
         if self.teachers is not None:
             self.teachers.settle()
         before, self._logged = self._logged, self.ledger.read()
         busy = learning_seconds(self._logged) - learning_seconds(before)
         images = steps * self.recipe.run.batch
         speed = self.parts.speed.read(images, busy, busy / max(steps, 1), self._logged["data"] - before["data"])
-        self.stop_if_not_finite(figures)
         rate = images / busy
         seconds = {part: round(value, 3) for part, value in self._logged.items()}
-        record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **speed, "seconds": seconds}
+        bad = {"bad_steps": len(self.bad_steps)} if self.bad_steps else {}
+        record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **bad, **speed, "seconds": seconds}
         self._record("train", self._where() | record)
-        text = f"loss {figures['loss']:.4f}  lr {lr:.2e}  {rate:.0f} images/s"
+        text = f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s"
         self.progress.note(self._done_amount(), text)
 
-    def stop_if_not_finite(self, figures: dict | None = None) -> None:
-        """Waits for the device. NotFinite, after saving the weights before the bad step, if there was one."""
-        bad = int(self.parts.trainer.guard.first_bad)
-        if bad < 0:
-            return
-        self.step = bad - 1  # since then nothing has changed
+    # -- steps that were not finite -------------------------------------------------------------------------------
+
+    def went_back(self) -> bool:
+        """Waits for the device, and does what the recipe says about bad steps that it has met: all ranks alike.
+
+        Returns:
+            Whether the run is now at an earlier step, with the state that was put aside and behind the bad batch.
+
+        Raises:
+            NotFinite: after saving the state before the bad step.
+        """
+        run, trainer = self.recipe.run, self.parts.trainer
+        bad, frozen = trainer.guard.read()
+        new, self.bad_steps = bad[len(self.bad_steps) :], bad
+        for step in new if run.not_finite == "skip" else ():
+            self._bad_step(step, f"step {step}: loss or gradient not finite, skipped")
+        if not frozen:
+            return False
+        if run.not_finite != "rollback" or len(bad) > run.not_finite_limit:
+            self._end_at(bad.pop())
+        self.step = bad[-1]
+        trainer.go_back()
+        trainer.guard.allowed.fill_(len(bad))
+        back = f"back to the weights of step {self._aside_step}, on with the batch behind it"
+        self._bad_step(self.step, f"step {self.step}: loss or gradient not finite, {back}")
+        self._batches.close()
+        self._batches = self.batches()
+        return True
+
+    def _put_aside(self) -> None:
+        self.parts.trainer.put_aside()
+        self._aside_step = self.step
+
+    def _bad_step(self, step: int, text: str) -> None:
+        self.progress.say(text)
+        self._record("not_finite", self._where() | {"step": step, "bad_steps": len(self.bad_steps)})
+
+    def _end_at(self, bad: int) -> NoReturn:
+        """Saves the state before step `bad`, since when nothing has changed, and raises NotFinite."""
+        trainer = self.parts.trainer
+        trainer.guard.set(self.bad_steps, len(self.bad_steps) + 1, len(self.bad_steps))  # a resumed run meets it again
+        self.step = bad - 1
         self.save()
         self.folder.writer.wait()
-        figures = figures or {}
+        what = [name for bit, name in enumerate(CHECKED) if int(trainer.guard.bad_values) >> bit & 1]
         epoch, place = divmod(bad - 1, self.per_epoch)
         report = {
             "step": bad,
             "epoch": epoch,
             "step_in_epoch": place,
-            "figures": {k: str(v) for k, v in figures.items()},
+            "not_finite": what,
+            "bad_steps": self.bad_steps,
+            "figures": trainer.meters.read(),  # of the steps before it
             "positions": self.parts.train_loader.plan.positions(place).tolist(),
             "recipe": dump(self.recipe),
         }
         path = self.folder.path / "not_finite.json"
         if self.world.main:
             path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        past = f" after {len(self.bad_steps)} others (run.not_finite_limit)" if self.bad_steps else ""
+        mend = "" if self.bad_steps else " or, if it is one batch that does it, --resume --run.not_finite skip"
         raise NotFinite(
-            f"loss or gradient of step {bad} is not finite; the weights before it are saved, the batch is described in "
-            f"{path}; try a lower optim.lr, optim.clip 1.0 or run.precision float32"
+            f"step {bad} is not finite ({', '.join(what)}){past}; the state before it is saved, the batch is described "
+            f"in {path}; try a lower optim.lr, optim.clip 1.0, run.precision float32{mend}"
         )
 
     def evaluate(self, part: str = "evaluate", record: bool = True) -> dict[str, float]:
@@ -239,10 +296,14 @@ class Run:
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> dict[str, float]:
         """Trains to the end; returns the last evaluation."""
-        with closing(self.batches()) as batches, counted(self.ledger) if self.parts.backend else nullcontext():
-            return self._loop(batches, on_step)
+        self._batches = self.batches()
+        try:
+            with counted(self.ledger) if self.parts.backend else nullcontext():
+                return self._loop(on_step)
+        finally:
+            self._batches.close()
 
-    def _loop(self, batches: Iterator, on_step: Callable[[Run], None] | None) -> dict[str, float]:
+    def _loop(self, on_step: Callable[[Run], None] | None) -> dict[str, float]:
         r, trainer = self.recipe, self.parts.trainer
         peak = peak_learning_rate(r)
         result: dict[str, float] = {}
@@ -258,7 +319,7 @@ class Run:
         self._logged = self.ledger.read()
         while not self.clock.done(self.step):
             trainer.watch.armed = (self.step + 1) % r.run.log_every == 0
-            mixed, answers = next(batches)
+            mixed, answers = next(self._batches)
             self.step += 1
             progress = self.clock.progress(self.step, share)
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
@@ -270,15 +331,23 @@ class Run:
 
             last = self.clock.done(self.step)
             self.progress.update(self._done_amount())
-            if last or self.step % r.run.log_every == 0:
+            to_log = last or self.step % r.run.log_every == 0
+            to_evaluate = last or (self._eval_every and self.step % self._eval_every == 0 and self._fits_eval())
+            put_aside = self._aside_every and self.step % self._aside_every == 0
+            if (to_log or to_evaluate or put_aside) and self.went_back() and not self.clock.done(self.step):
+                continue
+            if to_log:
                 self.log_line(lr)
-            if last or (self._eval_every and self.step % self._eval_every == 0 and self._fits_eval()):
+            if put_aside:
+                self._put_aside()
+            if to_evaluate:
                 result = self.evaluate()
             if on_step is not None:
                 on_step(self)
             stop, share = self.agree(self.stop_wanted or bool(self.asked), self._share())
             if last or stop:
-                self.stop_if_not_finite()
+                if stop:
+                    self.went_back()
                 self.save(complete=last)
             elif self._save_is_due():
                 self.save()
@@ -296,9 +365,9 @@ class Run:
         return self.clock.hours is None or self.world.tell(self.clock.fits("evaluate"))
 
     def _save_is_due(self) -> bool:
-        """By rank 0's clock alone, so a bad step is left to the next line of the log, where all ranks stop."""
+        """By rank 0's clock alone; so a frozen guard is left to the next line of the log, where all ranks look."""
         due = time.perf_counter() - self._saved_at > self._save_every and self.clock.fits("checkpoint")
-        return self.world.main and due and int(self.parts.trainer.guard.first_bad) < 0
+        return self.world.main and due and not self.parts.trainer.guard.read()[1]
 
     def finish(self, result: dict[str, float]) -> dict:
         """Writes `summary.json`; returns it."""
@@ -315,6 +384,7 @@ class Run:
             "epochs": round(self.step / self.per_epoch, 4),
             "result": result,
             "best": self.best,
+            "bad_steps": self.bad_steps,
             "images_per_second": round(self.samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),
             "ceiling_tflops": round(self.parts.speed.limit / 1e12, 3),
@@ -349,7 +419,7 @@ def train(
     Raises:
         UserError: something that the user can mend.
         Stopped: SIGTERM, SIGUSR1 or `stop_wanted`; the run is saved.
-        NotFinite: a loss or gradient was not finite; the weights before it are saved.
+        NotFinite: a loss or gradient was not finite, and the recipe says to stop; the state before it is saved.
         PeerLost: started by torchrun, and another process has died or hangs.
     """
     limit = parse_seconds(recipe.run.timeout, "run.timeout")

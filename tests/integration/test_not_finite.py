@@ -1,0 +1,171 @@
+"""Steps whose loss or gradient is not finite: skipped, rolled back over, or the end; to the bit as if never taken."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from std_fast import checkpoint
+from std_fast.config import from_dict
+from std_fast.metrics import read_jsonl
+from std_fast.recipe import Recipe
+from std_fast.step import Trainer
+from std_fast.train import NotFinite, Stopped, train
+
+STEPS = 9  # of three epochs
+
+
+@pytest.fixture(scope="module")
+def teacher(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train(recipe_for(image_folder, out, student={"name": "test_resnet", "options": {}}, length="1 steps"), quiet=True)
+    return out
+
+
+def recipe_for(data, out, student=None, distill=None, **run):
+    return from_dict(
+        Recipe,
+        {
+            "data": {"train": str(data), "image_size": 16, "threads": 1, "backend": "torch"},
+            "student": student or {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3}},
+            "distill": distill or {"mode": "none"},
+            "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8},
+            "run": {"batch": 8, "length": f"{STEPS} steps", "eval_every": "0 steps", "log_every": 4, "device": "cpu",
+                    "out": str(out)} | run,
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["std with MINE's average", "batch norms"])
+def recipe(request, image_folder, teacher, tmp_path):
+    if request.param == "batch norms":
+        return recipe_for(image_folder, tmp_path / "run", student={"name": "test_resnet", "options": {}})
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"ema": 0.1}}
+    return recipe_for(image_folder, tmp_path / "run", distill=distill)
+
+
+def under(recipe, out, kind, **more):
+    return replace(recipe, run=replace(recipe.run, out=str(out), not_finite=kind, **more))
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A function that makes these steps not finite, through images that are not, and leaves those out altogether."""
+    original = Trainer.step
+
+    def set_up(bad=(), left_out=()):
+        def step(self, mixed, answers, step, *rest):
+            if step in left_out:
+                return
+            images = torch.full_like(mixed.images, torch.nan) if step in bad else mixed.images
+            original(self, replace(mixed, images=images), answers, step, *rest)
+
+        monkeypatch.setattr(Trainer, "step", step)
+
+    return set_up
+
+
+def final(folder):
+    _, tensors, meta = checkpoint.newest(folder / "checkpoints")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("aside.")}, meta
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]) and tensor.isfinite().all(), name
+
+
+def trained_without(recipe, out, steps, left_out):
+    steps(left_out=left_out)
+    train(under(recipe, out, "stop"), quiet=True)
+    return final(out)[0]
+
+
+# log_every 4: noticed at step 4 at once, at 7 later, at the first step before there is any state
+@pytest.mark.parametrize("bad", [(4, 7), (1, 2), (9,)])
+def test_a_skipped_step_changes_nothing(recipe, tmp_path, steps, bad):
+    expected = trained_without(recipe, tmp_path / "reference", steps, left_out=bad)
+    steps(bad=bad)
+    summary = train(under(recipe, tmp_path / "run", "skip"), quiet=True)
+    assert_same(final(tmp_path / "run")[0], expected)
+    assert summary["bad_steps"] == list(bad) and summary["steps"] == STEPS
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "not_finite"] == list(bad)
+    logged = [r for r in records if r["kind"] == "train"]
+    assert logged[-1]["bad_steps"] == len(bad)
+    assert all(r["loss"] == r["loss"] for r in logged if "loss" in r)  # the means are of the good steps
+
+
+# every 3 steps: 5 goes back to 3, 6 also, though it is a multiple itself, 9 (the last) to 6
+@pytest.mark.parametrize(("bad", "void"), [((5,), (4, 5)), ((5, 6), (4, 5, 6)), ((2, 9), (1, 2, 7, 8, 9))])
+def test_rolled_back_steps_are_as_if_never_taken(recipe, tmp_path, steps, bad, void):
+    expected = trained_without(recipe, tmp_path / "reference", steps, left_out=void)
+    steps(bad=bad)
+    for log_every in (4, 1):  # when it is noticed decides nothing
+        out = tmp_path / f"run{log_every}"
+        back = under(recipe, out, "rollback", rollback_every="3 steps", log_every=log_every)
+        summary = train(back, quiet=True)
+        assert_same(final(out)[0], expected)
+        assert summary["bad_steps"] == list(bad) and summary["steps"] == STEPS
+
+
+@pytest.mark.parametrize("kind", ["skip", "rollback"])
+def test_interrupted_at_any_step_the_end_is_the_same(recipe, tmp_path, steps, kind):
+    steps(bad=(2, 5))
+    train(under(recipe, tmp_path / "whole", kind, rollback_every="3 steps"), quiet=True)
+    expected, meta = final(tmp_path / "whole")
+    assert meta["bad_steps"] == [2, 5]
+    for stop_at in (4, 5):
+
+        def ask(run, stop_at=stop_at):
+            run.stop_wanted = run.step >= stop_at
+
+        part = under(recipe, tmp_path / f"{stop_at}", kind, rollback_every="3 steps")
+        with pytest.raises(Stopped):
+            train(part, quiet=True, on_step=ask)
+        train(part, resume=True, quiet=True)
+        tensors, meta = final(tmp_path / f"{stop_at}")
+        assert_same(tensors, expected)
+        assert meta["bad_steps"] == [2, 5]
+
+
+@pytest.mark.parametrize("kind", ["skip", "rollback"])
+def test_one_more_than_the_limit_ends_the_run_which_may_go_on_later(recipe, tmp_path, steps, kind):
+    steps(bad=(3, 5, 7))
+    run = under(recipe, tmp_path / "run", kind, not_finite_limit=2, rollback_every="1 steps")
+    with pytest.raises(NotFinite, match=r"step 7 is not finite \(loss, gradient.*\) after 2 others"):
+        train(run, quiet=True)
+    assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["bad_steps"] == [3, 5]
+    tensors, meta = final(tmp_path / "run")
+    assert meta["step"] == 6 and meta["bad_steps"] == [3, 5]
+    with pytest.raises(NotFinite, match="step 7"):  # it meets the batch again
+        train(run, quiet=True, resume=True)
+    with pytest.raises(NotFinite, match="step 7"):
+        train(under(run, run.run.out, "stop"), quiet=True, resume=True)
+    summary = train(under(run, run.run.out, "skip", not_finite_limit=3), quiet=True, resume=True)
+    assert summary["bad_steps"] == [3, 5, 7]
+
+
+def test_stopped_before_the_bad_step_to_the_bit(recipe, tmp_path, steps):
+    """Also what the forward pass changes: statistics of batch norms, MINE's average, the moving average."""
+    steps()
+    train(under(recipe, tmp_path / "long", "stop"), quiet=True)
+    steps(bad=(6,))
+    with pytest.raises(NotFinite):
+        train(under(recipe, tmp_path / "run", "stop"), quiet=True)
+    steps()
+    train(under(recipe, tmp_path / "run", "stop"), quiet=True, resume=True)  # the batch was to blame, and was mended
+    assert_same(final(tmp_path / "run")[0], final(tmp_path / "long")[0])
+
+
+def test_the_fields_are_checked(image_folder, tmp_path):
+    for change, complaint in (
+        ({"not_finite": "ignore"}, "run.not_finite: 'ignore' is not one of stop, skip, rollback"),
+        ({"not_finite_limit": 0}, "run.not_finite_limit"),
+        ({"rollback_every": "1 gpu-hours"}, "run.rollback_every"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            recipe_for(image_folder, tmp_path, **change)
