@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from pipelines.errors import DataError, UserError
+from pipelines.errors import CorruptImage, DataError, UserError
 
 if TYPE_CHECKING:
     from pipelines.batch import Loader, LoaderSpec
@@ -77,7 +77,10 @@ def _resident_bytes(spec: LoaderSpec, source: Source) -> int:
     size = 0
     # A look at a few first: in a folder, each costs the opening of a file.
     for some in (np.linspace(0, source.num_samples - 1, 32).astype(np.int64), np.arange(source.num_samples)):
-        heights, widths = source.sizes(some)
+        try:
+            heights, widths = source.sizes(some)
+        except CorruptImage:  # the loader will name it
+            return 0
         size = 3 * source.num_samples * int(heights[0] * widths[0])
         if np.ptp(heights) or np.ptp(widths) or max(heights[0], widths[0]) > RESIDENT_SIDE or size > limit:
             return 0

@@ -18,16 +18,19 @@ from pipelines.errors import UserError
 from pipelines.order import Plan, Shard
 
 if TYPE_CHECKING:
+    from pipelines.intact import Intact
     from pipelines.source import Source
 
 RESAMPLES = ("auto", "area", "bilinear", "bicubic")
+ON_CORRUPT = ("stop", "replace", "leave_out")
 
 
 @dataclass(frozen=True)
 class Batch:
     """One step's samples. It owns its memory: nothing changes under the consumer when the loader goes on.
 
-    A place without a sample (the end of an evaluation) has position -1, index -1, label -1 and a black image.
+    A place without a sample (the end of an evaluation, a corrupt image in it) has position -1, index -1, label -1 and
+    a black image.
     """
 
     images: torch.Tensor
@@ -66,17 +69,30 @@ class LoaderSpec:
     """"auto" is antialiased bilinear in every backend, "bicubic" is antialiased too; "area", the mean over the pixel's
     footprint, is in ffcv only: the others refuse it by name.
     """
+    on_corrupt: str = "stop"
+    """what becomes of a sample that cannot be decoded: "stop" raises, "replace" shows another one, "leave_out" none
+    (see `intact`)
+    """
+    corrupt_limit: int = 100
+    """so many different ones; one more raises all the same"""
     hw_decoder_load: float | None = None
     """dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; None: the best of a short sweep"""
 
     def __post_init__(self) -> None:
-        for name, lowest in (("image_size", 1), ("global_batch", 1), ("threads", 0), ("ahead", 1)):
+        for name, lowest in (
+            ("image_size", 1),
+            ("global_batch", 1),
+            ("threads", 0),
+            ("ahead", 1),
+            ("corrupt_limit", 1),
+        ):
             if getattr(self, name) < lowest:
                 raise UserError(f"{name} {getattr(self, name)} must be {lowest} or more")
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load {self.hw_decoder_load} must lie in 0..1")
-        if self.resample not in RESAMPLES:
-            raise UserError(f"resample {self.resample!r} is unknown: choose one of {', '.join(RESAMPLES)}")
+        for name, known in (("resample", RESAMPLES), ("on_corrupt", ON_CORRUPT)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
 
     def plan(self, num_samples: int) -> Plan:
         """Which positions each step takes, for a dataset of this many samples."""
@@ -91,6 +107,8 @@ class Loader(Protocol):
     plan: Plan
     num_classes: int
     steps_per_epoch: int
+    intact: Intact
+    """which samples turned out to be corrupt"""
     wait_seconds: float
     """host seconds that the consumer has spent waiting for data so far"""
 

@@ -37,7 +37,8 @@ import torch
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.crops import Boxes
 from pipelines.decode import decode_rgb, is_plain_jpeg
-from pipelines.errors import DataError, UserError
+from pipelines.errors import CorruptImage, DataError, UserError
+from pipelines.intact import Intact
 from pipelines.order import indices_at
 from pipelines.prefetch import available_cores
 from pipelines.source import Bytes, Integers, Source
@@ -57,12 +58,16 @@ _PART = 8  # crops that a thread resizes at a time
 class _Job:
     """One batch on its way through DALI."""
 
+    epoch: int
     step: int
     positions: Integers
     indices: Integers
+    heights: Integers
+    widths: Integers
+    boxes: Boxes
+    """in the image that DALI decodes"""
     data: list[Bytes] = field(default_factory=list)
     """what DALI decodes for the first rows, kept alive until it has; never empty: DALI takes no empty batches"""
-    boxes: Boxes = field(default_factory=lambda: np.empty((0, 4), np.int32))
     odd: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     """rows that were decoded here, [S, S, 3] each"""
     error: Exception | None = None
@@ -91,6 +96,7 @@ class DaliLoader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._resize = _host_resize(spec)
         self._kinds = np.zeros(source.num_samples, np.uint8)
+        self.intact = Intact(spec, source)
         stream = io.BytesIO()
         PIL.Image.new("RGB", (8, 8)).save(stream, "JPEG")
         self._placeholder = np.frombuffer(stream.getvalue(), np.uint8)
@@ -150,30 +156,42 @@ class DaliLoader:
     def _prepare(self, order: Integers, epoch: int, step: int) -> _Job:
         """Reads a batch, decodes what DALI does not; an error is kept for its turn."""
         positions = self.plan.positions(step)
-        job = _Job(step, positions, indices_at(order, positions))
+        indices = self.intact.settle(indices_at(order, positions))
+        count = int((positions >= 0).sum())
+        sides = np.empty(count, np.int64)
+        job = _Job(epoch, step, positions, indices, sides, sides.copy(), np.empty((count, 4), np.int32))
         try:
-            indices = job.indices[job.indices >= 0]
-            boxes = self.spec.crop.boxes(*self.source.sizes(indices), self.spec.seed, epoch, positions[: len(indices)])
-            for row, index in enumerate(indices.tolist()):
-                data = self._plain(index)
+            self.intact.measure(job, 0, count)
+            for row in range(count):
+                data = self._plain(int(indices[row]))
                 if data is None:
-                    job.odd[row] = crop_and_resize(decode_rgb(self.source, index), boxes[row], self.spec)
-                    boxes[row] = (0, 0, 8, 8)
+                    job.odd[row] = self._on_host(job, row)
+                    job.boxes[row] = (0, 0, 8, 8)
                 job.data.append(self._placeholder if data is None else data)
-            job.boxes = boxes
         except Exception as error:  # whatever it is, it belongs to this step
             job.error = error
         if job.error or not job.data:
             job.data, job.boxes = [self._placeholder], np.array([[0, 0, 8, 8]], np.int32)
         return job
 
+    def _on_host(self, job: _Job, row: int) -> npt.NDArray[np.uint8]:
+        """A place's sample [S, S, 3], or the one that takes its place; black where there is none."""
+        index = int(job.indices[row])
+        try:
+            if index >= 0:
+                return crop_and_resize(decode_rgb(self.source, index), job.boxes[row], self.spec)
+        except CorruptImage as error:
+            self.intact.replace(job, row, error)
+            return self._on_host(job, row)
+        return np.zeros((self.spec.image_size, self.spec.image_size, 3), np.uint8)
+
     def _plain(self, index: int) -> Bytes | None:
         """The sample's bytes if they are a JPEG that DALI decodes as everyone does, else None."""
-        if self._kinds[index] == _ODD:
+        if index < 0 or self._kinds[index] == _ODD:
             return None
         data = self.source.read(index) if self.source.is_jpeg(index) else None
         if self._kinds[index] == _UNKNOWN:
-            plain = data is not None and is_plain_jpeg(self.source, index, data.tobytes())
+            plain = data is not None and is_plain_jpeg(self.source, index, data.tobytes(), whole=False)
             self._kinds[index] = _PLAIN if plain else _ODD
         return data if self._kinds[index] == _PLAIN else None
 
@@ -215,9 +233,9 @@ class DaliLoader:
             raise job.error
         size = self.spec.image_size
         there = job.indices >= 0
-        count = int(there.sum())
+        count = int((job.positions >= 0).sum())
         labels = np.where(there, self.source.labels[np.maximum(job.indices, 0)], -1)
-        keys = torch.from_numpy(np.stack([labels, job.positions]))
+        keys = torch.from_numpy(np.stack([labels, np.where(there, job.positions, -1)]))
         shape = (len(there), size, size, 3)
         ready = None
         if self._stream is None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from pipelines.errors import DataError
+from pipelines.errors import CorruptImage
 from pipelines.image_prep import BadImage, ConvertSettings, prepare, turbojpeg
 from pipelines.source import MAX_PIXELS, Source, orientation
 
@@ -23,7 +23,8 @@ _AS_IT_IS = ConvertSettings(mode="raw", size=None, max_pixels=MAX_PIXELS)
 
 
 def decode_rgb(source: Source, index: int) -> Pixels:
-    """The sample upright: uint8 [H, W, 3] of the size that the source states. Raises DataError with its name."""
+    """The sample upright: uint8 [H, W, 3] of the size that the source states. Raises CorruptImage with its name,
+    DataError when it cannot be read."""
     data = source.read(index)
     heights, widths = source.sizes(np.array([index]))
     height, width = int(heights[0]), int(widths[0])
@@ -42,7 +43,7 @@ def decode_rgb(source: Source, index: int) -> Pixels:
             raise BadImage(f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, not {width}x{height} as stated")
     except BadImage as error:
         mend = "convert again" if source.kind == "beton" else "mend or remove it"
-        raise DataError(f"{source.name(index)}: cannot be decoded ({error}); {mend}") from error
+        raise CorruptImage(f"{source.name(index)}: cannot be decoded ({error}); {mend}") from error
     return pixels
 
 
@@ -54,9 +55,11 @@ def is_turned(encoded: bytes) -> bool:
         return orientation(image) != 1
 
 
-def is_plain_jpeg(source: Source, index: int, encoded: bytes) -> bool:
-    """Whether a JPEG sample is one for a GPU's decoder: upright, gray or colour, of the stated size and not cut off
-    (which such decoders may pass over in silence). `decode_rgb` reads the others, or says what is wrong with them.
+def is_plain_jpeg(source: Source, index: int, encoded: bytes, whole: bool) -> bool:
+    """Whether a JPEG sample is one for another decoder: upright, gray or colour, of the stated size and not damaged,
+    which such decoders may pass over in silence. `decode_rgb` reads the others, or says what is wrong with them.
+
+    whole: it is known not to be damaged. To find out costs about half a decoding.
     """
     if not encoded.endswith(b"\xff\xd9") or (source.kind == "folder" and is_turned(encoded)):
         return False
@@ -64,7 +67,14 @@ def is_plain_jpeg(source: Source, index: int, encoded: bytes) -> bool:
     decoder = turbojpeg()
     if decoder is not None:
         known = decoder.header(encoded)
-        return known is not None and not known.is_cmyk and (known.height, known.width) == (height, width)
+        if known is None or known.is_cmyk or (known.height, known.width) != (height, width):
+            return False
+        try:
+            if not whole:
+                decoder.decode(encoded, known, 8)
+        except BadImage:
+            return False
+        return True
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             return image.mode in ("RGB", "L") and image.size == (width, height)

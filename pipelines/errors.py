@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class DataError(UserError):
     """Data that cannot be used as it is: the message names the file, the sample and what to do."""
+
+
+class CorruptImage(DataError):
+    """The bytes of one image are there, and cannot be decoded."""

@@ -24,20 +24,18 @@ import importlib.machinery
 import importlib.util
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.batch import LoaderSpec
 from pipelines.decode import decode_rgb, is_turned
-from pipelines.errors import UserError
+from pipelines.errors import CorruptImage, UserError
 from pipelines.prefetch import Job, ThreadedLoader
-from pipelines.source import BetonSource, Integers, JoinedSource, Source
+from pipelines.source import Integers, Source
 
-if TYPE_CHECKING:
-    import ctypes
-
+_BLACK = np.zeros((1, 1, 3), np.uint8)
 _INSTALL = "pip install ffcv numba, with OpenCV, libjpeg-turbo and pkg-config installed first; see `std-fast doctor`"
 
 
@@ -54,10 +52,8 @@ def library() -> str:
 
 @dataclass
 class _Workspace:
-    """What one thread needs: a decompressor, the pixels of one decoded image, the bytes of one encoded image."""
+    """What one thread needs: the pixels of one decoded image, the bytes of one encoded image."""
 
-    lib: ctypes.CDLL
-    handle: int
     pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     encoded: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
 
@@ -67,9 +63,6 @@ class _Workspace:
             self.pixels = np.empty(pixels, np.uint8)
         if self.encoded.size < encoded:
             self.encoded = np.empty(encoded, np.uint8)
-
-    def __del__(self) -> None:
-        self.lib.tjDestroy(self.handle)
 
 
 class FfcvLoader(ThreadedLoader):
@@ -84,7 +77,7 @@ class FfcvLoader(ThreadedLoader):
         try:
             from pipelines import native
 
-            lib = native.load(path)
+            native.load(path)
         except (ImportError, OSError, AttributeError, RuntimeError) as error:  # the last: numba, for want of a cache
             raise UserError(f"backend: ffcv is installed but does not load ({error}): {_INSTALL}") from error
         super().__init__(spec, source)
@@ -95,7 +88,6 @@ class FfcvLoader(ThreadedLoader):
             "bicubic": native.BICUBIC,
             "area": native.AREA,
         }[spec.resample]
-        self._lib = lib
         self._workspaces: deque[_Workspace] = deque()  # of threads that do not decode at the moment
         assert self._pool is not None
         self._warm = self._pool.submit(self._warm_up)
@@ -104,13 +96,16 @@ class FfcvLoader(ThreadedLoader):
         """Compiles, or loads from numba's cache, before the first batch is asked for."""
         empty = np.empty(0, np.int64)
         images = np.empty((0, self.spec.image_size, 3 * self.spec.image_size), np.uint8)
-        self._call(empty.astype(np.uint64), empty, empty > 0, empty, empty, np.empty((0, 4), np.int32), images)
+        self._call(
+            empty.astype(np.uint64), empty, empty > 0, empty > 0, empty, empty, np.empty((0, 4), np.int32), images
+        )
 
     def _call(
         self,
         addresses: npt.NDArray[np.uint64],
         lengths: Integers,
         jpeg: npt.NDArray[np.bool_],
+        whole: npt.NDArray[np.bool_],
         heights: Integers,
         widths: Integers,
         boxes: npt.NDArray[np.int32],
@@ -120,17 +115,14 @@ class FfcvLoader(ThreadedLoader):
         try:
             workspace = self._workspaces.pop()
         except IndexError:
-            handle = self._lib.tjInitDecompress()
-            if not handle:
-                raise MemoryError("tjInitDecompress") from None
-            workspace = _Workspace(self._lib, handle)
+            workspace = _Workspace()
         pixels = 3 * int((heights * widths)[jpeg].max(initial=0))
         workspace.reserve(pixels, int(lengths[jpeg].max(initial=0)))
         done, code = self._native.decode_samples(
-            workspace.handle,
             addresses,
             lengths,
             jpeg,
+            whole,
             heights,
             widths,
             boxes,
@@ -139,40 +131,49 @@ class FfcvLoader(ThreadedLoader):
             workspace.encoded,
             self._kind,
         )
-        # After an error, away with it: what TurboJPEG leaves behind is not to be trusted.
-        if code == self._native.OK:
-            self._workspaces.append(workspace)
+        self._workspaces.append(workspace)
+        if code == self._native.NO_MEMORY:
+            raise MemoryError("tjInitDecompress")
         return int(done)
 
     def _decode(self, job: Job, start: int, stop: int) -> None:
-        indices, heights, widths = job.indices[start:stop], job.heights[start:stop], job.widths[start:stop]
-        images = job.images[start:stop].reshape(stop - start, self.spec.image_size, 3 * self.spec.image_size)
-        if isinstance(self.source, (BetonSource, JoinedSource)):
-            addresses, lengths = self.source.locate(indices)
-            jpeg = self.source.jpeg[indices]
-        else:
-            data, jpeg = self._read(indices)  # alive until the call returns
-            addresses = np.array([item.ctypes.data for item in data], np.uint64)
-            lengths = np.array([item.size for item in data], np.int64)
-        boxes = job.boxes[start:stop]
+        here = slice(start, stop)
+        indices, heights, widths = job.indices[here], job.heights[here], job.widths[here]
+        images = job.images[here].reshape(stop - start, self.spec.image_size, 3 * self.spec.image_size)
+        jpeg = np.zeros(stop - start, np.bool_)
+        data = []  # of each sample, alive until it is decoded: bytes of a JPEG, or pixels
+        for i in range(stop - start):
+            item = self._encoded(int(indices[i]))
+            jpeg[i] = item is not None
+            data.append(self._pixels(job, start + i) if item is None else item)
         done = 0
         while done < stop - start:
             rest = slice(done, None)
+            addresses = np.array([item.ctypes.data for item in data[done:]], np.uint64)
+            lengths = np.array([item.size for item in data[done:]], np.int64)
+            whole = self.intact.whole[indices[rest]]
             done += self._call(
-                addresses[rest], lengths[rest], jpeg[rest], heights[rest], widths[rest], boxes[rest], images[rest]
+                addresses, lengths, jpeg[rest], whole, heights[rest], widths[rest], job.boxes[here][rest], images[rest]
             )
-            if done < stop - start:  # not for the fast path, or damaged: then this raises
-                pixels = np.ascontiguousarray(decode_rgb(self.source, int(indices[done])))
-                addresses[done], jpeg[done] = pixels.ctypes.data, False
+            if done < stop - start:  # not for the fast path, or damaged
+                data[done], jpeg[done] = self._pixels(job, start + done), False
+        self.intact.whole[indices[indices >= 0]] = True
 
-    def _read(self, indices: Integers) -> tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.bool_]]:
-        """A folder's images: bytes of JPEGs for libturbojpeg, upright pixels of all others; which are JPEGs."""
-        data, jpeg = [], np.zeros(len(indices), np.bool_)
-        for i, index in enumerate(indices.tolist()):
-            item = self.source.read(index)
-            jpeg[i] = self.source.is_jpeg(index) and not is_turned(item.tobytes())
-            data.append(item if jpeg[i] else np.ascontiguousarray(decode_rgb(self.source, index)))
-        return data, jpeg
+    def _encoded(self, index: int) -> npt.NDArray[np.uint8] | None:
+        """Bytes of a JPEG for libturbojpeg; None for all else."""
+        if index < 0 or not self.source.is_jpeg(index):
+            return None
+        data = self.source.read(index)
+        return None if self.source.kind == "folder" and is_turned(data.tobytes()) else data
+
+    def _pixels(self, job: Job, row: int) -> npt.NDArray[np.uint8]:
+        """Upright pixels of a place's sample, or of the one that takes its place; black where there is none."""
+        try:
+            index = int(job.indices[row])
+            return _BLACK if index < 0 else np.ascontiguousarray(decode_rgb(self.source, index))
+        except CorruptImage as error:
+            self.intact.replace(job, row, error)
+            return self._pixels(job, row)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Any:
         self._warm.result()

@@ -253,6 +253,24 @@ def _decode_jpeg(image: PIL.Image.Image, data: bytes, target: tuple[int, int]) -
     return image
 
 
+def with_usual_header(data: bytes) -> bytes:
+    """A JPEG with the JFIF revision and Adobe transform that libjpeg assumes where it does not know the given ones."""
+    changed, at, components = bytearray(data), 2, 3
+    places = []
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, body = data[at + 1], data[at + 4 : at + 16]
+        if marker == 0xE0 and body[:5] == b"JFIF\0":
+            changed[at + 9] = 1
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) == 12:
+            places.append(at + 15)
+        elif 0xC0 <= marker <= 0xC2 and len(body) > 5:
+            components = body[5]
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    for place in places:
+        changed[place] = 2 if components == 4 else 1
+    return bytes(changed)
+
+
 class JpegHeader(NamedTuple):
     width: int
     height: int
@@ -268,8 +286,9 @@ class TurboJpeg:
     _CS_RGB, _CS_CMYK, _CS_YCCK = 0, 3, 4
     _LIMIT_SCANS = 32768  # refuses progressive files of absurdly many scans
     _WARNING = 0
-    # Warnings after which the picture is whole: of the header, or about bytes after its last line.
-    _HARMLESS = ("before marker 0xd9", "JFIF revision", "Adobe color transform")
+    # Warnings after which the picture is whole: about bytes after its last line, or of the header. Of many warnings
+    # the library tells the first alone, so behind one of the header there may be others.
+    _AT_THE_END, _OF_THE_HEADER = "before marker 0xd9", ("JFIF revision", "Adobe color transform")
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
@@ -303,7 +322,10 @@ class TurboJpeg:
         width, height, sampling, space = (ctypes.c_int() for _ in range(4))
         outputs = [ctypes.byref(value) for value in (width, height, sampling, space)]
         failed = self._library.tjDecompressHeader3(self._handle, data, len(data), *outputs)
-        if failed or width.value < 1 or height.value < 1:
+        if failed:
+            usual = with_usual_header(data)  # a warning fails too
+            return None if usual == data else self.header(usual)
+        if width.value < 1 or height.value < 1:
             return None
         is_cmyk = space.value in (self._CS_CMYK, self._CS_YCCK)
         return JpegHeader(width.value, height.value, space.value == self._CS_RGB, is_cmyk)
@@ -313,17 +335,24 @@ class TurboJpeg:
         away, when only damage is looked for. Returns "" or the library's harmless remark. Raises BadImage."""
         width, height = -(-known.width // divisor), -(-known.height // divisor)
         kind = self._PF_CMYK if known.is_cmyk else self._PF_RGB if known.is_rgb or pixels is not None else self._PF_GRAY
-        if pixels is None:
-            pixels = np.empty((height, width, {self._PF_CMYK: 4, self._PF_RGB: 3, self._PF_GRAY: 1}[kind]), np.uint8)
+        out = pixels
+        if out is None:
+            out = np.empty((height, width, {self._PF_CMYK: 4, self._PF_RGB: 3, self._PF_GRAY: 1}[kind]), np.uint8)
         status = self._library.tjDecompress2(
-            self._handle, data, len(data), pixels.ctypes.data, width, 0, height, kind, self._LIMIT_SCANS
+            self._handle, data, len(data), out.ctypes.data, width, 0, height, kind, self._LIMIT_SCANS
         )
         if not status:
             return ""
         remark = self._library.tjGetErrorStr2(self._handle).decode("ascii", "replace")
         is_warning = self._library.tjGetErrorCode(self._handle) == self._WARNING
-        if is_warning and any(text in remark for text in self._HARMLESS):
+        if is_warning and self._AT_THE_END in remark:
             return remark
+        if is_warning and any(text in remark for text in self._OF_THE_HEADER):
+            usual = with_usual_header(data)
+            if usual == data:
+                raise BadImage(f"damaged JPEG: {remark}")
+            self._renew()
+            return self.decode(usual, known, divisor, pixels) or remark
         raise BadImage(f"damaged JPEG: {remark}")
 
 

@@ -26,6 +26,7 @@ import torch
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.crops import Boxes
 from pipelines.errors import UserError
+from pipelines.intact import Intact
 from pipelines.order import indices_at
 from pipelines.source import Integers, Source
 
@@ -38,7 +39,7 @@ def available_cores() -> int:
 
 @dataclass
 class Job:
-    """One batch in the making. Places without a sample (index -1) come last."""
+    """One batch in the making. Places past the end (position -1) come last."""
 
     epoch: int
     step: int
@@ -49,7 +50,7 @@ class Job:
     host: torch.Tensor
     """the same memory"""
     count: int
-    """samples among the B places"""
+    """places before the end"""
     heights: Integers
     widths: Integers
     boxes: Boxes
@@ -87,11 +88,12 @@ class ThreadedLoader(ABC):
         self._lock = threading.Lock()
         # A folder's images must be opened to know their sizes: work for the threads. Otherwise a whole batch at a time.
         self._sizes_known = source.kind == "beton"
+        self.intact = Intact(spec, source)
 
     @abstractmethod
     def _decode(self, job: Job, start: int, stop: int) -> None:
-        """Fills job.images[start:stop] from the boxes of these samples. Runs in a thread of the pool. Raises DataError
-        with the sample's name.
+        """Fills job.images[start:stop] from the boxes of these samples: zero where there is none, another for a corrupt
+        one. Runs in a thread of the pool. Raises DataError with the sample's name.
         """
 
     def _complete(self, job: Job, images: torch.Tensor) -> None:
@@ -138,8 +140,8 @@ class ThreadedLoader(ABC):
 
     def _start(self, pool: ThreadPoolExecutor, order: Integers, epoch: int, step: int) -> Job:
         positions = self.plan.positions(step)
-        indices = indices_at(order, positions)
-        count = int((indices >= 0).sum())
+        indices = self.intact.settle(indices_at(order, positions))
+        count = int((positions >= 0).sum())
         shape = (len(indices), self.spec.image_size, self.spec.image_size, 3)
         if self._stream is None:
             images = np.empty(shape, np.uint8)  # numpy's, not torch's: it asks for huge pages
@@ -153,26 +155,18 @@ class ThreadedLoader(ABC):
             epoch, step, positions, indices, images, host, count, sides, sides.copy(), np.empty((count, 4), np.int32)
         )
         if self._sizes_known:
-            self._measure(job, 0, count)
+            self.intact.measure(job, 0, count)
         size = min(max(-(-count // (4 * self.threads)), 4), 32)
         cuts = [*range(0, count, size), count] if count else [0, 0]
         job.left = len(cuts) - 1
         job.parts = [pool.submit(self._part, job, *cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
         return job
 
-    def _measure(self, job: Job, start: int, stop: int) -> None:
-        """Sizes and boxes of these samples."""
-        heights, widths = self.source.sizes(job.indices[start:stop])
-        job.heights[start:stop], job.widths[start:stop] = heights, widths
-        job.boxes[start:stop] = self.spec.crop.boxes(
-            heights, widths, self.spec.seed, job.epoch, job.positions[start:stop]
-        )
-
     def _part(self, job: Job, start: int, stop: int) -> None:
         if self._pool is None:  # closed meanwhile
             return
         if not self._sizes_known:
-            self._measure(job, start, stop)
+            self.intact.measure(job, start, stop)
         self._decode(job, start, stop)
         with self._lock:
             job.left -= 1
@@ -182,8 +176,9 @@ class ThreadedLoader(ABC):
 
     def _finish(self, job: Job) -> None:
         """Makes the batch of a filled job; on a GPU, starts its copy. Runs in the thread that filled the last part."""
-        labels = np.where(job.indices < 0, -1, self.source.labels[job.indices])
-        keys = torch.from_numpy(np.stack([labels, job.positions]))
+        empty = job.indices < 0
+        labels = np.where(empty, -1, self.source.labels[job.indices])
+        keys = torch.from_numpy(np.stack([labels, np.where(empty, -1, job.positions)]))
         images = job.host
         if self._stream is None:
             if job.encoded:

@@ -21,10 +21,11 @@ import torch
 
 from pipelines.batch import Batch, LoaderSpec
 from pipelines.decode import decode_rgb
-from pipelines.errors import UserError
+from pipelines.errors import CorruptImage, UserError
+from pipelines.intact import Intact
 from pipelines.order import indices_at
 from pipelines.prefetch import available_cores
-from pipelines.source import Source
+from pipelines.source import Integers, Source
 
 _CHUNK = 256
 _CUBIC = {"auto": False, "bilinear": False, "bicubic": True}
@@ -68,15 +69,32 @@ class ResidentLoader:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.wait_seconds = 0.0
         self.device = torch.device(spec.device)
-        needed, free = decoded_bytes(source), free_memory(self.device)
+        self.intact = Intact(spec, source)
+        self._shown = np.arange(source.num_samples)  # instead of each sample; -1: none
+        self._heights, self._widths = self._sizes()
+        needed = 3 * source.num_samples * int(self._heights.max()) * int(self._widths.max())
+        free = free_memory(self.device)
         if needed > free // 2:
             raise UserError(
                 f"backend: resident would keep {needed / 2**30:.1f} GiB of pixels on {self.device}, where "
                 f"{free / 2**30:.1f} GiB are free; choose ffcv or torch"
             )
-        self._heights, self._widths = source.sizes(np.arange(source.num_samples))
         self._images: torch.Tensor | None = torch.from_numpy(self._read()).to(self.device)
         self._labels = torch.from_numpy(source.labels).to(self.device)
+
+    def _sizes(self) -> tuple[Integers, Integers]:
+        """Of all samples; 1 for a corrupt one."""
+        everything = np.arange(self.source.num_samples)
+        try:
+            return self.source.sizes(everything)
+        except CorruptImage:
+            heights, widths = np.ones_like(everything), np.ones_like(everything)
+            for index in everything:
+                try:
+                    heights[index : index + 1], widths[index : index + 1] = self.source.sizes(everything[[index]])
+                except CorruptImage as error:
+                    self._shown[index] = self.intact.instead_of(int(index), error)
+            return heights, widths
 
     def _read(self) -> npt.NDArray[np.uint8]:
         """All images, uint8 [N, H, W, 3], zero outside."""
@@ -86,7 +104,12 @@ class ResidentLoader:
 
         def decode(start: int) -> None:
             for index in range(start, min(start + _CHUNK, source.num_samples)):
-                images[index, : heights[index], : widths[index]] = decode_rgb(source, index)
+                if self._shown[index] != index:
+                    continue
+                try:
+                    images[index, : heights[index], : widths[index]] = decode_rgb(source, index)
+                except CorruptImage as error:
+                    self._shown[index] = self.intact.instead_of(index, error)
 
         with ThreadPoolExecutor(self.spec.threads or available_cores()) as pool:
             parts = [pool.submit(decode, start) for start in range(0, source.num_samples, _CHUNK)]
@@ -117,6 +140,8 @@ class ResidentLoader:
     def _batch(self, images: torch.Tensor, order: npt.NDArray[np.int64], epoch: int, step: int) -> Batch:
         positions = self.plan.positions(step)
         indices = indices_at(order, positions)
+        indices = np.where(indices < 0, -1, self._shown[indices])
+        positions = np.where(indices < 0, -1, positions)
         chosen = np.maximum(indices, 0)
         heights, widths = self._heights[chosen], self._widths[chosen]
         boxes = self.spec.crop.boxes(heights, widths, self.spec.seed, epoch, np.maximum(positions, 0))

@@ -1,8 +1,9 @@
 """Datasets on disk: FFCV betons (one, or several of one dataset) and image folders, as encoded bytes, sizes and labels.
 
-A beton is read by numpy from a memory map, without FFCV, and every offset, size and count in it is checked against the
-file before anything is read through it: native decoders may trust what a source hands out. The format, version 2, from
-FFCV's types.py, writer.py and fields:
+A beton is read without FFCV, and every offset, size and count in it is checked against the file before anything is read
+through it: native decoders may trust what a source hands out. It is read by `pread`, not through a memory map: where a
+file shrinks or a disk fails, a map ends the process (SIGBUS), and the copy costs next to nothing beside the decoding.
+The format, version 2, from FFCV's types.py, writer.py and fields:
     header (24 bytes) | field descriptors | metadata, one row per sample | padding to a page | data in pages |
     allocation table to the end
 A metadata row is a C-aligned struct of one part per field; an image's part holds (mode, width, height, address), its
@@ -17,16 +18,16 @@ import glob
 import hashlib
 import json
 import logging
-import mmap
 import os
 import stat
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import DataError, UserError
+from pipelines.errors import CorruptImage, DataError, UserError
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -136,7 +137,7 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
 
 
 class BetonSource:
-    """One beton, memory-mapped. All checks are made on opening; see the module's docstring.
+    """One beton. All checks are made on opening; see the module's docstring.
 
     Besides the Source interface, per sample: heights, widths (uint16 [N]), jpeg (bool [N]: JPEG, else raw RGB),
     pointers (uint64 [N], offsets into the file) and byte_sizes (int64 [N]).
@@ -146,8 +147,7 @@ class BetonSource:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._map = _map_file(path)
-        self.data: Bytes = np.frombuffer(self._map, np.uint8)
+        self.data = _File(path)
         header, metadata, table, image, label = _parse(path, self.data)
 
         self.num_samples = len(metadata)
@@ -208,23 +208,9 @@ class BetonSource:
     def sizes(self, indices: npt.NDArray[np.integer]) -> tuple[Integers, Integers]:
         return self.heights[indices].astype(np.int64), self.widths[indices].astype(np.int64)
 
-    def locate(self, indices: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.uint64], Integers]:
-        """For native code: memory addresses, uint64 [B], and lengths, int64 [B], of the samples' bytes.
-
-        They are valid while this source lives. Raises DataError as `read` does.
-        """
-        self._check_length()
-        return self.pointers[indices] + np.uint64(self.data.ctypes.data), self.byte_sizes[indices]
-
     def read(self, index: int) -> Bytes:
-        self._check_length()
         start = int(self.pointers[index])
         return self.data[start : start + int(self.byte_sizes[index])]
-
-    def _check_length(self) -> None:
-        """To touch the map beyond the end of a file that shrank kills the process (SIGBUS), so look first."""
-        if self._map.size() < self.data.size:
-            raise DataError(f"{printable(self.path)}: became shorter while it was in use; restore it and start again")
 
     def is_jpeg(self, index: int) -> bool:
         return bool(self.jpeg[index])
@@ -234,7 +220,6 @@ class BetonSource:
 
     def fingerprint(self) -> str:
         """Digest of all but the images: file size, header, metadata (labels, sizes, addresses), allocation table."""
-        self._check_length()
         digest = hashlib.sha256(b"beton %d\n" % self.data.size)
         digest.update(self.data[: self._start].data)
         digest.update(self.data[self._end :].data)
@@ -275,15 +260,6 @@ class JoinedSource:
 
     def sizes(self, indices: npt.NDArray[np.integer]) -> tuple[Integers, Integers]:
         return self.heights[indices].astype(np.int64), self.widths[indices].astype(np.int64)
-
-    def locate(self, indices: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.uint64], Integers]:
-        """As BetonSource.locate."""
-        addresses = np.empty(len(indices), np.uint64)
-        number = np.searchsorted(self._starts, indices, side="right") - 1
-        for n in np.unique(number):
-            here = number == n
-            addresses[here] = self.parts[n].locate(indices[here] - self._starts[n])[0]
-        return addresses, self.byte_sizes[indices]
 
     def read(self, index: int) -> Bytes:
         part, local = self._part(index)
@@ -368,7 +344,9 @@ class FolderSource:
                     width, height = height, width
                 self._jpeg[index] = image.format in ("JPEG", "MPO")
         except Exception as error:  # PIL's readers raise errors of every kind on what is not an image
-            raise self._unreadable(index, error) from error
+            if getattr(error, "errno", None) is not None:
+                raise self._unreadable(index, error) from error
+            raise CorruptImage(str(self._unreadable(index, error))) from error
         self._widths[index] = width
         self._heights[index] = height  # last: it says that the others are known
 
@@ -388,7 +366,7 @@ class FolderSource:
         except OSError as error:
             raise self._unreadable(index, error.strerror) from error
         if not data:
-            raise self._unreadable(index, "the file is empty")
+            raise CorruptImage(str(self._unreadable(index, "the file is empty")))
         return np.frombuffer(data, np.uint8)
 
     def is_jpeg(self, index: int) -> bool:
@@ -451,17 +429,42 @@ def _broken(path: str, what: str) -> UserError:
     return UserError(f"{printable(path)}: {what}; {_MEND}")
 
 
-def _map_file(path: str) -> mmap.mmap:
-    """A read-only map of a regular file that holds at least a header. Raises UserError."""
-    try:
-        with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < HEADER_TYPE.itemsize:
-                raise _broken(path, f"not an FFCV beton: only {size} bytes")
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: the path has a null byte, or the file shrank just now
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{printable(path)}: cannot be opened ({reason}); give a beton or an image folder") from error
+class _File:
+    """A regular file that holds at least a beton's header; `file[start:stop]` reads these bytes.
+
+    Raises UserError when it cannot be opened, DataError when it cannot be read or is shorter than it was.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._file = _open_regular(path)
+        except (OSError, ValueError) as error:  # ValueError: the path has a null byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"{printable(path)}: cannot be opened ({reason}); give a beton or an image folder"
+            ) from error
+        weakref.finalize(self, self._file.close)
+        self.size = os.fstat(self._file.fileno()).st_size
+        if self.size < HEADER_TYPE.itemsize:
+            raise _broken(path, f"not an FFCV beton: only {self.size} bytes")
+
+    def __getitem__(self, part: slice) -> Bytes:
+        start, stop, _ = part.indices(self.size)
+        pieces: list[bytes] = []
+        while start < stop:  # a call reads 2 GiB at most
+            try:
+                pieces.append(os.pread(self._file.fileno(), stop - start, start))
+            except OSError as error:
+                raise DataError(
+                    f"{printable(self.path)}: cannot be read at byte {start} ({error.strerror}); look at the disk"
+                ) from error
+            if not pieces[-1]:
+                raise DataError(
+                    f"{printable(self.path)}: became shorter while it was in use; restore it and start again"
+                )
+            start += len(pieces[-1])
+        return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
 
 
 def _open_regular(path: str) -> BinaryIO:
@@ -473,7 +476,7 @@ def _open_regular(path: str) -> BinaryIO:
     return file
 
 
-def _parse(path: str, data: Bytes) -> tuple[Bytes, npt.NDArray[Any], npt.NDArray[Any], str, str]:
+def _parse(path: str, data: _File) -> tuple[Bytes, npt.NDArray[Any], npt.NDArray[Any], str, str]:
     """Views: header with descriptors, metadata [N], allocation table; and the metadata's columns of image and label.
 
     Raises UserError unless the three lie within the file, in this order, and the fields are there.

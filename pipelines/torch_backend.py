@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from pipelines.batch import LoaderSpec
 from pipelines.crops import Boxes
 from pipelines.decode import Pixels, decode_rgb, is_plain_jpeg
-from pipelines.errors import UserError
+from pipelines.errors import CorruptImage, UserError
 from pipelines.prefetch import Job, ThreadedLoader
 from pipelines.source import Source
 
@@ -99,14 +99,22 @@ class TorchLoader(ThreadedLoader):
         self._refused: set[int] = set()
 
     def _decode(self, job: Job, start: int, stop: int) -> None:
+        whole = self.intact.whole
         for row in range(start, stop):
             index = int(job.indices[row])
+            if index < 0:
+                job.images[row] = 0
+                continue
             if self.together and index not in self._refused and self.source.is_jpeg(index):
                 data = self.source.read(index)
-                if is_plain_jpeg(self.source, index, data.tobytes()):
-                    job.encoded[row] = torch.from_numpy(np.array(data))  # a copy: a beton's bytes are read-only
+                if is_plain_jpeg(self.source, index, data.tobytes(), bool(whole[index])):
+                    whole[index] = True
+                    job.encoded[row] = torch.from_numpy(np.array(data))  # a copy: the source's bytes are read-only
                     continue
-            job.images[row] = self._on_host(job, row)
+            try:
+                job.images[row] = self._on_host(job, row)
+            except CorruptImage as error:
+                job.images[row] = self._on_host(job, row) if self.intact.replace(job, row, error) else 0
 
     def _on_host(self, job: Job, row: int) -> Pixels:
         return crop_and_resize(decode_rgb(self.source, int(job.indices[row])), job.boxes[row], self.spec)

@@ -89,6 +89,8 @@ def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE
         ahead=recipe.data.ahead,
         hw_decoder_load=recipe.data.hw_decoder_load,
         resample=recipe.data.resample,
+        on_corrupt="replace" if recipe.data.on_corrupt == "skip" else "stop",
+        corrupt_limit=recipe.data.corrupt_limit,
         shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)
@@ -112,6 +114,8 @@ def open_val_loader(recipe: Recipe, device: torch.device, path: str = "", world:
         ahead=recipe.data.ahead,
         hw_decoder_load=recipe.data.hw_decoder_load,
         resample=recipe.data.eval_resample,
+        on_corrupt="leave_out" if recipe.data.on_corrupt == "skip" else "stop",
+        corrupt_limit=recipe.data.corrupt_limit,
         shard=world.shard,
     )
     return pipelines.open_loader(spec, recipe.data.backend)

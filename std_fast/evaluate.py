@@ -34,10 +34,12 @@ def evaluate(
 
     Returns:
         `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
-        `top1_class`, `top1_distill`, `top1_mean` of each head; `images`, how many were counted.
+        `top1_class`, `top1_distill`, `top1_mean` of each head; `images`, how many were counted; `corrupt_images`, how
+        many were left out because they are corrupt, if any.
 
     Raises:
         RuntimeError: the loader did not give each image exactly once.
+        UserError: all images are corrupt.
     """
     student.eval()
     heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
@@ -47,6 +49,8 @@ def evaluate(
             out = student.outputs(normalise(batch.images))
         valid = batch.labels >= 0
         counts = {"images": valid.sum()}
+        there = (loader.plan.positions(batch.step) >= 0).sum()
+        counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
         for head in heads:
             counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
         logits = predict(out, how).float()
@@ -57,13 +61,15 @@ def evaluate(
         sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
     names = list(sums)
     values = dict(zip(names, world.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-    images = int(values.pop("images"))
-    if images != loader.source.num_samples:
+    images, corrupt = int(values.pop("images")), int(values.pop("corrupt"))
+    if images + corrupt != loader.source.num_samples:
         raise RuntimeError(f"{loader.source.path}: {images} images were counted of {loader.source.num_samples}")
+    if not images:
+        raise UserError(f"{loader.source.path}: no image in it can be decoded; convert it again")
     result = {name: value / images * (1 if name == "loss" else 100) for name, value in values.items()}
     if len(heads) == 1:
         result.pop(f"top1_{how}")
-    return {**result, "images": images}
+    return {**result, "images": images} | ({"corrupt_images": corrupt} if corrupt else {})
 
 
 def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:

@@ -96,6 +96,12 @@ class Data:
     eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared ahead")
+    on_corrupt: Literal["stop", "skip"] = opt(
+        "stop",
+        "when an image cannot be decoded: `stop`; or `skip` it: in training the next good one of the dataset is shown "
+        "in its place, in evaluation it is not counted",
+    )
+    corrupt_limit: int = opt(100, "so many different images are skipped by a process, at one more it stops")
     hw_decoder_load: float | None = opt(
         None, "dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; default: a short sweep decides"
     )
@@ -104,6 +110,7 @@ class Data:
         require(self.image_size >= 8, "data.image_size", f"{self.image_size} is too small; use 8 or more")
         require(self.threads >= 0, "data.threads", "cannot be negative; 0 means all cores")
         require(self.ahead >= 1, "data.ahead", "must be 1 or more")
+        require(self.corrupt_limit >= 1, "data.corrupt_limit", "must be 1 or more; for none, data.on_corrupt stop")
         load = self.hw_decoder_load
         require(load is None or 0 <= load <= 1, "data.hw_decoder_load", f"{load} must be in [0, 1]")
 

@@ -279,6 +279,8 @@ def predictions(told: Told, count: int) -> list[Sample]:
                 shares = predict(student.outputs(normalise(one.images)), recipe.distill.predict).float().softmax(-1)
             best, guesses = (values.cpu() for values in shares.max(-1))
             for row in (place - step * batch for place in wanted if place // batch == step):
+                if one.labels[row] < 0:  # a corrupt image
+                    continue
                 buffer = BytesIO()
                 Image.fromarray(one.images[row].permute(1, 2, 0).cpu().numpy()).save(buffer, format="png")
                 truth, guess = int(one.labels[row]), int(guesses[row])

@@ -32,6 +32,8 @@ FREE = (
     "run.save_every",
     "run.keep_checkpoints",
     "run.timeout",
+    "data.on_corrupt",
+    "data.corrupt_limit",
     "run.not_finite",
     "run.not_finite_limit",
     "run.rollback_every",

@@ -151,11 +151,16 @@ class Run:
         speed = self.parts.speed.read(images, busy, busy / max(steps, 1), self._logged["data"] - before["data"])
         rate = images / busy
         seconds = {part: round(value, 3) for part, value in self._logged.items()}
-        bad = {"bad_steps": len(self.bad_steps)} if self.bad_steps else {}
-        record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **bad, **speed, "seconds": seconds}
+        faults = {name: count for name, count in self._faults().items() if count}
+        record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **faults, **speed, "seconds": seconds}
         self._record("train", self._where() | record)
         text = f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s"
         self.progress.note(self._done_amount(), text)
+
+    def _faults(self) -> dict[str, int]:
+        """What was passed over so far. Corrupt images are those of this process, each rank's own added up."""
+        corrupt = torch.tensor(len(self.parts.train_loader.intact.found), device=self.parts.device)
+        return {"bad_steps": len(self.bad_steps), "corrupt_images": int(self.world.sum(corrupt))}
 
     # -- steps that were not finite -------------------------------------------------------------------------------
 
@@ -375,7 +380,11 @@ class Run:
             self.folder.writer.wait()
         seconds = self.ledger.read()
         busy = learning_seconds(seconds)
-        student = self.parts.trainer.student
+        student, source, intact = (
+            self.parts.trainer.student,
+            self.parts.train_loader.source,
+            self.parts.train_loader.intact,
+        )
         summary = {
             "name": self.recipe.name,
             "seed": self.recipe.run.seed,
@@ -384,7 +393,9 @@ class Run:
             "epochs": round(self.step / self.per_epoch, 4),
             "result": result,
             "best": self.best,
+            **self._faults(),
             "bad_steps": self.bad_steps,
+            "corrupt_names": [source.name(index) for index in sorted(intact.found)],
             "images_per_second": round(self.samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),
             "ceiling_tflops": round(self.parts.speed.limit / 1e12, 3),
