@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.errors import UserError
+from std_fast.memory import ran_out
 
 # exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
 STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
@@ -45,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
             return run(argv)
     except UserError as error:
         print(f"std-fast: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        what = " ".join(str(error).split()) or "no more to be had"
+        print(f"std-fast: memory was short ({what}); use smaller batches or fewer workers", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
         sys.stderr.close()

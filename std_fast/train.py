@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from pipelines.augment import Mixed
+from std_fast import memory
 from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds, process_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
@@ -428,26 +429,39 @@ def train(
         on_step: called after each step; it may set `run.stop_wanted`.
 
     Raises:
-        UserError: something that the user can mend.
+        UserError: something that the user can mend, a batch too large for the memory too.
         Stopped: SIGTERM, SIGUSR1 or `stop_wanted`; the run is saved.
         NotFinite: a loss or gradient was not finite, and the recipe says to stop; the state before it is saved.
         PeerLost: started by torchrun, and another process has died or hangs.
     """
     limit = parse_seconds(recipe.run.timeout, "run.timeout")
     with joined(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
-        with stop_on_signal() as asked:  # to the end: a second signal must not cut the save short
-            run = Run(recipe, resume, quiet, world, asked)
-            try:
-                return run.finish(run.loop(on_step))
-            except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
-                run.folder.writer.wait()
-                world.wait_for_all()
+        try:
+            return _train(recipe, resume, quiet, world, on_step)
+        except Exception as error:
+            if not memory.ran_out(error):
                 raise
+            of_device, text = memory.of_the_device(error), str(error)
+        memory.let_go()  # the error is forgotten here, and with it all that its frames held
+        raise memory.explained(recipe, of_device, text, world.size)
+
+
+def _train(
+    recipe: Recipe, resume: bool, quiet: bool, world: World, on_step: Callable[[Run], None] | None
+) -> dict[str, Any]:
+    with stop_on_signal() as asked:  # to the end: a second signal must not cut the save short
+        run = Run(recipe, resume, quiet, world, asked)
+        try:
+            return run.finish(run.loop(on_step))
+        except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
+            run.folder.writer.wait()
+            world.wait_for_all()
+            raise
+        finally:
+            try:
+                run.folder.writer.wait()
             finally:
-                try:
-                    run.folder.writer.wait()
-                finally:
-                    run.close()
+                run.close()
 
 
 @contextmanager
