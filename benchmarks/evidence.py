@@ -143,12 +143,12 @@ SIZES = {
             "small": {
                 "student": narrow_resnet([1, 1, 1, 1], [32, 64, 128, 256]),
                 "data": {"image_size": 48},
-                "run": {"length": "5 epochs"},
+                "run": {"length": "4 epochs"},
             },
             "large": {
                 "student": narrow_resnet([2, 2, 2, 2], [32, 64, 128, 256]),
                 "data": {"image_size": 48},
-                "run": {"length": "6 epochs"},
+                "run": {"length": "4 epochs"},
             },
         },
         students={"mixer": {}},
