@@ -90,6 +90,12 @@ def listed(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def remove_drafts(folder: Path) -> None:
+    """Of saves that were killed: ours and safetensors' own. For the folder's only writer, before its first save."""
+    for draft in (*folder.glob(".step-*.partial"), *folder.glob(".tmp??????")):
+        draft.unlink(missing_ok=True)
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
     """The newest checkpoint of a run that is whole; damaged ones are named in the log and passed over."""
     for path in reversed(listed(folder)):

@@ -74,6 +74,7 @@ class RunFolder:
         self._saved_step, self.copy_seconds = 0, 0.0
         self._heartbeat: Heartbeat | None = None
         if world.main:
+            checkpoint.remove_drafts(self.path / "checkpoints")
             if resume:
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
