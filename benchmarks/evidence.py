@@ -282,12 +282,12 @@ class Study:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def work_off(self, jobs: int, only: str, until: float) -> bool:
+    def work_off(self, jobs: int, only: str, until: float, children: Children) -> bool:
         """Runs what is not done, in order, `jobs` at a time; returns whether all of it is done."""
         wanted = self._wanted(only)
         running: dict[Future[int], str] = {}
         failed: set[str] = set()
-        with ThreadPoolExecutor(jobs) as pool, Children(jobs) as children:
+        with ThreadPoolExecutor(jobs) as pool, children:
             while True:
                 left = [j for j in wanted if not self.done(j) and j not in running.values() and j not in failed]
                 ready = [j for j in left if all(self.done(a) for a in self.jobs[j].after)]
@@ -647,7 +647,8 @@ def run(args: argparse.Namespace) -> harness.Report:
     if args.list:
         return {"variant": args.size, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
     if working:
-        study.work_off(max(1, args.jobs), args.only, time.monotonic() + 60 * args.minutes)
+        jobs = max(1, args.jobs)
+        study.work_off(jobs, args.only, time.monotonic() + 60 * args.minutes, Children(jobs))
     return study.collect() | {"rows": []}
 
 
@@ -657,5 +658,10 @@ def show_any(report: harness.Report) -> str:
     return show(report) if "runs" in report else ""
 
 
+def command(argv: list[str] | None = None) -> int:
+    """Exit code of `std-fast bench evidence ARGV`."""
+    return harness.main("evidence", run, show_any, add_arguments, draw, argv, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(harness.main("evidence", run, show_any, add_arguments, draw, text=__doc__))
+    sys.exit(command())
