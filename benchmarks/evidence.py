@@ -152,7 +152,7 @@ SIZES = {
             },
         },
         students={"mixer": {}},
-        epochs=4,
+        epochs=3,
         settings=("plain", "DeiT token", "STD", "plain, STD's cost"),
         budget=False,
     ),
