@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,9 +72,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         UserError: the file is missing, cut short, damaged, or of another format.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        data = path.read_bytes()  # not through a memory map, which ends the process where the disk fails
+        tensors = from_bytes(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        meta = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is no whole checkpoint ({error}); use an older one of the run") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
@@ -94,6 +96,15 @@ def remove_drafts(folder: Path) -> None:
     """Of saves that were killed: ours and safetensors' own. For the folder's only writer, before its first save."""
     for draft in (*folder.glob(".step-*.partial"), *folder.glob(".tmp??????")):
         draft.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames checkpoints of later steps than this: damaged ones, of which `keep` would take good ones' places. For the
+    folder's only writer."""
+    for path in listed(folder):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.rename(path.with_name(f"{path.name}.not-read"))
+            log.warning("%s: set aside as %s.not-read", path, path.name)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:

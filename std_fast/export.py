@@ -360,6 +360,9 @@ def draft_beside(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
+        for left in out.parent.glob(f".{out.name}.*.partial"):  # by an export that was killed
+            if (owner := left.name.split(".")[-2]).isdigit() and not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(left, ignore_errors=True)
         draft.mkdir(parents=True)
         yield draft
         for path in [*draft.rglob("*"), draft]:

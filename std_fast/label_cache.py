@@ -247,7 +247,7 @@ class AnswerStore:
     def __init__(self, folder: Path, header: Header, rows: int, batch: int, soft: bool, world: World = ALONE) -> None:
         self.folder, self.header, self.world = folder, header, world
         self.rows, self.batch, self.soft = rows, batch, soft
-        self._maps: dict[int, np.ndarray] = {}
+        self._words: dict[int, np.ndarray] = {}
         self._writers: dict[int, EpochWriter] = {}
         self._jobs: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="std_fast-answers")
@@ -268,28 +268,30 @@ class AnswerStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def open(self, epoch: int) -> np.ndarray:
-        """Words of a stored epoch, uint16 `[N, M, W]`: a memory map whose digest and contents have been checked.
+        """Words of a stored epoch, uint16 `[N, M, W]`, whose digest and contents have been checked.
+
+        The last one stays in memory (a few MB for each million images and teacher). A memory map would end the process
+        where the file shrinks or the disk fails.
 
         Raises:
             UserError: the file is missing or damaged.
         """
-        if epoch not in self._maps:
-            self._maps[epoch] = self._map(epoch)
-        return self._maps[epoch]
+        if epoch not in self._words:
+            self._words = {epoch: self._load(epoch)}
+        return self._words[epoch]
 
-    def _map(self, epoch: int) -> np.ndarray:
+    def _load(self, epoch: int) -> np.ndarray:
         h, path = self.header, self.path(epoch)
         mend = "run `std-fast teach` to make it again"
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
-                if size <= 0 or size % h.row_bytes:
-                    raise UserError(f"{path}: is cut short; {mend}")
-                words = np.asarray(np.memmap(file, "<u2", "r", shape=(size // h.row_bytes, h.teachers, h.words)))
-                file.seek(size)
-                expected = file.read()
-        except (OSError, ValueError) as error:
+            data = path.read_bytes()
+        except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+        size = len(data) - DIGEST_BYTES
+        if size <= 0 or size % h.row_bytes:
+            raise UserError(f"{path}: is cut short; {mend}")
+        words = np.frombuffer(data, "<u2", size // 2).reshape(-1, h.teachers, h.words)
+        expected = data[size:]
         digest = h.digest(epoch)
         digest.update(words.reshape(-1).data)
         if digest.digest() != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class RunFolder:
         resume: go on from `found`, the newest whole checkpoint, if there is one.
 
     Raises:
-        UserError: the folder holds a run and `resume` is not asked for.
+        UserError: the folder holds a run and `resume` is not asked for, or a run that cannot be read.
     """
 
     def __init__(self, recipe: Recipe, world: World, ledger: Ledger, resume: bool) -> None:
@@ -82,6 +83,8 @@ class RunFolder:
         if world.main:
             checkpoint.remove_drafts(self.path / "checkpoints")
             if resume:
+                if self.found is not None:
+                    checkpoint.set_aside(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
             self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
@@ -92,6 +95,11 @@ class RunFolder:
         name = self.world.tell(found and found[0].name)
         if name and not self.world.main:
             found = (folder / name, *checkpoint.load(folder / name))
+        if found is None and (there := checkpoint.listed(folder)):
+            raise UserError(
+                f"{folder}: none of its {len(there)} checkpoints can be read (see above); use the version of std-fast "
+                "that wrote them, or begin anew with another --run.out"
+            )
         if found is None:
             log.info("%s holds no checkpoint yet: starting from the beginning", self.path)
         return found and Saved(*found)
@@ -169,6 +177,13 @@ def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
         except OSError:
             raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
         yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file of the run: killed in the middle, it leaves the one that was there."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from pipelines.augment import Mixed
+from pipelines.errors import UserError
 from std_fast import memory
 from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds, process_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
@@ -26,7 +27,7 @@ from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, parse_seconds
-from std_fast.run_folder import RunFolder, locked, versions
+from std_fast.run_folder import RunFolder, locked, versions, write_whole
 from std_fast.speed import peak_memory
 from std_fast.teachers import Teachers
 
@@ -90,7 +91,7 @@ class Run:
         self.teachers = Timed(teachers, "teacher", self.ledger, on_gpu) if teachers is not None else None
         self.journal: Journal | None = None
         if world.main:
-            (self.folder.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            write_whole(self.folder.path / "recipe.yaml", dump(recipe))
             self.journal = Journal(self.folder.path, self.step)
             self._closing.callback(self.journal.close)
         what, total, unit = ("hour", self.clock.hours, "GPU-h") if self.clock.hours else ("step", self.clock.steps, "")
@@ -221,7 +222,7 @@ class Run:
         }
         path = self.folder.path / "not_finite.json"
         if self.world.main:
-            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+            write_whole(path, json.dumps(report, indent=1))
         past = f" after {len(self.bad_steps)} others (run.not_finite_limit)" if self.bad_steps else ""
         mend = "" if self.bad_steps else " or, if it is one batch that does it, --resume --run.not_finite skip"
         raise NotFinite(
@@ -410,7 +411,7 @@ class Run:
         }
         self._record("end", {"step": self.step, "gpu_hours": summary["gpu_hours"]})
         if self.world.main:
-            (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            write_whole(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def close(self) -> None:
@@ -438,6 +439,10 @@ def train(
     with joined(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
         try:
             return _train(recipe, resume, quiet, world, on_step)
+        except OSError as error:  # of data and stored answers there are words already
+            out = Path(resolved(recipe).run.out)
+            what = f"{error.filename or out}: {error.strerror or error}"
+            raise UserError(f"{out}: the run cannot be written ({what}); mend that and resume") from error
         except Exception as error:
             if not memory.ran_out(error):
                 raise

@@ -1,0 +1,696 @@
+"""The faults of the campaign, each with what should happen. See `ground` for what they stand on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from std_fast import checkpoint
+from std_fast.metrics import read_jsonl
+from tests.faults.ground import Ground, Seen, ends, enlarge, fault, logged, small_disk, steps_saved
+from tests.faults.kills import KilledTraining, assert_same_bits, final_tensors
+from tests.killing import ROOT, Child, kill_again_and_again
+
+GOES_ON = "nothing is lost but what was not saved; started again it goes on, to the same bits"
+
+# -- kill -9 ------------------------------------------------------------------------------------------------------------
+
+
+@fault("train: kill -9 at random moments", GOES_ON)
+def _(ground: Ground) -> Seen:
+    kills = 6 * ground.scale
+    seen = KilledTraining(ground.recipe(), ground.folder).run(kills, ground.random)
+    return Seen(
+        f"{seen.finished} runs to their ends, the same bits", kills, lost="steps since the last save, done again"
+    )
+
+
+@fault("train with teachers, MINE and answers written through: kill -9", GOES_ON)
+def _(ground: Ground) -> Seen:
+    kills = 4 * ground.scale
+    answers = {"answers": str(ground.folder / "answers"), "views": 2}
+    recipe = ground.recipe(taught=True, distill=answers, run={"length": "6 epochs"})
+    seen = KilledTraining(recipe, ground.folder).run(kills, ground.random)
+    return Seen(
+        f"{seen.finished} runs to their ends, the same bits", kills, lost="steps since the last save, done again"
+    )
+
+
+@fault("train: kill -9 while a checkpoint is written", "the one before is whole, the draft goes, same bits in the end")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(run={"save_every": "0 seconds"})
+    run, kills = Path(recipe.run.out), 4 * ground.scale
+    expected = ground.expected(recipe)
+    for number in range(kills):
+        saved = steps_saved(run)
+        with ground.train(recipe) as child:
+            child.until(lambda saved=saved: steps_saved(run) > saved and list((run / "checkpoints").glob(".*")))
+            child.send(signal.SIGKILL)
+            assert child.wait() in (-signal.SIGKILL, 0)
+        assert checkpoint.newest(run / "checkpoints") is not None, f"kill {number}: no whole checkpoint"
+    ground.resumed(recipe, expected)
+    assert not list((run / "checkpoints").glob(".*")), "a draft is left"
+    return Seen("always a whole checkpoint, the same bits", kills, lost="the save under way")
+
+
+@fault("teach: kill -9 at random moments", "what is stored is right; started again it goes on, to the same bytes")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(taught=True, run={"length": "12 epochs"})
+
+    def folder_of(name: str) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (ground.folder / name).glob("epoch-*.answers")}
+
+    path, kills = ground.write(recipe), 4 * ground.scale
+    began = time.monotonic()
+    ground.finish(["teach", path, "--quiet", "--distill.answers", str(ground.folder / "undisturbed")])
+    whole, expected = time.monotonic() - began, folder_of("undisturbed")
+
+    def finished() -> None:
+        assert folder_of("killed") == expected, "stored answers differ"
+        shutil.rmtree(ground.folder / "killed")
+
+    def start() -> Child:
+        return ground.start(["teach", path, "--quiet", "--distill.answers", str(ground.folder / "killed")])
+
+    seen = kill_again_and_again(start, finished, kills, whole, ground.random)
+    return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="batches since the last write")
+
+
+@fault(
+    "convert: kill -9 at random moments", "nothing under the final name; started again it goes on, to the same bytes"
+)
+def _(ground: Ground) -> Seen:
+    kills = 4 * ground.scale
+    reference, killed = ground.folder / "reference.beton", ground.folder / "killed.beton"
+    words = ["--size", "100", "--workers", "2"]
+    began = time.monotonic()
+    ground.finish(["convert", str(ground.many_images), str(reference), *words])
+    whole = time.monotonic() - began
+
+    def finished() -> None:
+        assert killed.read_bytes() == reference.read_bytes(), "the betons differ"
+        assert not (ground.folder / ".killed.beton.converting").exists(), "the working folder is left"
+        killed.unlink()
+        Path(f"{killed}.json").unlink()
+
+    def start() -> Child:
+        return ground.start(["convert", str(ground.many_images), str(killed), *words])
+
+    def check() -> None:
+        assert not killed.exists() or Path(f"{killed}.json").exists()
+
+    seen = kill_again_and_again(start, finished, kills, whole, ground.random, check)
+    return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="the last second of converting")
+
+
+@fault("export: kill -9 at random moments", "the folder is whole or not there; a later export leaves nothing else")
+def _(ground: Ground) -> Seen:
+    kills, out = 4 * ground.scale, ground.folder / "exported"
+    words = ["--formats", "timm", "pt2"]
+    began = time.monotonic()
+    ground.finish(["export", str(ground.teacher), str(out), *words])
+    whole = time.monotonic() - began
+    expected = {file.name for file in out.iterdir()}
+    shutil.rmtree(out)
+
+    def check() -> None:
+        assert not out.exists() or {file.name for file in out.iterdir()} == expected, "half an export"
+        if out.exists():  # whole, just before the kill
+            shutil.rmtree(out)
+
+    def finished() -> None:
+        check()
+        litter = [file.name for file in ground.folder.glob(".exported*")]
+        assert not litter, f"drafts are left: {litter}"
+
+    def start() -> Child:
+        return ground.start(["export", str(ground.teacher), str(out), *words])
+
+    kill_again_and_again(start, finished, kills, whole, ground.random, check)
+    return Seen("whole or not there, no draft left", kills)
+
+
+# -- disks --------------------------------------------------------------------------------------------------------------
+
+
+@fault("train: disk full", "exit 2, one line that says so; with room made it goes on, to the same bits")
+def _(ground: Ground) -> Seen:
+    with small_disk(ground.folder / "disk", 420) as disk:
+        recipe = ground.recipe(name="disk/run", run={"keep_checkpoints": 20})
+        expected = ground.expected(recipe)
+        began = time.monotonic()
+        with ground.train(recipe) as child:
+            _, line = ends(child, 2, r"(was not saved|cannot be written).*(No space|space)")
+        notice = time.monotonic() - began
+        found = steps_saved(disk / "run")
+        assert found and checkpoint.newest(disk / "run" / "checkpoints"), "no whole checkpoint is left"
+        enlarge(disk, 64_000)
+        ground.resumed(recipe, expected)
+    return Seen(f"stopped behind a whole checkpoint: {line[10:90]}", notice=notice, lost="steps since the last save")
+
+
+@fault("train: disk full at the log, not at a checkpoint", "exit 2 with one line, or it goes on and says so")
+def _(ground: Ground) -> Seen:
+    with small_disk(ground.folder / "disk", 60) as disk:
+        recipe = ground.recipe(
+            name="disk/run", run={"save_every": "10 minutes", "log_every": 1, "length": "200 epochs"}
+        )
+        with ground.train(recipe) as child:
+            seconds, line = ends(child, 2, r"(was not saved|cannot be written)")
+        assert read_jsonl(disk / "run" / "metrics.jsonl")
+    return Seen(line[10:110], notice=seconds, lost="steps since the last save")
+
+
+@fault("convert: disk full", "exit 2 with one line; with room made it goes on, to the same bytes")
+def _(ground: Ground) -> Seen:
+    words = ["--size", "100", "--workers", "2"]
+    reference = ground.folder / "reference.beton"
+    ground.finish(["convert", str(ground.many_images), str(reference), *words])
+    needed = reference.stat().st_size // 1024
+    with small_disk(ground.folder / "disk", needed + 600) as disk:
+        (disk / "ballast").write_bytes(bytes(1024))
+        beton = disk / "x.beton"
+        with ground.start(["convert", str(ground.many_images), str(beton), *words]) as child:
+            child.until(lambda: (disk / ".x.beton.converting" / "data").exists())
+            with open(disk / "ballast", "ab") as file:  # another program fills the disk
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                        file.flush()
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+            seconds, line = ends(child, 2, r"(No space left|are free)")
+        assert not beton.exists()
+        (disk / "ballast").unlink()
+        enlarge(disk, 4 * needed)
+        ground.finish(["convert", str(ground.many_images), str(beton), *words])
+        assert beton.read_bytes() == reference.read_bytes()
+    return Seen(line[10:110], notice=seconds)
+
+
+@fault("teach: disk full", "exit 2 with one line; with room made it goes on")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(taught=True, run={"length": "150 epochs"})
+    with small_disk(ground.folder / "disk", 80) as disk:
+        words = ["teach", ground.write(recipe), "--quiet", "--distill.answers", str(disk / "answers")]
+        with ground.start(words) as child:
+            seconds, line = ends(child, 2, r"(cannot be written|cannot be made).*(No space|space)")
+        stored = len(list((disk / "answers").glob("epoch-*.answers")))
+        assert stored
+        enlarge(disk, 8000)
+        ground.finish(words)
+        assert len(list((disk / "answers").glob("epoch-*.answers"))) == 150
+    return Seen(line[10:110], notice=seconds)
+
+
+@fault("export: disk full", "exit 2 with one line, nothing left behind; with room made it works")
+def _(ground: Ground) -> Seen:
+    with small_disk(ground.folder / "disk", 900) as disk:
+        words = ["export", str(ground.teacher), str(disk / "out"), "--formats", "timm", "pt2"]
+        with ground.start(words) as child:
+            seconds, line = ends(child, 2, "cannot be written")
+        assert not list(disk.iterdir()), f"left behind: {list(disk.iterdir())}"
+        enlarge(disk, 64_000)
+        ground.finish(words)
+    return Seen(line[10:110], notice=seconds)
+
+
+@fault("train: limit on the size of files (RLIMIT_FSIZE)", "exit 2 with one line, behind a whole record")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    with ground.train(recipe, before=small_files) as child:
+        seconds, line = ends(child, 2, r"(was not saved|cannot be written).*(too large|large)")
+    expected = ground.expected(recipe)
+    ground.resumed(recipe, expected)
+    return Seen(line[10:110], notice=seconds, lost="steps since the last save")
+
+
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+# -- files that change, vanish or cannot be read ------------------------------------------------------------------------
+
+
+def changes_while_in_use(ground: Ground, backend: str, change: str) -> Child:
+    """A training on a beton that is cut off, or removed, after its first steps. The child, which still runs."""
+    recipe = ground.recipe(
+        ground.beton, data={"backend": backend}, run={"length": "3000 steps", "eval_every": "0 steps"}
+    )
+    child = ground.train(recipe)
+    child.until(lambda: logged(Path(recipe.run.out)) >= 2)
+    if change == "cut":
+        os.truncate(ground.beton, 20_000)
+    else:
+        ground.beton.unlink()
+    return child
+
+
+def cut_off(backend: str) -> None:
+    @fault(f"train, {backend}: the beton is cut off while in use", "exit 2, one line with the file's name; no SIGBUS")
+    def _(ground: Ground) -> Seen:
+        with changes_while_in_use(ground, backend, "cut") as child:
+            seconds, line = ends(child, 2, r"own\.beton: became shorter while it was in use")
+        return Seen(line[10:].split("/")[-1], notice=seconds, lost="steps since the last save")
+
+
+for _backend in ("ffcv", "dali", "torch"):
+    cut_off(_backend)
+
+
+@fault("train: the beton is removed while in use", "the open file serves on; a later start says that it is gone")
+def _(ground: Ground) -> Seen:
+    with changes_while_in_use(ground, "ffcv", "remove") as child:
+        before = logged(ground.folder / "run")
+        child.until(lambda: logged(ground.folder / "run") > before + 5)
+        child.send(signal.SIGTERM)
+        assert child.wait() == 3
+    with ground.train(ground.recipe(ground.beton)) as child:
+        seconds, line = ends(child, 2, r"own\.beton: cannot be opened \(No such file")
+    return Seen("trained on; " + line[10:].split("/")[-1], notice=seconds)
+
+
+@fault("train: an image of the folder is removed while in use", "exit 2, one line with its name")
+def _(ground: Ground) -> Seen:
+    folder = ground.folder / "images"
+    shutil.copytree(ground.images, folder)
+    recipe = ground.recipe(folder, run={"length": "3000 steps", "eval_every": "0 steps"})
+    with ground.train(recipe) as child:
+        child.until(lambda: logged(ground.folder / "run") >= 2)
+        (folder / "bee" / "003.jpg").unlink()
+        seconds, line = ends(child, 2, r"bee/003\.jpg: not a readable image .*No such file")
+    return Seen(line[10:].split("/")[-1], notice=seconds, lost="steps since the last save")
+
+
+@fault(
+    "train: stored answers are cut off while in use",
+    "it goes on with what it has checked; the next start names the file",
+)
+def _(ground: Ground) -> Seen:
+    answers = ground.folder / "answers"
+    recipe = ground.recipe(
+        taught=True, distill={"answers": str(answers), "views": 1}, run={"length": "300 steps", "eval_every": "0 steps"}
+    )
+    ground.finish(["teach", ground.write(recipe), "--quiet"])
+    with ground.train(recipe) as child:
+        child.until(lambda: logged(ground.folder / "run") >= 2)
+        os.truncate(answers / "epoch-00000.answers", 10)
+        assert child.wait() == 0, child.text[-1500:]
+    return Seen("trained to its end from memory")
+
+
+@fault("train: the disk fails while the beton is read (EIO)", "exit 2, one line with file and place; no SIGBUS")
+def _(ground: Ground) -> Seen:
+    trigger = ground.folder / "fail"
+    recipe = ground.recipe(
+        ground.beton, data={"backend": "ffcv"}, run={"length": "3000 steps", "eval_every": "0 steps"}
+    )
+    with failing_disk(ground, "own.beton", trigger, recipe_path=ground.write(recipe)) as (process, log):
+        wait_for(process, log, lambda: logged(ground.folder / "run") >= 2)
+        began = time.monotonic()
+        trigger.touch()
+        code = process.wait(60)
+    text = log.read_text()
+    assert code == 2 and "Traceback" not in text and "own.beton: cannot be read at byte" in text, text[-1500:]
+    last = text.strip().splitlines()[-1]
+    return Seen(last[10:].split("/")[-1], notice=time.monotonic() - began, lost="steps since the last save")
+
+
+class failing_disk:  # noqa: N801 - used as a context manager
+    """`std-fast train` under a shim of `pread` that fails with EIO for one file, once `trigger` is there."""
+
+    def __init__(self, ground: Ground, name: str, trigger: Path, recipe_path: str) -> None:
+        shim = ground.folder / "shim.so"
+        source = Path(__file__).with_name("failing_disk.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"], check=True)
+        self.log = ground.folder / "shim.log"
+        environment = os.environ | {"LD_PRELOAD": str(shim), "FAIL_FILE": name, "FAIL_WHEN": str(trigger)}
+        command = [sys.executable, "-m", "std_fast.cli", "train", recipe_path, "--quiet", "--resume"]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def __enter__(self) -> tuple[subprocess.Popen, Path]:
+        return self.process, self.log
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def wait_for(process: subprocess.Popen, log: Path, seen) -> None:
+    end = time.monotonic() + 90
+    while not seen():
+        assert process.poll() is None, log.read_text()[-1500:]
+        assert time.monotonic() < end, "nothing seen"
+        time.sleep(0.005)
+
+
+@fault("train: its folder is removed", "exit 2, one line")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(run={"length": "3000 steps", "eval_every": "0 steps", "save_every": "10 minutes"})
+    with ground.train(recipe) as child:
+        child.until(lambda: logged(ground.folder / "run") >= 2)
+        shutil.rmtree(ground.folder / "run")
+        (ground.folder / "run").write_text("a file in its place")
+        child.send(signal.SIGTERM)
+        seconds, line = ends(child, 2, r"(was not saved|cannot be written)")
+    return Seen(line[10:].replace(str(ground.folder), "")[:100], notice=seconds, lost="the run, which was removed")
+
+
+# -- processes ----------------------------------------------------------------------------------------------------------
+
+
+def converting(ground: Ground, name: str = "x.beton", **more) -> tuple[Child, list[int]]:
+    """A conversion that is under way, and its workers' process numbers."""
+    child = ground.start(
+        ["convert", str(ground.many_images), str(ground.folder / name), "--size", "100", "--workers", "2"], **more
+    )
+    child.until(lambda: len(children_of(child.pid)) >= 2 and (ground.folder / f".{name}.converting" / "data").exists())
+    return child, children_of(child.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            found += [int(word) for word in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def converts_to_the_end(ground: Ground) -> None:
+    reference, beton = ground.folder / "reference.beton", ground.folder / "x.beton"
+    for path in (reference, beton):
+        ground.finish(["convert", str(ground.many_images), str(path), "--size", "100", "--workers", "2"])
+    assert reference.read_bytes() == beton.read_bytes()
+
+
+@fault("convert: a worker is killed", "exit 2, one line with the image it was at; started again, the same bytes")
+def _(ground: Ground) -> Seen:
+    child, workers = converting(ground)
+    with child:
+        os.kill(workers[0], signal.SIGKILL)
+        seconds, line = ends(child, 2, r"a converting process was ended by SIGKILL at .*if memory was short")
+    converts_to_the_end(ground)
+    return Seen(line[10:110], notice=seconds, lost="the last second of converting")
+
+
+@fault("convert: a worker is stopped and continued", "it waits, and ends with the same bytes")
+def _(ground: Ground) -> Seen:
+    child, workers = converting(ground)
+    with child:
+        os.kill(workers[0], signal.SIGSTOP)
+        child.sleep(1.5)
+        os.kill(workers[0], signal.SIGCONT)
+        assert child.wait() == 0, child.text[-1500:]
+    converts_to_the_end(ground)
+    return Seen("went on, the same bytes")
+
+
+@fault("convert: a worker hangs", "exit 2, one line with the image, after the time for it (here 2 s)")
+def _(ground: Ground) -> Seen:
+    child, workers = converting(ground, before=impatient)
+    with child:
+        os.kill(workers[0], signal.SIGSTOP)
+        seconds, line = ends(child, 2, r"a converting process has made no progress for 2 s at")
+    converts_to_the_end(ground)
+    return Seen(line[10:110], notice=seconds, lost="the last second of converting")
+
+
+def impatient() -> None:
+    from pipelines import convert_workers
+
+    convert_workers.HANG_SECONDS = 2
+
+
+@fault(
+    "convert: memory runs out in a worker", "exit 2, the images are named, or the worker's end is; then the same bytes"
+)
+def _(ground: Ground) -> Seen:
+    child, workers = converting(ground)
+    with child:
+        for worker in workers:
+            size = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.prlimit(worker, resource.RLIMIT_AS, (size, size))
+        seconds, line = ends(child, 2, r"(cannot be converted: .*memory|a converting process (was ended|ended))")
+    faults = ground.folder / "x.beton.faults.txt"
+    faults.unlink(missing_ok=True)
+    shutil.rmtree(ground.folder / ".x.beton.converting", ignore_errors=True)
+    converts_to_the_end(ground)
+    return Seen(line[10:110], notice=seconds)
+
+
+@fault("train: memory runs out (RLIMIT_AS)", "exit 2, one line; resumed with memory, the same bits")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    expected = ground.expected(recipe)
+    with ground.train(recipe, before=little_memory) as child:
+        seconds, line = ends(child, 2, "memory")
+    ground.resumed(recipe, expected)
+    return Seen(line[10:110], notice=seconds, lost="steps since the last save")
+
+
+def little_memory() -> None:
+    """Room for 1 MB more than there is when the tenth step begins."""
+    from std_fast.step import Trainer
+
+    original = Trainer.step
+
+    def step(self, mixed, answers, number, *rest):
+        if number == 10:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+            torch.empty(1 << 26)  # what a larger batch would ask for
+        original(self, mixed, answers, number, *rest)
+
+    Trainer.step = step  # type: ignore[method-assign]
+
+
+@fault("train: stopped and continued (SIGSTOP, SIGCONT)", "it goes on, the same bits, the pause in its ledger")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    expected = ground.expected(recipe)
+    with ground.train(recipe) as child:
+        child.until(lambda: logged(ground.folder / "run") >= 2)
+        child.send(signal.SIGSTOP)
+        child.sleep(1.0)
+        child.send(signal.SIGCONT)
+        assert child.wait() == 0, child.text[-1500:]
+    assert_same_bits(final_tensors(ground.folder / "run"), expected)
+    held = json.loads((ground.folder / "run" / "summary.json").read_text())["gpu_hours"] * 3600
+    assert held >= 1.0, f"the ledger says {held:.2f} s"
+    return Seen("went on, the same bits")
+
+
+@fault("train: SIGTERM twice", "saved once, exit 3; resumed, the same bits")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    expected = ground.expected(recipe)
+    times = 3 * ground.scale
+    for number in range(times):
+        with ground.train(recipe) as child:
+            before = logged(ground.folder / "run")
+            child.until(lambda before=before, number=number: logged(ground.folder / "run") > (before if number else 0))
+            child.send(signal.SIGTERM)
+            child.sleep(float(ground.random.uniform(0, 0.05)))
+            child.send(signal.SIGTERM)
+            code = child.wait()
+        assert code in (3, 0), f"exit code {code}: {child.text[-1500:]}"
+        assert "Traceback" not in child.text and checkpoint.newest(ground.folder / "run" / "checkpoints")
+    ground.resumed(recipe, expected)
+    return Seen("saved, exit 3, the same bits", times)
+
+
+@fault("two trainings into one folder", "the second: exit 2, one line; the first is not disturbed")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(run={"length": "150 steps"})
+    expected = ground.expected(recipe)
+    with ground.train(recipe) as first:
+        first.until(lambda: logged(ground.folder / "run") >= 1)
+        with ground.train(recipe) as second:
+            seconds, line = ends(second, 2, "another process is training into it")
+        assert first.wait() == 0, first.text[-1500:]
+    assert_same_bits(final_tensors(ground.folder / "run"), expected)
+    return Seen(line[10:].split("/")[-1], notice=seconds)
+
+
+@fault("two conversions to one beton", "the second: exit 2, one line; the first is not disturbed")
+def _(ground: Ground) -> Seen:
+    child, _ = converting(ground)
+    with child:
+        with ground.start(
+            ["convert", str(ground.many_images), str(ground.folder / "x.beton"), "--size", "100"]
+        ) as second:
+            seconds, line = ends(second, 2, "another process is converting to it")
+        assert child.wait() == 0, child.text[-1500:]
+    converts_to_the_end(ground)
+    return Seen(line[10:].split("/")[-1], notice=seconds)
+
+
+# -- numbers and clocks -------------------------------------------------------------------------------------------------
+
+
+def not_finite(kind: str, should: str) -> None:
+    @fault(f"a loss is not finite, run.not_finite: {kind}", should)
+    def _(ground: Ground) -> Seen:
+        recipe = ground.recipe(run={"not_finite": kind, "rollback_every": "8 steps", "log_every": 5})
+        run = ground.folder / "run"
+        with ground.train(recipe, before=poison) as child:
+            if kind == "stop":
+                seconds, line = ends(child, 4, "step 13 is not finite")
+                newest = checkpoint.newest(run / "checkpoints")
+                assert newest and newest[2]["step"] == 12
+                happened = line[10:100]
+            else:
+                assert child.wait() == 0, child.text[-1500:]
+                summary = json.loads((run / "summary.json").read_text())
+                assert summary["bad_steps"] == [13, 31] and summary["steps"] == 60
+                found = final_tensors(run)
+                assert all(t.isfinite().all() for name, t in found.items() if "log_average" not in name)
+                happened, seconds = f"steps 13 and 31 counted, {'void' if kind == 'skip' else 'back to 8 and 24'}", None
+        return Seen(happened, 1 if kind == "stop" else 2, seconds)
+
+
+not_finite("stop", "exit 4, one line, saved as of the step before")
+not_finite("skip", "these steps change nothing and are counted")
+not_finite("rollback", "back to the state put aside, on behind the batch, counted")
+
+
+def poison() -> None:
+    """Steps 13 and 31 see images that are not finite."""
+    from dataclasses import replace
+
+    from std_fast.step import Trainer
+
+    original = Trainer.step
+
+    def step(self, mixed, answers, number, *rest):
+        if number in (13, 31):
+            mixed = replace(mixed, images=mixed.images * torch.nan)
+        original(self, mixed, answers, number, *rest)
+
+    Trainer.step = step  # type: ignore[method-assign]
+
+
+@fault("the wall clock jumps by days, both ways", "nothing but the record's `time` follows it; same bits, true ledger")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe(run={"save_every": "0.2 seconds"})
+    expected = ground.expected(recipe)
+    began = time.monotonic()
+    with ground.train(recipe, before=jumping_clock) as child:
+        assert child.wait() == 0, child.text[-1500:]
+    took = time.monotonic() - began
+    run = ground.folder / "run"
+    assert_same_bits(final_tensors(run), expected)
+    summary = json.loads((run / "summary.json").read_text())
+    # the process was forked from one that is older: its age counts too, on both sides
+    assert 0 < sum(summary["seconds"].values()) < took + 60, summary["seconds"]
+    times = [record["time"] for record in read_jsonl(run / "metrics.jsonl")]
+    assert max(times) - min(times) > 86_000, "the clock did not jump"
+    return Seen("the same bits, the ledger true")
+
+
+def jumping_clock() -> None:
+    real, calls = time.time, [0]
+
+    def jumping() -> float:
+        calls[0] += 1
+        return real() + (0, 86_400, -86_400, 3_000_000)[calls[0] // 3 % 4]
+
+    time.time = jumping
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def interrupted(ground: Ground, **run: object):
+    """A recipe, its expected end, and its run with a few checkpoints, half-way."""
+    recipe = ground.recipe(run={"keep_checkpoints": 3, "save_every": "0 seconds", **run})
+    expected = ground.expected(recipe)
+    with ground.train(recipe) as child:
+        child.until(lambda: steps_saved(ground.folder / "run") >= 20)
+        child.send(signal.SIGKILL)
+        child.wait()
+    return recipe, expected, checkpoint.listed(ground.folder / "run" / "checkpoints")
+
+
+def damaged(name: str, harm) -> None:
+    @fault(f"the newest checkpoint {name}", "it is named and set aside, the one before serves, same bits in the end")
+    def _(ground: Ground) -> Seen:
+        recipe, expected, there = interrupted(ground)
+        assert len(there) >= 2, "too few checkpoints"
+        harm(there[-1], ground)
+        with ground.train(recipe) as child:
+            assert child.wait() == 0, child.text[-1500:]
+        assert f"passed over a checkpoint: {there[-1]}" in child.text, child.text[-800:]
+        assert_same_bits(final_tensors(ground.folder / "run"), expected)
+        return Seen("named, set aside, the same bits", lost="steps since the checkpoint before it")
+
+
+def flip(path: Path, ground: Ground) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(ground.random.integers(len(data) // 2, len(data)))] ^= 1 << int(ground.random.integers(8))
+    path.write_bytes(data)
+
+
+def cut(path: Path, ground: Ground) -> None:
+    os.truncate(path, int(ground.random.integers(0, path.stat().st_size)))
+
+
+def other_version(path: Path, _: Ground) -> None:
+    _, meta = checkpoint.load(path)
+    save_file(load_file(path), path, metadata={checkpoint.KEY: json.dumps(meta | {"format": 99})})
+
+
+def folder_instead(path: Path, _: Ground) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+damaged("has a flipped bit", flip)
+damaged("is cut short", cut)
+damaged("is of another version", other_version)
+damaged("cannot be read", folder_instead)
+
+
+@fault("all checkpoints are damaged", "exit 2, one line: it does not begin anew over them")
+def _(ground: Ground) -> Seen:
+    recipe, _, there = interrupted(ground)
+    for path in there:
+        cut(path, ground)
+    with ground.train(recipe) as child:
+        seconds, line = ends(child, 2, r"none of its \d checkpoints can be read")
+    assert checkpoint.listed(ground.folder / "run" / "checkpoints") == there
+    return Seen(line[10:].split("/")[-1][:90], notice=seconds, lost="what was damaged")
+
+
+@fault("a checkpoint of another recipe", "exit 2, one line with the field that differs")
+def _(ground: Ground) -> Seen:
+    recipe, *_ = interrupted(ground)
+    with ground.train(recipe, "--optim.lr", "0.5") as child:
+        seconds, line = ends(child, 2, r"another recipe \(optim.lr differs\)")
+    return Seen(line[10:].split("/")[-1][:90], notice=seconds)
+
+
+@fault("record, ledger and recipe of a run are garbled", "named in the log; resumed, the same bits")
+def _(ground: Ground) -> Seen:
+    recipe, expected, _ = interrupted(ground)
+    run = ground.folder / "run"
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "st')
+    (run / "held.json").write_text("{")
+    (run / "recipe.yaml").write_bytes(b"\xff\xfe")
+    ground.resumed(recipe, expected)
+    return Seen("the same bits", lost="the ledger's seconds since the last save")
