@@ -2,13 +2,15 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test faults lint clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST ?= -q -n $(WORKERS) --dist worksteal
 DEMO ?=
+FAULTS ?=
+SEED ?=
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +20,9 @@ demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes
 
 test: .venv/.ready-test  ## the whole test suite; options: PYTEST='-x -k order'
 	$(BIN)/python -m pytest $(PYTEST)
+
+faults: .venv/.ready-test  ## the fault campaign: kills, full disks, damaged files, ... with a table; options: FAULTS='--only disk' SEED=1
+	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(FAULTS)
 
 lint: .venv/.ready-test  ## ruff and mypy
 	$(BIN)/ruff check .

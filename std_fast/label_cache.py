@@ -327,7 +327,7 @@ class AnswerStore:
         """
         if epoch in self._writers:
             self.wait()
-        if self.world.tell(self.stored(epoch)):
+        if self.world.tell(epoch in self._words or self.stored(epoch)):
             words = self.open(epoch)
             for mixed, _ in taught(batches, augment, None, autocast, overlap):
                 yield mixed, self._read(words, mixed)

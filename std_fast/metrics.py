@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,40 @@ class Meters:
         return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
 
+class Board:
+    """Scalars in TensorBoard's file format, by its own record writer. Its SummaryWriter would write in a thread, where
+    a full disk ends in a traceback, and the figures in nothing.
+
+    Raises ImportError without TensorBoard, OSError when the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        """purge_step: what earlier files hold from this step on is void."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+        self._records = RecordWriter(open(folder / name, "ab"))
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        values_of = self._summary.Value
+        summary = self._summary(value=[values_of(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._write(step=step, summary=summary)
+
+    def close(self) -> None:
+        self._records.close()
+
+
 class Journal:
     """The run's record: `metrics.jsonl` (one JSON object a line) and TensorBoard's files beside it.
 
@@ -68,13 +103,9 @@ class Journal:
         draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(draft, self.path)
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = None
+        self._board: Board | None = None
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-            )
+            self._board = Board(folder / "tensorboard", resume_step + 1 if resume_step else None)
         except ImportError:
             log.warning("TensorBoard is not installed, metrics go to %s only: pip install tensorboard", self.path)
 
@@ -84,9 +115,9 @@ class Journal:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name not in ("step", "time"):
-                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            figures = {f"{kind}/{name}": value for name, value in numbers.items() if name not in ("step", "time")}
+            self._board.add(figures, record["step"])
 
     def close(self) -> None:
         self._file.close()

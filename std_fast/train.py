@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -441,7 +442,7 @@ def train(
             return _train(recipe, resume, quiet, world, on_step)
         except OSError as error:  # of data and stored answers there are words already
             out = Path(resolved(recipe).run.out)
-            what = f"{error.filename or out}: {error.strerror or error}"
+            what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
             raise UserError(f"{out}: the run cannot be written ({what}); mend that and resume") from error
         except Exception as error:
             if not memory.ran_out(error):

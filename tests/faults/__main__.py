@@ -1,10 +1,11 @@
-"""The fault campaign: `make faults`, or `python -m tests.faults --help`. Each row is real processes and a real fault."""
+"""The fault campaign: `make faults`, or `python -m tests.faults --help`. Each row is a real fault to real processes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -13,23 +14,23 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the children: sums in one order
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from tests.faults import rows  # noqa: E402, F401 - registers them
-from tests.faults.ground import FAULTS, Ground  # noqa: E402
-from tests.killing import get_ready  # noqa: E402
+from tests.faults import rows  # noqa: F401 - registers them
+from tests.faults.ground import FAULTS, Ground
+from tests.killing import get_ready
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, default=None, help="of the random moments [by the clock]")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name this pattern finds")
     parser.add_argument("--scale", type=int, default=1, help="how many times as many kills [1]")
     parser.add_argument("--json", default="", metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     seed = args.seed if args.seed is not None else int(time.time())
-    print(f"seed {seed}", file=sys.stderr, flush=True)
-    chosen = [fault for fault in FAULTS if args.only in fault.name]
+    tell(f"seed {seed}")
+    chosen = [fault for fault in FAULTS if re.search(args.only, fault.name)]
     table, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="std_fast-faults-") as name:
         top = Path(name)
@@ -58,12 +59,15 @@ def main() -> int:
     print(as_text(table))
     well = sum(row["well"] for row in table)
     tried = sum(row["tried"] for row in table)
-    print(
-        f"\n{well} of {len(table)} rows as they should be, {tried} faults tried, {time.monotonic() - began:.0f} s, seed {seed}"
-    )
+    took = f"{time.monotonic() - began:.0f} s, seed {seed}"
+    print(f"\n{well} of {len(table)} rows as they should be, {tried} faults tried, {took}")
     if args.json:
         Path(args.json).write_text(json.dumps({"seed": seed, "rows": table}, indent=1), encoding="utf-8")
     return 0 if well == len(table) else 1
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def as_text(table: list[dict]) -> str:

@@ -99,12 +99,12 @@ class Ground:
 
     # -- recipes and runs ---------------------------------------------------------------------------------------------
 
-    def recipe(self, data: Path | None = None, name: str = "run", taught: bool = False, **sections: dict) -> Recipe:
-        """See `kills.small_recipe`; taught: by two teachers, with MINE."""
+    def recipe(self, on: Path | None = None, name: str = "run", taught: bool = False, **sections: dict) -> Recipe:
+        """See `kills.small_recipe`; on: the data; taught: by two teachers, with MINE."""
         if taught:
             teachers = {"mode": "std", "teachers": [{"weights": str(self.teacher)}] * 2, "mine": {"ema": 0.1}}
             sections["distill"] = teachers | sections.get("distill", {})
-        return small_recipe(data or self.images, self.folder / name, **sections)
+        return small_recipe(on or self.images, self.folder / name, **sections)
 
     def write(self, recipe: Recipe) -> str:
         self._number += 1

@@ -19,17 +19,17 @@ from std_fast.recipe import Recipe
 from tests.killing import Child, Kills, get_ready, kill_again_and_again
 
 
-def small_recipe(data: Path, out: Path, **sections: dict) -> Recipe:
-    """A plain Mixer of a second's training on `data` (image folder or beton), into `out`; sections: over it."""
+def small_recipe(on: Path, out: Path, **sections: dict) -> Recipe:
+    """A plain Mixer of a second's training on a dataset (image folder or beton), into `out`; sections: over it."""
     values: dict = {
-        "data": {"train": str(data), "val": str(data), "image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1,
+        "data": {"train": str(on), "val": str(on), "image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1,
                  "backend": "torch"},
         "augment": {"erase": 0.25},
         "student": {"name": "mixer", "drop_path": 0.2,
                     "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}},
         "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-        "run": {"batch": 8, "length": "20 epochs", "eval_every": "5 epochs", "log_every": 2, "device": "cpu",
-                "save_every": "0.02 seconds", "out": str(out)},
+        "run": {"batch": 8, "length": "14 epochs", "eval_every": "5 epochs", "log_every": 2, "device": "cpu",
+                "save_every": "0.1 seconds", "out": str(out)},
     }  # fmt: skip
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
