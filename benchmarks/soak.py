@@ -9,8 +9,9 @@ has to leave nothing of the old ones behind. Looked at meanwhile, from outside: 
 what is mapped or open in /dev/shm, children and zombies. At the end: whether the process has threads left that the
 first, short run did not leave, and whether any process that it started outlives it.
 
-Flat means: no more threads, files, shared memory or children at the end than after the first fifth of the time, and
-resident memory that grows by less than GROWTH between the second and the last fifth.
+Flat means, of the second fifth of the time against the last one, by their medians (a checkpoint's thread comes and
+goes): no more threads, files, shared memory or children, and resident memory that grows by less than GROWTH. And never
+a zombie.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pipelines.errors import UserError
 
 BACKENDS = ("ffcv", "dali", "torch", "resident")
 IMAGES, BATCH, SIZE = 64, 16, 32
+COUNTED = ("threads", "files", "shm", "children")
 GROWTH = 12.0  # MiB of resident memory: what the allocators' arenas move by, over any time
 ABANDON_EVERY = 20  # steps between abandoned epochs of the validation loader
 RUN_SECONDS = 40.0  # between a stop in the middle of an epoch and the next one
@@ -177,7 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--device: this one is about a CPU; leave it out")
     seconds = 3.0 if args.smoke else 60 * args.minutes
     rows = [soak(name, seconds, args.every or max(0.2, seconds / 1000)) for name in names]
-    return {"growth_allowed_mib": GROWTH, "rows": rows, "ratios": []}
+    return {"variant": "-".join(names), "growth_allowed_mib": GROWTH, "rows": rows, "ratios": []}
 
 
 def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
@@ -243,16 +245,12 @@ def verdict(curve: list[dict[str, float]]) -> dict[str, Any]:
     """How the last fifth of a curve compares with the second one."""
     fifth = max(1, len(curve) // 5)
     second, last = curve[fifth : 2 * fifth] or curve, curve[-fifth:]
-    growth = statistics.median(p["rss_mib"] for p in last) - statistics.median(p["rss_mib"] for p in second)
-    most = {key: [max(p[key] for p in part) for part in (second, last)] for key in ("threads", "files", "shm", "children")}
-    zombies = max(p["zombies"] for p in curve)
-    return {
-        "rss_mib": statistics.median(p["rss_mib"] for p in last),
-        "growth_mib": round(growth, 2),
-        **{f"{key}_most": after for key, (_, after) in most.items()},
-        "zombies_most": zombies,
-        "flat": growth < GROWTH and all(after <= before for before, after in most.values()) and zombies == 0,
-    }
+    middle = {key: [statistics.median(p[key] for p in part) for part in (second, last)] for key in curve[0]}
+    growth = middle["rss_mib"][1] - middle["rss_mib"][0]
+    more = {key: middle[key][1] - middle[key][0] for key in COUNTED}
+    most = {f"{key}_most": max(p[key] for p in curve) for key in (*COUNTED, "zombies")}
+    flat = growth < GROWTH and not any(value > 0 for value in more.values()) and not most["zombies_most"]
+    return {"rss_mib": middle["rss_mib"][1], "growth_mib": round(growth, 2), "more": more, **most, "flat": flat}
 
 
 def thinned(curve: list[dict[str, float]], most: int = 240) -> list[dict[str, float]]:
@@ -269,7 +267,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         minutes = [point["seconds"] / 60 for point in row["curve"]]
         axes[0].plot(minutes, [point["rss_mib"] for point in row["curve"]])
         axes[0].set(ylabel="resident memory, MiB", title=f"{row['name']}: {row['epochs']:.0f} epochs", ylim=(0, None))
-        for key in ("threads", "files", "shm", "children"):
+        for key in COUNTED:
             axes[1].plot(minutes, [point[key] for point in row["curve"]], label=key)
         axes[1].set(ylabel="number", title=f"{row['runs']} runs, {row['abandoned']} epochs left early", ylim=(-1, None))
         axes[1].legend(fontsize="small")
