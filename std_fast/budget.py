@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipelines.untrusted import read_json
 from std_fast.recipe import Duration, Recipe, parse_warmup
 
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
@@ -168,7 +169,7 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
         saved: GPU-seconds by part in that checkpoint.
     """
     try:
-        beat = json.loads((folder / HELD).read_text(encoding="ascii"))
+        beat = read_json(folder / HELD)
         held = float(beat["gpu_seconds"])
         if beat.get("step") == step:
             return {part: float(beat["parts"][part]) for part in PARTS}

@@ -25,7 +25,7 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 BENCHMARKS = (
     "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "loader", "mine_gaussians",
-    "budget_runs", "gpu_suite",
+    "budget_runs", "soak", "gpu_suite",
 )  # fmt: skip
 
 
@@ -396,14 +396,12 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    import yaml
-
+    from std_fast.config import read_yaml
     from std_fast.info import describe_model
 
-    try:
-        options = yaml.safe_load(args.options)
-    except yaml.YAMLError:
-        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'") from None
+    options = read_yaml(args.options, "--options")
+    if not isinstance(options, dict):
+        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
     data = describe_model(args.model, args.teachers, args.classes, args.image_size, options)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
 

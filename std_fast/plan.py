@@ -26,6 +26,7 @@ import torch
 from pipelines.augment import Augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import UserError
+from pipelines.untrusted import read_json
 from std_fast.budget import CLOSING, learning_seconds
 from std_fast.build import resolved
 from std_fast.config import difference
@@ -244,7 +245,7 @@ def read(path: Path, recipe: Recipe) -> dict[str, Any]:
         UserError: the file is none, or was measured with another student, batch, image size, ...
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         stored = loads(data["recipe"])
         numbers = [data["samples"], data["steps_per_epoch"], data["start_seconds"], data["evaluation_seconds"]]
         numbers += [*data["save_seconds"].values()]

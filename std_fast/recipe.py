@@ -16,9 +16,21 @@ import yaml
 from pipelines.augment import AugmentSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
-from std_fast.config import from_dict, merge, opt, require, set_dotted, to_dict
+from pipelines.untrusted import read_bytes
+from std_fast.config import MAX_YAML, from_dict, merge, opt, read_yaml, require, set_dotted, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
+LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
+LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
+
+
+def refuse_loaders(options: dict, where: str) -> None:
+    """UserError if a builder's options would have it load something by itself."""
+    for key in LOADERS:
+        require(
+            key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Duration:
             amount = float(words[0])
         except (ValueError, IndexError):
             amount = -1.0
-        if unit not in cls.UNITS or not 0 <= amount < float("inf"):
+        if unit not in cls.UNITS or not 0 <= amount <= LONGEST:
             raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
         return cls(amount, unit)
 
@@ -59,9 +71,12 @@ def parse_seconds(text: str, where: str) -> float:
     words = str(text).split()
     scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
     try:
-        return float(words[0]) * scale  # type: ignore[operator]
+        seconds = float(words[0]) * scale  # type: ignore[operator]
+        if 0 <= seconds <= LONGEST:
+            return seconds
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours") from None
+        pass
+    raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
 
 
 def parse_warmup(text: str) -> Duration | float:
@@ -127,6 +142,7 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
+        refuse_loaders(self.options, "student.options")
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,7 @@ class TeacherSpec:
     def __post_init__(self) -> None:
         for key in ("num_classes", "image_size", "drop_path", "name"):
             require(key not in self.options, f"distill.teachers.options.{key}", "has its own place; leave it out here")
+        refuse_loaders(self.options, "distill.teachers.options")
         require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
         object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
 
@@ -159,6 +176,7 @@ class MineSpec:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "distill.mine.weight", "cannot be negative; 0 turns MINE off")
+        require(self.lr >= 0, "distill.mine.lr", "cannot be negative")
         require(0 <= self.ema < 1, "distill.mine.ema", "must be in [0, 1)")
         require(self.width >= 1, "distill.mine.width", "must be 1 or more")
         every = Duration.parse(self.every, "distill.mine.every")
@@ -251,6 +269,9 @@ class Optim:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "must be positive")
+        require(self.min_lr >= 0 and self.lr_batch >= 0, "optim.min_lr", "min_lr and lr_batch cannot be negative")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", f"{self.betas} must be in [0, 1)")
+        require(self.eps > 0 and self.ema_batch >= 1, "optim.eps", "eps and ema_batch must be positive")
         require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
         require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
         require(0 <= self.momentum < 1, "optim.momentum", "must be in [0, 1)")
@@ -338,11 +359,15 @@ def find(name: str, beside: Path | None = None) -> Path:
     raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def _text(path: Path) -> str:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+        return read_bytes(path, MAX_YAML).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error})") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    data = read_yaml(_text(path), str(path))
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -372,9 +397,21 @@ def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     return from_dict(Recipe, data)
 
 
-def loads(text: str) -> Recipe:
-    """A resolved recipe as it was saved with a run."""
-    return from_dict(Recipe, yaml.safe_load(text))
+def loads(text: str, where: str = "recipe") -> Recipe:
+    """A resolved recipe as it was saved with a run. UserError, which names `where` it was, for anything else."""
+    data = read_yaml(text, where)
+    try:
+        return from_dict(Recipe, data)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_saved(folder: Path) -> Recipe:
+    """The resolved recipe in a run's folder. UserError when there is none, or none that can be read."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+    return loads(_text(path), str(path))
 
 
 def dump(recipe: Recipe) -> str:

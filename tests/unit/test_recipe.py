@@ -88,7 +88,7 @@ def test_overrides_into_the_wrong_place():
     for key, text, complaint in [
         ("optim.lr.x", "1", "single value"),
         ("distill.teachers.7.name", "a", "no place in a list"),
-        ("optim.lr", "[", "YAML value"),
+        ("optim.lr", "[", "cannot be read as YAML"),
     ]:
         with pytest.raises(UserError, match=complaint):
             recipes.load("digits_std", [(key, text)])
