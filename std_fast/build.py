@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.preview import contact_sheet
 from std_fast.compiling import backend_of, compiled, keep_cache, options
 from std_fast.distributed import ALONE, World, replicate
+from std_fast.fold import random_image
 from std_fast.graphs import ReplayedTeachers
 from std_fast.label_cache import AnswerStore, epochs_needed, open_answers
 from std_fast.metrics import Meters
@@ -214,7 +215,8 @@ def make_fast(
         for i, (spec, teacher) in enumerate(zip(recipe.distill.teachers, teachers.teachers, strict=True)):
             if spec.precision in LOW:
                 assert isinstance(teacher, Teacher)
-                quantize(teacher.model, spec.precision, device, f"distill.teachers.{i}")
+                image = random_image(teacher.image_size or recipe.data.image_size).to(device, teacher.dtype)
+                quantize(teacher.model, spec.precision, image, f"distill.teachers.{i}")
     backend = backend_of(recipe, device)
     if backend is not None:
         if options(backend)["backend"] == "inductor":
