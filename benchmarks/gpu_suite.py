@@ -135,7 +135,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines += [f"    {line}" for line in one.get("said", ())]
         report = one.get("report", {})
         for row in report.get("rows", ()):
-            keys = ("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor", "agree_percent", "error_percent")
+            keys = (
+                *("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor"),
+                *("agree_percent", "error_percent"),
+            )
             figures = {key: row[key] for key in keys if row.get(key) is not None}
             if "milliseconds" in figures:
                 figures["milliseconds"] = figures["milliseconds"]["median"]

@@ -1,4 +1,4 @@
-"""Optimizers on a GPU: Muon against itself on a CPU, apex's LAMB against its formula, its AdamW against torch's, and bad steps of both."""
+"""Optimizers on a GPU: Muon against itself on a CPU, apex's against formula and torch's AdamW, bad steps of all."""
 
 import importlib.util
 import math
