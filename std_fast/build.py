@@ -16,17 +16,28 @@ from pipelines.errors import UserError
 from pipelines.preview import contact_sheet
 from std_fast.compiling import backend_of, compiled, keep_cache, options
 from std_fast.distributed import ALONE, World, replicate
+from std_fast.fold import random_image
 from std_fast.graphs import ReplayedTeachers
 from std_fast.label_cache import AnswerStore, epochs_needed, open_answers
 from std_fast.metrics import Meters
 from std_fast.mine import MutualInformation
 from std_fast.optim import MovingAverage, build_optimizer
 from std_fast.overlap import Overlap
-from std_fast.recipe import Recipe
+from std_fast.quantize import LOW, quantize
+from std_fast.recipe import Recipe, TeacherSpec
 from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
 from std_fast.step import Guard, Objective, Trainer, residual_scales
 from std_fast.student import ModulePlan, Student, plan_modules
-from std_fast.teachers import Teachers, autocast, build_classifier, build_teacher, load_weights, read_run, read_weights
+from std_fast.teachers import (
+    Teacher,
+    Teachers,
+    autocast,
+    build_classifier,
+    build_teacher,
+    load_weights,
+    read_run,
+    read_weights,
+)
 
 log = logging.getLogger("std_fast")
 
@@ -158,13 +169,19 @@ def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Te
     d = recipe.distill
     if d.mode == "none":
         return None
-    dtype = torch.bfloat16 if precision_of(recipe, device) == "bfloat16" else torch.float32
     size, mean, std = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
     teachers = [
-        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", dtype)
+        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", teacher_dtype(spec, recipe, device))
         for i, spec in enumerate(d.teachers)
     ]
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
+
+
+def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of what is not quantized; float8's products give bfloat16."""
+    run = precision_of(recipe, device)
+    chosen = {"auto": run, "int8": run, "float8": "bfloat16"}.get(spec.precision, spec.precision)
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 def build_missing_teachers(
@@ -192,11 +209,18 @@ def build_missing_teachers(
 def make_fast(
     recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None
 ) -> tuple[Teachers | None, str | None]:
-    """Compiles both in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's backend.
+    """Quantizes and compiles in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's
+    backend.
 
     Raises:
-        UserError: the compiler lacks what it needs.
+        UserError: the compiler or torchao lacks what it needs.
     """
+    if teachers is not None:
+        for i, (spec, teacher) in enumerate(zip(recipe.distill.teachers, teachers.teachers, strict=True)):
+            if spec.precision in LOW:
+                assert isinstance(teacher, Teacher)
+                image = random_image(teacher.image_size or recipe.data.image_size).to(device, teacher.dtype)
+                quantize(teacher.model, spec.precision, image, f"distill.teachers.{i}")
     backend = backend_of(recipe, device)
     if backend is not None:
         if options(backend)["backend"] == "inductor":

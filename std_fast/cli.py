@@ -24,8 +24,8 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 
 BENCHMARKS = (
-    "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "loader", "mine_gaussians",
-    "budget_runs", "soak", "gpu_suite",
+    "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "teachers", "loader",
+    "mine_gaussians", "budget_runs", "soak", "evidence", "gpu_suite",
 )  # fmt: skip
 
 

@@ -155,6 +155,10 @@ class TeacherSpec:
     )
     options: dict = opt({}, "arguments of the model's builder, as in student.options")
     image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = opt(
+        "auto",
+        "auto: as run.precision; `int8`, `float8`: of its linear layers, by torchao, see `std-fast bench teachers`",
+    )
     mean: tuple[float, float, float] | None = opt(None, "normalisation mean of its training; default: its own config")
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
 
@@ -250,17 +254,18 @@ class Distill:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw", "muon", "lamb"] = opt(
+    name: Literal["adamw", "muon", "lamb", "apex_adam"] = opt(
         "adamw",
-        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`: apex's, on GPUs",
+        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`, `apex_adam`: apex's "
+        "FusedLAMB and FusedAdam, on GPUs",
     )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
     min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
     warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
     weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW and LAMB")
-    eps: float = opt(1e-8, "of AdamW and LAMB")
+    betas: tuple[float, float] = opt((0.9, 0.999), "of Adam and LAMB")
+    eps: float = opt(1e-8, "of Adam and LAMB")
     momentum: float = opt(0.95, "of Muon")
     clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
     ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
