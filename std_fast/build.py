@@ -23,6 +23,7 @@ from std_fast.mine import MutualInformation
 from std_fast.optim import MovingAverage, build_optimizer
 from std_fast.overlap import Overlap
 from std_fast.recipe import Recipe
+from std_fast.recipe_files import filled_in
 from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
 from std_fast.step import Guard, Objective, Trainer, residual_scales
 from std_fast.student import ModulePlan, Student, plan_modules
@@ -296,5 +297,5 @@ def check_same_classes(train: Loader, val: Loader | None) -> None:
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with the run's folder filled in."""
-    out = recipe.run.out.format(name=recipe.name or "run", seed=recipe.run.seed)
-    return replace(recipe, run=replace(recipe.run, out=out))
+    out = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    return replace(recipe, run=replace(recipe.run, out=str(out)))

@@ -6,9 +6,7 @@ another one as its `base` (a path beside it, or the name of a built-in recipe) a
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -16,9 +14,8 @@ import yaml
 from pipelines.augment import AugmentSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
-from std_fast.config import from_dict, merge, opt, require, set_dotted, to_dict
-
-RECIPES = Path(__file__).parent / "recipes"
+from std_fast.config import from_dict, opt, require, to_dict
+from std_fast.recipe_files import OUT, read
 
 
 @dataclass(frozen=True)
@@ -254,7 +251,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    out: str = opt("runs/{name}", "folder of the run; `{name}` and `{seed}` are filled in")
+    out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
     seed: int = opt(0, "of everything random")
     batch: int = opt(1024, "images per step over all GPUs")
     length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
@@ -305,48 +302,13 @@ class Recipe:
     name: str = opt("", "filled in from the file's name")
 
 
-def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
-    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    base_path = find(str(base), path.parent).resolve()
-    if base_path in seen:
-        raise UserError(f"{path}: base {base!r} leads back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), data)
-
-
 def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     """A recipe by path or built-in name, with `(dotted key, text)` overrides, resolved and validated.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
     """
-    path = find(name)
-    data = _read(path)
-    for dotted, text in overrides:
-        if dotted == "budget.gpu_hours":  # how one says it
-            dotted, text = "run.length", f"{text} gpu-hours"
-        set_dotted(data, dotted, text)
-    data.setdefault("name", path.stem)
-    return from_dict(Recipe, data)
+    return from_dict(Recipe, read(name, overrides))
 
 
 def loads(text: str) -> Recipe:

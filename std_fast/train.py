@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 
 from pipelines.augment import Mixed
-from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds, process_seconds
+from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
 from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
+from std_fast.held import process_seconds
 from std_fast.losses import TeacherAnswers
 from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
