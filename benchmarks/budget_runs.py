@@ -150,8 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.cases:
             case = CASES[name]
             taught = ["--distill.teachers.0.weights", f"{folder}/teacher"] if case.recipe == "digits_std" else []
-            out = Path(folder) / name.replace(" ", "_")
+            out, before = Path(folder) / name.replace(" ", "_"), os.getloadavg()[0]
             row = rows[name] = run_case(case, args.hours or case.hours, out, [*common, *taught], args.throttle)
+            row["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
             print(
                 f"{name:<18}{row['hours']:.3f} h  {100 * row['share_of_budget']:.1f} % of it, ledger/wall "
                 f"{row['ledger_to_wall']:.4f}, lr {row['last_lr']:.2e}, {row['epochs']:.1f} epochs, "
@@ -160,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     if args.json:
+        if args.json.exists():  # cases that were run before: one by one they need the machine for less long
+            rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"] | rows
         report = {"question": "runs within a GPU-hour budget", "conditions": conditions(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows.values()) else 1
