@@ -23,8 +23,8 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 
 BENCHMARKS = (
-    "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "loader", "mine_gaussians",
-    "budget_runs", "gpu_suite",
+    "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "loader",
+    "mine_gaussians", "budget_runs", "gpu_suite",
 )  # fmt: skip
 
 

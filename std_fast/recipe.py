@@ -113,10 +113,25 @@ class StudentSpec:
         "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
     )
     drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    drop_path_mode: Literal["scale", "subset"] = opt(
+        "scale", "`scale` computes what it drops; `subset` skips it, the same number of every 32 images in each step"
+    )
+    early_size: int = opt(
+        0,
+        "side of the smaller images that the student alone sees early, the teachers the whole ones; CycleMLP; 0: never",
+    )
+    early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
+        require(
+            self.drop_path_mode == "scale" or self.drop_path > 0,
+            "student.drop_path_mode",
+            "subset has no effect with student.drop_path 0; set that, or leave it out",
+        )
+        require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
+        require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")
 
 
 @dataclass(frozen=True)

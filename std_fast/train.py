@@ -28,6 +28,7 @@ from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, parse_seconds
 from std_fast.run_folder import RunFolder, locked, versions
 from std_fast.speed import peak_memory
+from std_fast.student import smaller
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
@@ -59,6 +60,7 @@ class Run:
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
+        self.early_until = recipe.student.early_share if recipe.student.early_size else 0.0  # share of the training
         self.folder = RunFolder(recipe, world, self.ledger, resume)
         self._closing = ExitStack()
         self._closing.callback(lambda: self.folder.close(self.step))
@@ -262,6 +264,8 @@ class Run:
             mixed, answers = next(batches)
             self.step += 1
             progress = self.clock.progress(self.step, share)
+            if progress < self.early_until:
+                mixed = replace(mixed, images=smaller(mixed.images, r.student.early_size))
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
             psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
             with_mine = r.distill.uses_mine and self.step % self._mine_every == 0
