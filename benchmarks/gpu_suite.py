@@ -54,6 +54,8 @@ PARTS = (
     bench("overlap"),
     bench("teachers", "--teachers", "resnet50", "resnet101", "swin_base_patch4_window7_224", limit=240),
     bench("end_to_end"),
+    bench("options", name="options mixer_s16", limit=300),
+    bench("options", "--model", "cyclemlp_b1", "--batch", "512", name="options cyclemlp_b1", limit=300),
     *(bench("step", "--model", name, "--batch", "512", "--profile", name=f"step {name}", limit=240) for name in OTHERS),
     bench("compile", "--limit", "240", limit=600),
     bench("mine_gaussians"),

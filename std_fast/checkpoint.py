@@ -28,7 +28,14 @@ from std_fast.memory import ran_out
 
 FORMAT = 1
 KEY = "std_fast"
-_WITHOUT: dict[str, Any] = {"class_names": None, "seconds": {}, "best": {}, "costs": {}, "devices": 1, "complete": False}
+_WITHOUT: dict[str, Any] = {
+    "class_names": None,
+    "seconds": {},
+    "best": {},
+    "costs": {},
+    "devices": 1,
+    "complete": False,
+}
 """metadata that a file may lack"""
 log = logging.getLogger("std_fast")
 

@@ -6,7 +6,6 @@ another one as its `base` (a path beside it, or the name of a built-in recipe) a
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,10 +15,9 @@ import yaml
 from pipelines.augment import AugmentSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
-from pipelines.untrusted import read_bytes
-from std_fast.config import MAX_YAML, from_dict, merge, opt, read_yaml, require, set_dotted, to_dict
+from std_fast.config import from_dict, opt, read_yaml, require, to_dict
+from std_fast.recipe_files import OUT, read, read_text
 
-RECIPES = Path(__file__).parent / "recipes"
 LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
 LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
@@ -138,11 +136,26 @@ class StudentSpec:
         "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
     )
     drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    drop_path_mode: Literal["scale", "subset"] = opt(
+        "scale", "`scale` computes what it drops; `subset` skips it, the same number of every 32 images in each step"
+    )
+    early_size: int = opt(
+        0,
+        "side of the smaller images that the student alone sees early, the teachers the whole ones; CycleMLP; 0: never",
+    )
+    early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
         refuse_loaders(self.options, "student.options")
+        require(
+            self.drop_path_mode == "scale" or self.drop_path > 0,
+            "student.drop_path_mode",
+            "subset has no effect with student.drop_path 0; set that, or leave it out",
+        )
+        require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
+        require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    out: str = opt("runs/{name}", "folder of the run; `{name}` and `{seed}` are filled in")
+    out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
     seed: int = opt(0, "of everything random")
     batch: int = opt(1024, "images per step over all GPUs")
     length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
@@ -354,52 +367,13 @@ class Recipe:
     name: str = opt("", "filled in from the file's name")
 
 
-def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
-    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_bytes(path, MAX_YAML).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({error})") from None
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    data = read_yaml(_text(path), str(path))
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    base_path = find(str(base), path.parent).resolve()
-    if base_path in seen:
-        raise UserError(f"{path}: base {base!r} leads back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), data)
-
-
 def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     """A recipe by path or built-in name, with `(dotted key, text)` overrides, resolved and validated.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
     """
-    path = find(name)
-    data = _read(path)
-    for dotted, text in overrides:
-        if dotted == "budget.gpu_hours":  # how one says it
-            dotted, text = "run.length", f"{text} gpu-hours"
-        set_dotted(data, dotted, text)
-    data.setdefault("name", path.stem)
-    return from_dict(Recipe, data)
+    return from_dict(Recipe, read(name, overrides))
 
 
 def loads(text: str, where: str = "recipe") -> Recipe:
@@ -416,7 +390,7 @@ def read_saved(folder: Path) -> Recipe:
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
-    return loads(_text(path), str(path))
+    return loads(read_text(path), str(path))
 
 
 def dump(recipe: Recipe) -> str:

@@ -4,11 +4,12 @@ import pytest
 
 from pipelines.errors import UserError
 from std_fast import recipe as recipes
+from std_fast import recipe_files
 from std_fast.config import describe, difference, from_dict, merge, to_dict
 from std_fast.recipe import Duration, Recipe, parse_seconds, parse_warmup
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))
 def test_built_in_recipes_load_and_survive_being_saved(name):
     recipe = recipes.load(name)
     assert recipe.summary
