@@ -30,7 +30,7 @@ from benchmarks.harness import conditions
 from pipelines.batch import Batch, Loader
 from std_fast import build, cli
 from std_fast import recipe as recipes
-from std_fast.budget import HELD, in_words
+from std_fast.budget import in_words
 from std_fast.cli import STOPPED
 from std_fast.demo import write_digits
 from std_fast.metrics import read_jsonl
@@ -43,13 +43,15 @@ class Case:
     throttled: bool = False
     interrupt: tuple[signal.Signals, ...] = ()
     """sent one after the other, each to a process of its own, at random moments"""
+    at_once: bool = False
+    """the first one in the first second, while torch is imported"""
 
 
 CASES = {
     "plain": Case("digits_mixer", 0.01),
     "teachers": Case("digits_std", 0.02),
     "throttled loader": Case("digits_std", 0.03, throttled=True),
-    "killed": Case("digits_std", 0.04, interrupt=(signal.SIGKILL, signal.SIGKILL)),
+    "killed": Case("digits_std", 0.04, interrupt=(signal.SIGKILL, signal.SIGKILL), at_once=True),
     "stopped": Case("digits_mixer", 0.05, interrupt=(signal.SIGTERM, signal.SIGUSR1)),
 }
 
@@ -79,22 +81,21 @@ def throttle(seconds: float) -> None:
 
 def run_case(case: Case, hours: float, out: Path, overrides: list[str], throttled_by: float) -> dict[str, Any]:
     """Trains, interrupted as the case says, to the end of the budget."""
-    child = [sys.executable, "-m", "benchmarks.budget_runs", "--throttle", str(throttled_by if case.throttled else 0)]
-    command = [*child, "--child", case.recipe, "--quiet", "--run.out", str(out), *overrides]
+    child = ["-m", "benchmarks.budget_runs", "--throttle", str(throttled_by), "--child"]
+    program = child if case.throttled else ["-m", "std_fast.cli", "train"]
+    command = [sys.executable, *program, case.recipe, "--quiet", "--run.out", str(out), *overrides]
     command += ["--budget.gpu-hours", str(hours), "--run.save-every", "10 seconds"]
     dice = random.Random(f"{case}")
     wall, exits = 0.0, []
     # moments in the first two thirds of the budget, some time apart
     moments = [(0.3 + 0.25 * number + dice.uniform(0, 0.1)) * hours * 3600 for number in range(len(case.interrupt))]
+    if case.at_once:
+        moments[0] = dice.uniform(0.3, 1.0)
     for number, what in enumerate((*case.interrupt, None)):
         began = time.perf_counter()
         process = subprocess.Popen([*command, *(["--resume"] if number else [])], stdout=subprocess.DEVNULL)
         if what is not None:
-            until, held = began + moments[number] - wall, out / HELD
-            before = held.stat().st_mtime_ns if held.exists() else 0
-            # not before it counts: a process that is killed while it imports torch leaves no word of itself
-            while time.perf_counter() < until or not held.exists() or held.stat().st_mtime_ns == before:
-                time.sleep(0.05)
+            time.sleep(max(0.0, began + moments[number] - wall - time.perf_counter()))
             process.send_signal(what)
         exits.append(process.wait())
         wall += time.perf_counter() - began
@@ -149,8 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.cases:
             case = CASES[name]
             taught = ["--distill.teachers.0.weights", f"{folder}/teacher"] if case.recipe == "digits_std" else []
-            out = Path(folder) / name.replace(" ", "_")
+            out, before = Path(folder) / name.replace(" ", "_"), os.getloadavg()[0]
             row = rows[name] = run_case(case, args.hours or case.hours, out, [*common, *taught], args.throttle)
+            row["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
             print(
                 f"{name:<18}{row['hours']:.3f} h  {100 * row['share_of_budget']:.1f} % of it, ledger/wall "
                 f"{row['ledger_to_wall']:.4f}, lr {row['last_lr']:.2e}, {row['epochs']:.1f} epochs, "
@@ -159,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     if args.json:
+        if args.json.exists():  # cases that were run before: one by one they need the machine for less long
+            rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"] | rows
         report = {"question": "runs within a GPU-hour budget", "conditions": conditions(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if all(row["ok"] for row in rows.values()) else 1

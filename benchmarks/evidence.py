@@ -40,6 +40,7 @@ import yaml
 from benchmarks import harness, workload
 from pipelines.errors import UserError
 from std_fast import recipe as recipes
+from std_fast import recipe_files
 from std_fast.build import Parts, build
 from std_fast.checkpoint import listed
 from std_fast.cli import STOPPED
@@ -261,7 +262,7 @@ class Study:
 
     def _depth(self, student: str) -> int:
         """Blocks of a student."""
-        base = yaml.safe_load(recipes.find(self.size.common["base"]).read_text(encoding="utf-8"))
+        base = yaml.safe_load(recipe_files.find(self.size.common["base"]).read_text(encoding="utf-8"))
         options = merged(base, self.size.common, self.size.students[student])["student"]["options"]
         return options["depth"] if "depth" in options else sum(options["layers"])
 

@@ -52,7 +52,10 @@ PARTS = (
     bench("step", "--profile", name="step mixer_s16", limit=240),
     bench("peers", limit=300),
     bench("overlap"),
+    bench("teachers", "--teachers", "resnet50", "resnet101", "swin_base_patch4_window7_224", limit=240),
     bench("end_to_end"),
+    bench("options", name="options mixer_s16", limit=300),
+    bench("options", "--model", "cyclemlp_b1", "--batch", "512", name="options cyclemlp_b1", limit=300),
     *(bench("step", "--model", name, "--batch", "512", "--profile", name=f"step {name}", limit=240) for name in OTHERS),
     bench("compile", "--limit", "240", limit=600),
     bench("mine_gaussians"),
@@ -134,7 +137,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines += [f"    {line}" for line in one.get("said", ())]
         report = one.get("report", {})
         for row in report.get("rows", ()):
-            keys = ("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor", "error_percent")
+            keys = (
+                *("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor"),
+                *("agree_percent", "error_percent"),
+            )
             figures = {key: row[key] for key in keys if row.get(key) is not None}
             if "milliseconds" in figures:
                 figures["milliseconds"] = figures["milliseconds"]["median"]

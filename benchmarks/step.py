@@ -30,10 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
     names = " ".join(workload.PRETRAINED)
     parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help=f"timm names [{names}]")
+    parser.add_argument(
+        "--recipe", default="", help="a built-in recipe's student, sizes and teachers, e.g. cifar10_std"
+    )
     parser.add_argument("--profile", action="store_true", help="also list the ten longest kernels of the STD step")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    workload.settle_recipe(args)
     workload.settle(args)
     if args.smoke:
         args.teachers = [workload.TINY_TEACHER] * 2

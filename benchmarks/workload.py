@@ -24,6 +24,7 @@ from pipelines.batch import Batch
 from pipelines.errors import UserError
 from std_fast import recipe as recipes
 from std_fast.build import Parts, build
+from std_fast.classifiers import create_timm
 from std_fast.losses import TeacherAnswers, answers_from_logits
 from std_fast.recipe import Distill, Recipe, StudentSpec, TeacherSpec
 from std_fast.step import Objective
@@ -51,8 +52,21 @@ def settle(args: argparse.Namespace) -> None:
     args.batch = args.batch or (1024 if args.device == "cuda" else 8)
 
 
+def settle_recipe(args: argparse.Namespace) -> None:
+    """With --recipe: fills in its sizes and teachers (`runs/NAME` is what the built-in recipe NAME trains)."""
+    if not args.recipe:
+        return
+    recipe = recipes.load(args.recipe)
+    taught_by = [recipes.load(Path(spec.weights).name).student for spec in recipe.distill.teachers]
+    args.image_size, args.batch = recipe.data.image_size, args.batch or recipe.run.batch
+    args.teachers = [student.name for student in taught_by]
+    args.teacher_options = {student.name: student.options for student in taught_by}
+
+
 def variant(args: argparse.Namespace) -> str | None:
     """Stands in the file's name where the model is not the usual one."""
+    if getattr(args, "recipe", ""):
+        return args.recipe
     return None if args.model == "mixer_s16" else args.model
 
 
@@ -65,7 +79,7 @@ def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...]
         distill: fields of the recipe's section, replaced.
     """
     base = "mixer_s16_std" if args.model == "mixer" else f"{args.model}_std"
-    recipe = recipes.load(base)
+    recipe = recipes.load(getattr(args, "recipe", "") or base)
     data = replace(
         recipe.data, train=str(folder / "images"), val="", image_size=args.image_size, backend="torch", threads=1
     )
@@ -81,7 +95,10 @@ def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...]
     run = recipes.from_dict(type(run), vars(run))  # so that words from the command line are validated
     student = StudentSpec("mixer", TINY, recipe.student.drop_path) if args.model == "mixer" else recipe.student
     if teachers:
-        specs = tuple(TeacherSpec(name, str(folder / f"{name}.safetensors")) for name in teachers)
+        options = getattr(args, "teacher_options", {})
+        specs = tuple(
+            TeacherSpec(name, str(folder / f"{name}.safetensors"), options.get(name, {})) for name in teachers
+        )
         section = replace(recipe.distill, teachers=specs, **distill)
     else:
         section = Distill(mode="none")
@@ -97,7 +114,8 @@ def workplace(args: argparse.Namespace, teachers: tuple[str, ...], images: int =
             folder / "images", args.classes, images or max(2 * args.batch, args.classes), 4 * args.image_size // 3
         )
         for teacher in dict.fromkeys(teachers):
-            write_teacher(folder / f"{teacher}.safetensors", teacher, args.classes)
+            options = getattr(args, "teacher_options", {}).get(teacher, {})
+            write_teacher(folder / f"{teacher}.safetensors", teacher, args.classes, args.image_size, options)
         yield folder
 
 
@@ -122,14 +140,14 @@ def write_images(folder: Path, classes: int, count: int, side: int) -> None:
         file.unlink()
 
 
-def write_teacher(path: Path, name: str, classes: int) -> None:
+def write_teacher(path: Path, name: str, classes: int, side: int, options: dict[str, Any]) -> None:
     """Random weights of a timm model. UserError when timm does not know it."""
-    import timm
     from safetensors.torch import save_file
 
-    if not timm.is_model(name):
-        raise UserError(f"--teachers: timm has no model {name!r}")
-    save_file(timm.create_model(name, num_classes=classes).state_dict(), str(path))
+    try:
+        save_file(create_timm(name, side, num_classes=classes, **options).state_dict(), str(path))
+    except UserError as error:
+        raise UserError(f"--teachers: {error}") from None
 
 
 @contextlib.contextmanager

@@ -41,21 +41,15 @@ done
 stop() { kill -TERM "${pids[@]}" 2>/dev/null; }
 trap 'signalled=1; stop' USR1 TERM
 
-# Exit code of a process; a trapped signal ends bash's `wait` early, then it is asked again.
-await() {
-    local code
-    while true; do
-        signalled=0
-        wait "$1"
-        code=$?
-        if [ "$signalled" -eq 0 ]; then return "$code"; fi
-    done
-}
-
+# As they end, in whatever order: when one fails, the others are stopped at once instead of waiting for it.
 code=0
-for pid in "${pids[@]}"; do
-    await "$pid"
-    now=$?
+for ((left = gpus; left > 0; left--)); do
+    while true; do # a trapped signal ends bash's `wait` early, then it is asked again
+        signalled=0
+        wait -n
+        now=$?
+        if [ "$signalled" -eq 0 ] || [ "$now" -le 128 ]; then break; fi
+    done
     if [ "$now" -ne 0 ] && { [ "$code" -eq 0 ] || [ "$code" -eq 3 ]; }; then code=$now; fi
     if [ "$now" -ne 0 ] && [ "$now" -ne 3 ]; then stop; fi
 done

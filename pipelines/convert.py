@@ -35,6 +35,7 @@ from pipelines.image_prep import ConvertSettings, library_versions
 from pipelines.listing import DISK_FULL, Listing
 from pipelines.source import TABLE_TYPE, printable
 from pipelines.sources_in import list_source
+from pipelines.untrusted import read_json
 
 __all__ = ["ConvertSettings", "Progress", "convert"]
 
@@ -150,12 +151,11 @@ class _Conversion:
         if not os.path.lexists(self.dst):
             return None
         try:
-            with open(f"{self.dst}.json", encoding="utf-8") as file:
-                manifest = json.load(file)
+            manifest = read_json(f"{self.dst}.json")
             same = manifest["request"] == self.request and manifest["bytes"] == os.path.getsize(self.dst)
             if same and (on_error == "skip" or not manifest["faults"]):
                 return manifest
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError):
             pass
         raise UserError(f"{printable(self.dst)}: exists, made from something else; remove it or choose another name")
 

@@ -1,8 +1,17 @@
 """Errors that end with one line for the user instead of a traceback."""
 
+LONGEST = 1500  # characters of a message: it may quote a file that holds megabytes
+
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: it names the field or file, and the mend."""
+    """A mistake that the user can mend. The message is one line: it names the field or file, and the mend.
+
+    What a message quotes may come from anywhere, so control characters and line breaks in it are escaped, and a very
+    long one is shortened in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class DataError(UserError):
@@ -11,3 +20,16 @@ class DataError(UserError):
 
 class CorruptImage(DataError):
     """The bytes of one image are there, and cannot be decoded."""
+
+
+def printable(text: str) -> str:
+    """Text of any origin as one line of valid text: bytes that are no UTF-8, and control characters, are escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, with the middle of a very long text left out."""
+    text = printable(text if len(text) <= 2 * LONGEST else text[:LONGEST] + text[-LONGEST:])
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 3]} ... {text[2 - half :]}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import importlib.util
 import io
 import json
 import os
 import re
+import tarfile
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.image_prep import ConvertSettings
-from pipelines.listing import MAX_TEXT, read_text
-from pipelines.source import printable
+from pipelines.listing import read_text
+from pipelines.source import printable_names
+from pipelines.untrusted import Refused, confined, open_regular, read_bytes
+
+MAX_DEVKIT = 1 << 26  # bytes, unpacked; ImageNet's has 20 MB
 
 
 def fixed_classes(settings: ConvertSettings) -> list[str] | None:
@@ -26,10 +32,11 @@ def read_classes(path: str) -> list[str]:
         found = json.loads(text)["classes"] if text.lstrip().startswith("{") else text.splitlines()
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"classes {printable(path)}: JSON without a list `classes`; give a beton's manifest") from None
-    found = [name.strip() if isinstance(name, str) else "" for name in found] if isinstance(found, list) else []
-    if not found or "" in found or len(set(found)) != len(found):
+    is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    names = printable_names([name.strip() for name in found]) if is_list else None
+    if not names or "" in names:
         raise UserError(f"classes {printable(path)}: must hold different, non-empty names, one on each line")
-    return found
+    return names
 
 
 def read_labels(path: str, names: list[str]) -> tuple[dict[str, int | str], list[str] | None]:
@@ -40,7 +47,10 @@ def read_labels(path: str, names: list[str]) -> tuple[dict[str, int | str], list
     """
     if os.path.isdir(path) or path.endswith((".tar.gz", ".tgz")):
         return _devkit(path, names)
-    rows = [row for row in csv.reader(read_text(path).replace("\t", " ").splitlines()) if row and row[0].strip()]
+    try:
+        rows = [row for row in csv.reader(read_text(path).replace("\t", " ").splitlines()) if row and row[0].strip()]
+    except csv.Error as error:
+        raise UserError(f"labels {printable(path)}: cannot be read as text of columns ({error}); mend it") from None
     fields = [" ".join(row).split() for row in rows]
     if all(len(row) == 1 for row in fields):
         if len(fields) != len(names):
@@ -66,32 +76,39 @@ def read_labels(path: str, names: list[str]) -> tuple[dict[str, int | str], list
 
 def _devkit(path: str, names: list[str]) -> tuple[dict[str, int | str], list[str] | None]:
     """ImageNet's devkit: the ground truth in the order of the images' names, as WordNet ids by its own table."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError("labels: the devkit's meta.mat needs scipy: pip install scipy")
     try:
-        import scipy.io
-    except ImportError:
-        raise UserError("labels: the devkit's meta.mat needs scipy: pip install scipy") from None
-    parts = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
-    try:
-        if os.path.isdir(path):
-            for part in parts:
-                with open(os.path.join(path, "data", part), "rb") as file:
-                    parts[part] = file.read(MAX_TEXT)
-        else:
-            import tarfile
-
-            with tarfile.open(path, "r:gz") as tar:
-                for member in tar:
-                    base = os.path.basename(member.name)
-                    content = tar.extractfile(member) if base in parts and member.isreg() else None
-                    if content is not None:
-                        parts[base] = content.read(MAX_TEXT)
-        table = scipy.io.loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
-        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
-        labels = [wnid_of[int(line)] for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except Exception as error:  # tarfile, zlib, scipy and the lookups each fail in their own way
-        raise UserError(f"labels {printable(path)}: not ImageNet's devkit ({type(error).__name__}: {error})") from None
+        wnids, labels = confined(read_devkit, path)
+    except (Refused, OSError) as error:
+        raise UserError(f"labels {printable(path)}: not ImageNet's devkit ({error})") from None
     if len(labels) != len(names):
         raise UserError(
             f"labels {printable(path)}: {len(labels)} labels for {len(names)} images; use the tar of the same year"
         )
-    return dict(zip(sorted(names), labels, strict=True)), sorted(wnid_of.values())
+    return dict(zip(sorted(names), labels, strict=True)), wnids
+
+
+def read_devkit(path: str) -> tuple[list[str], list[str]]:
+    """All WordNet ids in order, and that of each image of the validation set. Raises errors of many kinds."""
+    import scipy.io
+
+    parts = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
+    if os.path.isdir(path):
+        for part in parts:
+            parts[part] = read_bytes(os.path.join(path, "data", part), MAX_DEVKIT)
+    else:
+        with open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
+            content = unpacked.read(MAX_DEVKIT + 1)
+        if len(content) > MAX_DEVKIT:
+            raise ValueError(f"more than {MAX_DEVKIT} bytes when unpacked")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                base = os.path.basename(member.name)
+                stream = tar.extractfile(member) if base in parts and member.isreg() else None
+                if stream is not None:
+                    parts[base] = stream.read(MAX_DEVKIT)
+    table = scipy.io.loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
+    wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
+    labels = [wnid_of[int(line)] for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
+    return sorted(wnid_of.values()), labels

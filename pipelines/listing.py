@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import UserError
-from pipelines.source import MAX_CLASSES, printable
+from pipelines.errors import UserError, printable
+from pipelines.source import MAX_CLASSES
+from pipelines.untrusted import read_bytes
 
 CLUTTER = ("thumbs.db", "desktop.ini")
 """what file managers leave, besides hidden files"""
@@ -98,8 +99,8 @@ class Builder:
         listing.file_numbers, listing.offsets, listing.sizes, listing.stamps = columns.T.copy()
         classes = self._fixed_classes or classes
         if any(isinstance(label, str) for label in self._labels):
-            names = [str(label) for label in self._labels]
-            classes = classes or sorted(set(names))
+            names = [printable(str(label)) for label in self._labels]
+            classes = [printable(name) for name in classes] if classes else sorted(set(names))
             number = {name: i for i, name in enumerate(classes)}
             unknown = sorted(set(names) - number.keys())
             if unknown:
@@ -157,7 +158,6 @@ def read_text(path: str) -> str:
     if status.st_size > MAX_TEXT:
         raise UserError(f"{printable(path)}: {status.st_size} bytes are too many for a list of labels")
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_bytes(path, MAX_TEXT).decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{printable(path)}: cannot be read as text ({error}); give a text file") from None

@@ -114,7 +114,7 @@ def jpeg_header(data):
                 break
             for c in range(components):
                 rows = max(rows, 8 * np.int64(data[at + 11 + 3 * c] & 15))
-        elif marker == 0xDA:  # start of scan
+        elif marker == 0xDA and length >= 3:  # start of scan
             cuttable &= data[at + 4] == components
             return height, width, components, rows if cuttable else 0, offset
         at += 2 + length

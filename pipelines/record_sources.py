@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -10,18 +11,19 @@ import shutil
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.image_prep import ConvertSettings
 from pipelines.label_files import fixed_classes
 from pipelines.listing import DISK_FULL, Builder, Listing, read_text, regular
-from pipelines.source import printable
+from pipelines.untrusted import Refused, confined
 
 IMAGE_COLUMNS = ("image", "img", "jpg")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 CIFAR_FILE = r"(data_batch_\d+|test_batch|train|test)\.bin"
 CIFAR_PIXELS = 3 * 32 * 32
+MAX_ROWS = 1 << 22  # of one parquet file; the hub's have some ten thousand
+UNPACKED_SHARE = 20  # images against the parquet file that holds them
 
 
 def list_cifar(root: str, names: list[str], settings: ConvertSettings) -> Listing:
@@ -76,10 +78,8 @@ def list_parquet(root: str, names: list[str], settings: ConvertSettings, work: s
 
     Parquet cannot be read image by image, so the images are first copied out of it, as they are, into `work`.
     """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError("parquet needs pyarrow: pip install pyarrow") from None
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("parquet needs pyarrow: pip install pyarrow")
     builder = Builder("parquet", fixed_classes(settings))
     classes = None
     needed = sum(os.path.getsize(os.path.join(root, name)) for name in names)
@@ -92,26 +92,27 @@ def list_parquet(root: str, names: list[str], settings: ConvertSettings, work: s
         )
     for name in names:
         path = os.path.join(root, name)
+        status = regular(path)
+        if isinstance(status, str):
+            raise UserError(f"{printable(path)}: {status}")
+        identity = f"{name}\n{status.st_size}\n{status.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        base = os.path.join(work, f"spool-{hashlib.sha256(identity).hexdigest()[:24]}")
         try:
-            status = os.stat(path)
-            with pq.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                image, label = (_column(path, schema.names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
-                classes = classes or _hugging_face_classes(schema.metadata, label)
-                spool, offsets = _spool(file, image, work, f"{name}\n{status.st_size}\n{status.st_mtime_ns}")
-                labels = file.read(columns=[label])[label].to_pylist()
-        except UserError:
-            raise
-        except Exception as error:  # pyarrow's errors are of many kinds
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
+            labels, its_classes = confined(unpack_parquet, path, base, settings.max_bytes)
+        except Refused as error:
+            raise UserError(f"{printable(path)}: cannot be read as parquet ({error}); download it again") from None
+        except OSError as error:
+            if error.errno in DISK_FULL:
                 raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"{printable(path)}: cannot be read as parquet ({reason}); download it again") from None
+            raise UserError(f"{printable(path)}: cannot be read ({error.strerror}); mend that") from None
+        classes = classes or its_classes
+        spool, offsets = f"{base}.bin", np.load(f"{base}.npy", allow_pickle=False)
         number = builder.file(spool)
         for i, value in enumerate(labels):
             row = f"{name}/{i}"
             if offsets[i, 0] < 0:
-                builder.fault(row, "the row has no image bytes")
+                too_long = f"{offsets[i, 1]} bytes are more than {settings.max_bytes} (max_bytes)"
+                builder.fault(row, too_long if offsets[i, 1] else "the row has no image bytes")
             elif not isinstance(value, (int, str)):
                 builder.fault(row, "the row has no label")
             else:
@@ -136,28 +137,54 @@ def _hugging_face_classes(metadata: dict[bytes, bytes] | None, label: str) -> li
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
-def _spool(file: Any, column: str, work: str, identity: str) -> tuple[str, npt.NDArray[np.int64]]:
-    """Copies a parquet file's images into one file in `work`, once. Returns its path and offset and length of each
-    row's image, int64 [rows, 2], (-1, 0) where a row has none."""
-    base = os.path.join(work, f"spool-{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}")
-    data, index = f"{base}.bin", f"{base}.npy"
-    if not os.path.exists(index):
-        rows, at = [], 0
-        with open(data, "wb") as out:
-            for batch in file.iter_batches(batch_size=64, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    content = value.get("bytes") if isinstance(value, dict) else value
-                    if isinstance(content, bytes):
-                        out.write(content)
-                        rows.append((at, len(content)))
-                        at += len(content)
-                    else:
-                        rows.append((-1, 0))
-            out.flush()
-            os.fsync(out.fileno())
-        with open(f"{index}.part", "wb") as out:
-            np.save(out, np.array(rows, np.int64).reshape(-1, 2))
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(f"{index}.part", index)  # the index says that the copy is whole
-    return data, np.load(index, allow_pickle=False)
+def unpack_parquet(path: str, base: str, max_bytes: int) -> tuple[list[Any], list[str] | None]:
+    """Copies a parquet file's images into BASE.bin, once, with offset and length of each row's image in BASE.npy, int64
+    [rows, 2]: (-1, 0) where a row has none, (-1, length) where it is longer than max_bytes.
+
+    Returns the rows' labels and the class names, where the file has them. Raises UserError, OSError, and what pyarrow
+    raises for damaged files. Few bytes of parquet may stand for any number of rows and images, so both are bounded.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        image, label = (_column(path, schema.names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+        if file.metadata.num_rows > MAX_ROWS:
+            raise UserError(f"{path}: {file.metadata.num_rows} rows, more than {MAX_ROWS}; make several files of it")
+        labels: list[Any] = []
+        for batch in file.iter_batches(batch_size=4096, columns=[label]):
+            labels += [value if isinstance(value, (int, str)) else None for value in batch.column(0).to_pylist()]
+            if len(labels) > MAX_ROWS:
+                raise UserError(f"{path}: more than {MAX_ROWS} rows; make several files of it")
+        if not os.path.exists(f"{base}.npy"):
+            _copy_images(file, image, path, base, max_bytes, len(labels))
+        return labels, _hugging_face_classes(schema.metadata, label)
+
+
+def _copy_images(file: Any, column: str, path: str, base: str, max_bytes: int, count: int) -> None:
+    limit = UNPACKED_SHARE * os.path.getsize(path) + max_bytes
+    rows, at = [], 0
+    with open(f"{base}.bin", "wb") as out:
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                content = value.get("bytes") if isinstance(value, dict) else value
+                if not isinstance(content, bytes) or len(content) > max_bytes:
+                    rows.append((-1, len(content) if isinstance(content, bytes) else 0))
+                    continue
+                out.write(content)
+                rows.append((at, len(content)))
+                at += len(content)
+            if at > limit:
+                raise UserError(
+                    f"{path}: its images take more than {UNPACKED_SHARE} times the file, which no photographs do; "
+                    "look at what they are, and give them as a folder"
+                )
+        out.flush()
+        os.fsync(out.fileno())
+    if len(rows) != count:
+        raise UserError(f"{path}: {len(rows)} images for {count} labels: damaged; download it again")
+    with open(f"{base}.npy.part", "wb") as out:
+        np.save(out, np.array(rows, np.int64).reshape(-1, 2))
+        out.flush()
+        os.fsync(out.fileno())
+    os.rename(f"{base}.npy.part", f"{base}.npy")  # the index says that the copy is whole

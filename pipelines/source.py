@@ -13,21 +13,19 @@ Shapes: B indices asked for, N samples.
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
-import json
 import logging
 import os
-import stat
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import CorruptImage, DataError, UserError
+from pipelines.errors import CorruptImage, DataError, UserError, printable
+from pipelines.untrusted import open_regular, read_bytes, read_json
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -43,7 +41,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """what PIL may take a file for, whatever its name; its other readers are not for strangers (EPS runs a program)"""
 MAX_SIDE = 65500  # libjpeg's limit
 MAX_PIXELS = 178_956_970  # the size at which PIL refuses an image as a decompression bomb
+MAX_BYTES = 1 << 28  # of an encoded image
 MAX_CLASSES = 1 << 20
+MAX_FIELDS = 256  # of a beton; FFCV's own have two
 
 VERSION = 2
 HEADER_TYPE = np.dtype(
@@ -336,7 +336,7 @@ class FolderSource:
         import PIL.Image
 
         try:
-            with _open_regular(self.file(index)) as file, PIL.Image.open(file, formats=FORMATS) as image:
+            with open_regular(self.file(index)) as file, PIL.Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 if not width or not height:
                     raise ValueError("it has no pixels")
@@ -361,8 +361,7 @@ class FolderSource:
 
     def read(self, index: int) -> Bytes:
         try:
-            with _open_regular(self.file(index)) as file:
-                data = file.read()
+            data = read_bytes(self.file(index), MAX_BYTES)
         except OSError as error:
             raise self._unreadable(index, error.strerror) from error
         if not data:
@@ -416,12 +415,6 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def printable(path: str) -> str:
-    """A path as one line of valid text: bytes that are no UTF-8, and control characters, are escaped."""
-    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 _MEND = "convert it again with `std-fast convert`"
 
 
@@ -438,7 +431,7 @@ class _File:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._file = _open_regular(path)
+            self._file = open_regular(path)
         except (OSError, ValueError) as error:  # ValueError: the path has a null byte
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
@@ -467,15 +460,6 @@ class _File:
         return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), np.uint8)
 
 
-def _open_regular(path: str) -> BinaryIO:
-    """Opens a file for reading. Raises OSError for what is no regular file: a pipe would keep us waiting for ever."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file")
-    return file
-
-
 def _parse(path: str, data: _File) -> tuple[Bytes, npt.NDArray[Any], npt.NDArray[Any], str, str]:
     """Views: header with descriptors, metadata [N], allocation table; and the metadata's columns of image and label.
 
@@ -490,6 +474,8 @@ def _parse(path: str, data: _File) -> tuple[Bytes, npt.NDArray[Any], npt.NDArray
     metadata_start = HEADER_TYPE.itemsize + num_fields * FIELD_TYPE.itemsize
     if metadata_start > data.size:
         raise _broken(path, f"too short ({data.size} bytes) for the {num_fields} fields that its header announces")
+    if num_fields > MAX_FIELDS:
+        raise _broken(path, f"announces {num_fields} fields, more than the {MAX_FIELDS} that any needs")
     if not table_start:
         raise _broken(path, "its writing was never completed")
     if not num_samples:
@@ -531,15 +517,22 @@ def _manifest_classes(path: str) -> list[str] | None:
     if not os.path.exists(manifest):
         return None
     try:
-        with open(manifest, encoding="utf-8") as file:
-            classes = json.load(file)["classes"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        classes = read_json(manifest)["classes"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"not a manifest ({type(error).__name__}: {error})"
         raise UserError(f"{printable(manifest)}: {what}; delete it, or {_MEND}") from error
-    good = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not good or len(set(classes)) != len(classes):
+    names = printable_names(classes)
+    if names is None:
         raise UserError(f"{printable(manifest)}: `classes` must be a list of different names; delete it, or {_MEND}")
-    return list(classes)
+    return names
+
+
+def printable_names(names: Any) -> list[str] | None:
+    """Class names from elsewhere as text that can be shown; None unless it is a list of different names."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    shown = [printable(name) for name in names]
+    return shown if len(set(shown)) == len(shown) else None
 
 
 def _visible(path: str) -> list[os.DirEntry[str]]:

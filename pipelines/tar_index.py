@@ -53,7 +53,7 @@ def members(fd: int, start: int = 0, size: int | None = None) -> Iterator[Member
         kind = block[156:157]
         length = _number(block[124:136])
         if kind in (b"L", b"K", b"x", b"g"):
-            if length > MAX_HEADER:
+            if not 0 <= length <= MAX_HEADER:
                 raise TarDamaged(f"a header of {length} bytes at byte {at}: more than any name needs")
             extra = os.pread(fd, length, at + BLOCK)
             if kind == b"L":
@@ -106,13 +106,16 @@ def _ustar_name(block: bytes) -> str:
 def _pax(raw: bytes, at: int) -> dict[str, str]:
     """Records of the form `LENGTH KEY=VALUE\\n`."""
     records = {}
-    while raw.strip(b"\0"):
-        length, _, _ = raw.partition(b" ")
-        if not length.isdigit() or not len(length) + 1 < int(length) <= len(raw):
+    start = 0
+    while start < len(raw) and raw[start]:
+        space = raw.find(b" ", start, start + 8)
+        length = raw[start:space] if space > 0 else b""
+        end = start + int(length) if length.isdigit() else 0
+        if not space + 1 < end <= len(raw):
             raise TarDamaged(f"a damaged pax header at byte {at}")
-        key, _, value = raw[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = raw[space + 1 : end - 1].partition(b"=")
         records[_text(key)] = value.decode("utf-8", "surrogateescape")
-        raw = raw[int(length) :]
+        start = end
     return records
 
 

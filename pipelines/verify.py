@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, one_line
 from pipelines.image_prep import BadImage, turbojpeg
 from pipelines.source import HEADER_TYPE, BetonSource, printable
+from pipelines.untrusted import read_json
 
 EDGES = (1, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 65536)
 """of the histograms, pixels"""
@@ -78,11 +78,10 @@ def _page_size(source: BetonSource) -> int:
 def _manifest(path: str) -> dict[str, Any] | None:
     """Raises UserError when there is one that cannot be read."""
     try:
-        with open(f"{path}.json", encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = read_json(f"{path}.json")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{printable(path)}.json: not a manifest ({error}); delete it, or convert again") from None
     if not isinstance(manifest, dict):
         raise UserError(f"{printable(path)}.json: not a manifest; delete it, or convert again")
@@ -187,7 +186,7 @@ def _against_manifest(name: str, source: BetonSource, manifest: dict[str, Any]) 
     faults = []
     for key, found in (("samples", source.num_samples), ("bytes", int(source.data.size))):
         if manifest.get(key) != found:
-            faults.append(f"{name}: {key} is {found}, the manifest says {manifest.get(key)}")
+            faults.append(one_line(f"{name}: {key} is {found}, the manifest says {manifest.get(key)}"))
     if manifest.get("samples_per_class") != np.bincount(source.labels, minlength=source.num_classes).tolist():
         faults.append(f"{name}: its labels are not those that the manifest counts")
     digest = hashlib.sha256()

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pipelines.untrusted import read_json
+from std_fast import held
 from std_fast.recipe import Duration, Recipe, parse_warmup
 
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
@@ -23,16 +25,6 @@ UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
 CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
 HELD = "held.json"
 log = logging.getLogger("std_fast")
-
-
-def process_seconds() -> float:
-    """Seconds since this process was started, by the kernel's record; 0.0 where there is none."""
-    try:
-        with open("/proc/self/stat", encoding="ascii") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
 
 
 def learning_seconds(seconds: Mapping[str, float]) -> float:
@@ -124,13 +116,14 @@ class Heartbeat:
 
     The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
     It is replaced whole and not flushed: it outlives the process, and of a machine that loses power the last seconds
-    may be missing. The first seconds of a process that is killed while it still imports torch are not known either.
+    may be missing. It takes over from `held.starting`.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:
         self.path, self.ledger, self.every = folder / HELD, ledger, every
         self._end = threading.Event()
         self._write({})
+        held.take_over(folder)
         self._thread = threading.Thread(target=self._beat, name="std_fast-heartbeat", daemon=True)
         self._thread.start()
 
@@ -161,24 +154,30 @@ class Heartbeat:
 
 
 def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
-    """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost".
+    """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost", and so
+    does what was held by processes that died while they started.
 
     Args:
         step: of the checkpoint that the run goes on from, 0 without one.
         saved: GPU-seconds by part in that checkpoint.
     """
+    parts = _heard(folder, step, saved)
+    return parts | {"lost": parts["lost"] + held.unheard(folder)}
+
+
+def _heard(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
     try:
-        beat = json.loads((folder / HELD).read_text(encoding="ascii"))
-        held = float(beat["gpu_seconds"])
+        beat = read_json(folder / HELD)
+        seconds = float(beat["gpu_seconds"])
         if beat.get("step") == step:
             return {part: float(beat["parts"][part]) for part in PARTS}
     except FileNotFoundError:
-        held = 0.0
+        seconds = 0.0
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: cannot be read (%r): time after the last save is not counted", folder / HELD, error)
-        held = 0.0
+        seconds = 0.0
     parts = dict.fromkeys(PARTS, 0.0) | dict(saved)
-    lost = max(0.0, held - sum(parts.values()))
+    lost = max(0.0, seconds - sum(parts.values()))
     return parts | {"lost": parts["lost"] + lost}
 
 

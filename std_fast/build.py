@@ -16,17 +16,29 @@ from pipelines.errors import UserError
 from pipelines.preview import contact_sheet
 from std_fast.compiling import backend_of, compiled, keep_cache, options
 from std_fast.distributed import ALONE, World, replicate
+from std_fast.fold import random_image
 from std_fast.graphs import ReplayedTeachers
 from std_fast.label_cache import AnswerStore, epochs_needed, open_answers
 from std_fast.metrics import Meters
 from std_fast.mine import MutualInformation
 from std_fast.optim import MovingAverage, build_optimizer
 from std_fast.overlap import Overlap
-from std_fast.recipe import Recipe
+from std_fast.quantize import LOW, quantize
+from std_fast.recipe import Recipe, TeacherSpec
+from std_fast.recipe_files import filled_in
 from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
-from std_fast.step import Guard, Objective, Trainer, residual_scales
+from std_fast.step import GROUP, Guard, Objective, Trainer, kept_rows, residual_scales
 from std_fast.student import ModulePlan, Student, plan_modules
-from std_fast.teachers import Teachers, autocast, build_classifier, build_teacher, load_weights, read_run, read_weights
+from std_fast.teachers import (
+    Teacher,
+    Teachers,
+    autocast,
+    build_classifier,
+    build_teacher,
+    load_weights,
+    read_run,
+    read_weights,
+)
 
 log = logging.getLogger("std_fast")
 
@@ -158,13 +170,19 @@ def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Te
     d = recipe.distill
     if d.mode == "none":
         return None
-    dtype = torch.bfloat16 if precision_of(recipe, device) == "bfloat16" else torch.float32
     size, mean, std = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
     teachers = [
-        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", dtype)
+        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", teacher_dtype(spec, recipe, device))
         for i, spec in enumerate(d.teachers)
     ]
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
+
+
+def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of what is not quantized; float8's products give bfloat16."""
+    run = precision_of(recipe, device)
+    chosen = {"auto": run, "int8": run, "float8": "bfloat16"}.get(spec.precision, spec.precision)
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 def build_missing_teachers(
@@ -192,11 +210,18 @@ def build_missing_teachers(
 def make_fast(
     recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None
 ) -> tuple[Teachers | None, str | None]:
-    """Compiles both in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's backend.
+    """Quantizes and compiles in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's
+    backend.
 
     Raises:
-        UserError: the compiler lacks what it needs.
+        UserError: the compiler or torchao lacks what it needs.
     """
+    if teachers is not None:
+        for i, (spec, teacher) in enumerate(zip(recipe.distill.teachers, teachers.teachers, strict=True)):
+            if spec.precision in LOW:
+                assert isinstance(teacher, Teacher)
+                image = random_image(teacher.image_size or recipe.data.image_size).to(device, teacher.dtype)
+                quantize(teacher.model, spec.precision, image, f"distill.teachers.{i}")
     backend = backend_of(recipe, device)
     if backend is not None:
         if options(backend)["backend"] == "inductor":
@@ -226,13 +251,17 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         classes = train_loader.num_classes
         check_same_classes(train_loader, val_loader)
         student = build_student(recipe, classes).to(device)
+        check_options(recipe, student, world)
+        subset = recipe.student.drop_path_mode == "subset"
+        depth = kept_rows(student.backbone.drop_rates) if subset else residual_scales
         student.train()
         for mine in student.mine.children():
             assert isinstance(mine, MutualInformation)
             mine.gather = world.gather if world.size > 1 else None
         answers = open_answers(recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world)
         teachers = build_missing_teachers(recipe, train_loader, answers, device)
-        flops = flops_per_image(student, teachers, recipe.data.image_size)
+        whole = not (subset or recipe.student.early_size)  # else an image's arithmetic is not always the same: no MFU
+        flops = flops_per_image(student, teachers, recipe.data.image_size) if whole else None
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
         teachers, backend = make_fast(recipe, device, augment, teachers)
         objective = Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher)
@@ -250,7 +279,7 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
             clip=recipe.optim.clip if recipe.optim.name != "lamb" else 0.0,  # LAMB clips by itself
             seed=recipe.run.seed,
             world=world,
-            scales=compiled(residual_scales, backend),
+            depth=compiled(depth, backend),
             watch=watch,
         )
         overlap = Overlap(recipe.run.overlap, device, watch)
@@ -264,6 +293,28 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
     text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
     log.info(text, device, precision, backend or "off", limit / 1e12)
     return Parts(recipe, device, train_loader, val_loader, augment, teachers, answers, trainer, overlap, speed, backend)
+
+
+def check_options(recipe: Recipe, student: Student, world: World) -> None:
+    """UserError for an option that this student or this number of processes cannot have."""
+    s = recipe.student
+    if s.drop_path_mode == "subset":
+        if not hasattr(student.backbone, "drop_rates"):
+            raise UserError(f"student.drop_path_mode: {s.name} is timm's own, which knows only scale; leave it out")
+        if recipe.run.batch % (GROUP * world.size):
+            raise UserError(
+                f"student.drop_path_mode: subset needs a run.batch that is a multiple of {GROUP * world.size}, "
+                f"{GROUP} for each process; it is {recipe.run.batch}"
+            )
+    if s.early_size:
+        if not getattr(student.backbone, "any_size", False):
+            raise UserError(
+                f"student.early_size: {s.name} takes images of one size only; leave it out, or use a CycleMLP"
+            )
+        if s.early_size >= recipe.data.image_size:
+            raise UserError(
+                f"student.early_size: {s.early_size} is not smaller than data.image_size {recipe.data.image_size}"
+            )
 
 
 def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
@@ -300,5 +351,5 @@ def check_same_classes(train: Loader, val: Loader | None) -> None:
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe with the run's folder filled in."""
-    out = recipe.run.out.format(name=recipe.name or "run", seed=recipe.run.seed)
-    return replace(recipe, run=replace(recipe.run, out=out))
+    out = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    return replace(recipe, run=replace(recipe.run, out=str(out)))

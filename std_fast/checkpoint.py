@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +24,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.source import MAX_CLASSES
+from std_fast.memory import ran_out
 
 FORMAT = 1
 KEY = "std_fast"
+_WITHOUT: dict[str, Any] = {
+    "class_names": None,
+    "seconds": {},
+    "best": {},
+    "costs": {},
+    "devices": 1,
+    "complete": False,
+}
+"""metadata that a file may lack"""
 log = logging.getLogger("std_fast")
 
 
@@ -69,21 +82,64 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (on the CPU) and metadata of one checkpoint.
 
     Raises:
-        UserError: the file is missing, cut short, damaged, or of another format.
+        UserError: the file is missing, cut short, damaged, of another format, or holds what no run saves.
     """
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            raise FileNotFoundError("no such file")
         data = path.read_bytes()  # not through a memory map, which ends the process where the disk fails
         tensors = from_bytes(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
         raise UserError(f"{path}: is no whole checkpoint ({error}); use an older one of the run") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else "another program's"
         raise UserError(f"{path}: checkpoint format {found}, not {FORMAT}; use the version of std-fast that wrote it")
     if digest(tensors, {key: value for key, value in meta.items() if key != "digest"}) != meta.get("digest"):
         raise UserError(f"{path}: its digest does not match: the file is damaged; use an older one of the run")
-    return tensors, meta
+    if fault := _fault(tensors, meta):
+        raise UserError(f"{path}: {fault}, which no run saves; it is not to be trusted: use another one")
+    return tensors, {**_WITHOUT, **meta}
+
+
+def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
+    """What is wrong with an intact file: a digest is no signature, and what is read here is used without another look."""
+
+    def whole(key: str, low: int, high: int) -> bool:
+        return type(meta.get(key)) is int and low <= meta[key] <= high
+
+    def figures(value: Any) -> bool:
+        is_number = (isinstance(x, (int, float)) and math.isfinite(x) for x in value.values())
+        return all(isinstance(key, str) for key in value) and all(is_number)
+
+    def is_name(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable()
+
+    def is_steps(value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= 1 << 20 and all(type(x) is int and x >= 1 for x in value)
+
+    names = meta.get("class_names")
+    sound = {
+        "step": whole("step", 0, 1 << 53),
+        "num_classes": whole("num_classes", 1, MAX_CLASSES),
+        "devices": "devices" not in meta or whole("devices", 1, 1 << 20),
+        "aside_step": "aside_step" not in meta or whole("aside_step", 0, 1 << 53),
+        "bad_steps": is_steps(meta.get("bad_steps", [])),
+        "recipe": isinstance(meta.get("recipe"), str),
+        "complete": isinstance(meta.get("complete", False), bool),
+        "class_names": names is None or isinstance(names, list) and all(map(is_name, names)),
+    }
+    sound |= {
+        key: isinstance(meta.get(key, {}), dict) and figures(meta.get(key, {})) for key in ("seconds", "best", "costs")
+    }
+    for key, good in sound.items():
+        if not good:
+            return f"its metadata have {key} {meta.get(key)!r}"
+    for name in tensors:
+        if not re.fullmatch(r"(aside\.)?((model|ema)\.[^:]+|optim\.[^:]+:\w+)", name):
+            return f"it has a tensor named {name!r}"
+    return ""
 
 
 def listed(folder: Path) -> list[Path]:
@@ -169,7 +225,21 @@ def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, avera
 
 
 def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Puts `training_tensors` back in place, in memory of its own; the moving average's tensors are returned."""
+    """Puts `training_tensors` back in place, in memory of its own; the moving average's tensors are returned.
+
+    Raises:
+        UserError: the tensors are not those of this student and optimizer.
+    """
+    try:
+        return _restore(tensors, student, optimizer)
+    except (KeyError, RuntimeError) as error:
+        if ran_out(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint does not fit the model of its recipe ({reason}); use another one") from None
+
+
+def _restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     part: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "optim")}
     for name, tensor in tensors.items():
         kind, rest = name.split(".", 1)
@@ -180,6 +250,8 @@ def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.opt
     for name, value in part["optim"].items():
         name, key = name.rsplit(":", 1)
         stored.setdefault(name, {})[key] = value
+    if unknown := stored.keys() - parameters.keys():
+        raise KeyError(f"it has an optimizer state for {min(unknown)}")
     for name, parameter in parameters.items():
         if name not in stored:
             optimizer.state.pop(parameter, None)  # it had not had a step yet

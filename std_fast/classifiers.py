@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.errors import UserError
 from std_fast import checkpoint
 from std_fast.models import BACKBONES, build_backbone
-from std_fast.recipe import Recipe, loads
+from std_fast.recipe import Recipe, loads, refuse_loaders
 
 
 def build_classifier(name: str, num_classes: int, image_size: int, drop_path: float = 0.0, **options: Any) -> nn.Module:
@@ -28,6 +28,7 @@ def build_classifier(name: str, num_classes: int, image_size: int, drop_path: fl
     Raises:
         UserError: nobody knows the name, or timm refuses the options.
     """
+    refuse_loaders(options, "options")
     if name in BACKBONES:
         return build_backbone(name, num_classes, image_size, drop_path, **options)
     if drop_path:
@@ -116,12 +117,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; put a .safetensors or timm .pth file there, or name another")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
             raise UserError(f"{path}: is no whole safetensors file ({error}); fetch it again") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -175,7 +175,7 @@ def read_run(folder: Path) -> StoredRun:
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         raise UserError(f"{folder}: holds no whole checkpoint; train it with `std-fast train` first")
-    _, tensors, meta = found
+    path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-    return StoredRun(loads(meta["recipe"]), state, meta["num_classes"])
+    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"])

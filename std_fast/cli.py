@@ -24,13 +24,20 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 
 BENCHMARKS = (
-    "peers", "kernels", "step", "overlap", "end_to_end", "compile", "roofline", "students", "loader", "mine_gaussians",
-    "budget_runs", "gpu_suite",
+    "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "teachers",
+    "loader", "mine_gaussians", "budget_runs", "soak", "evidence", "gpu_suite",
 )  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with its errors as UserError: one line, without the usage."""
+
+    takes_recipe = False
+
+    def format_help(self) -> str:
+        if self.takes_recipe:
+            self.epilog = recipe_fields()
+        return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -141,13 +148,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
+    assert isinstance(parser, Parser)
+    parser.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
+    parser.takes_recipe = True
+
+
+def recipe_fields() -> str:
+    """For the help of a verb that takes a recipe. Importing them takes seconds: only help that is printed does."""
     from std_fast.config import describe
     from std_fast.recipe import Recipe
 
-    parser.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
     rows = [f"  --{name:<28} {text} [{default}]" for name, default, text in describe(Recipe)]
     rows.append("  --budget.gpu-hours N            the same as --run.length 'N gpu-hours'")
-    parser.epilog = "fields of the recipe, each set by --section.key value:\n" + "\n".join(rows)
+    return "fields of the recipe, each set by --section.key value:\n" + "\n".join(rows)
 
 
 # -- verbs ----------------------------------------------------------------------------------------------------------
@@ -285,6 +298,14 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
+    from std_fast import recipe_files
+    from std_fast.held import starting
+
+    with starting(recipe_files.run_folder(recipe_files.read(args.recipe, args.overrides))):
+        return train_recipe(args)
+
+
+def train_recipe(args: argparse.Namespace) -> int:
     from std_fast import recipe as recipes
     from std_fast.budget import in_words
     from std_fast.distributed import PeerLost, rank
@@ -396,14 +417,12 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    import yaml
-
+    from std_fast.config import read_yaml
     from std_fast.info import describe_model
 
-    try:
-        options = yaml.safe_load(args.options)
-    except yaml.YAMLError:
-        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'") from None
+    options = read_yaml(args.options, "--options")
+    if not isinstance(options, dict):
+        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
     data = describe_model(args.model, args.teachers, args.classes, args.image_size, options)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
 
@@ -413,9 +432,9 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def list_recipes(args: argparse.Namespace) -> None:
-    from std_fast import recipe as recipes
+    from std_fast.recipe_files import RECIPES, read
 
-    summaries = {path.stem: recipes.load(path.stem).summary for path in sorted(recipes.RECIPES.glob("*.yaml"))}
+    summaries = {path.stem: read(path.stem)["summary"] for path in sorted(RECIPES.glob("*.yaml"))}
     show(args, summaries, "\n".join(f"{name:<24} {summary}" for name, summary in summaries.items()))
 
 

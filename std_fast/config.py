@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import field
@@ -15,6 +16,9 @@ from typing import Any, Literal, Union
 import yaml
 
 from pipelines.errors import UserError
+
+MAX_YAML = 1 << 20  # characters
+MAX_VALUES = 100_000
 
 
 def opt(default: Any, text: str) -> Any:
@@ -69,7 +73,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     try:
-        if hint is float and not isinstance(value, bool):
+        if hint is float and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)  # YAML reads 1e-3 as a string
         if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
             return int(float(value)) if not isinstance(value, int) else value
@@ -77,9 +81,57 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         pass
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    if hint in (bool, dict) and isinstance(value, hint):
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is dict and isinstance(value, dict) and _plain(value):
         return value
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Plain values from YAML, tags of Python's refused. UserError for what is no YAML, or expands beyond all use.
+
+    A few lines of aliases to aliases can stand for any number of values, and so can merges (`<<`); and the composer
+    calls itself for each level. So the document's size with all aliases written out is counted before it is built.
+    """
+    try:
+        if len(text) > MAX_YAML:
+            raise yaml.YAMLError(f"{len(text)} characters, more than {MAX_YAML}")
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if _values(node, {}) > MAX_VALUES:
+                raise yaml.YAMLError(f"more than {MAX_VALUES} values, all aliases written out")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise UserError(f"{where}: cannot be read as YAML (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        # PyYAML lets what its constructors meet through, such as the 13th month of a date, or `=` where a list is due
+        raise UserError(f"{where}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for; infinite for one that holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is counted
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is one that JSON can say too: no date, no set, no bytes, only words as keys."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def to_dict(recipe: Any) -> dict:
@@ -106,10 +158,7 @@ def merge(under: dict, over: dict) -> dict:
 
 def set_dotted(data: dict, dotted: str, text: str) -> None:
     """`set_dotted(d, "distill.teachers.0.weights", "runs/t")`; the value is read as YAML. Lists take an index."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--{dotted}: {text!r} cannot be read as a YAML value") from None
+    value = read_yaml(text, f"--{dotted}")
     keys = dotted.split(".")
     node: Any = data
     for i, key in enumerate(keys):

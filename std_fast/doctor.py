@@ -214,7 +214,7 @@ def _apex() -> Check:
     }
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Check("apex", False, detail="not installed: only its fused LAMB needs it", mend=mend)
+        return Check("apex", False, detail="not installed: optim.name lamb and apex_adam need it", mend=mend)
     version = _version("apex")
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if not any((place / "optimizers").is_dir() for place in places):

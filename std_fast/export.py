@@ -155,8 +155,8 @@ def trained_student(run: Path, predict: str) -> Trained:
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run}: holds no run with a whole checkpoint; give the folder that `std-fast train` wrote")
-    _, tensors, meta = found
-    recipe, num_classes, names = loads(meta["recipe"]), meta["num_classes"], meta["class_names"]
+    path, tensors, meta = found
+    recipe, num_classes, names = loads(meta["recipe"], str(path)), meta["num_classes"], meta["class_names"]
     bare = replace(
         recipe,
         student=replace(recipe.student, weights="", drop_path=0.0),

@@ -35,6 +35,7 @@ from torch import Tensor
 from pipelines.augment import Augment, Mixed
 from pipelines.batch import Batch, Loader
 from pipelines.errors import UserError
+from pipelines.untrusted import open_regular, read_json
 from std_fast import __version__
 from std_fast.classifiers import read_run, timm_config
 from std_fast.config import to_dict
@@ -110,7 +111,7 @@ def weights_digest(weights: str, name: str) -> str | None:
             h.update(run.state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return h.hexdigest()
     kinds = (".json", ".safetensors", ".bin", ".pth", ".pt")
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in kinds)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in kinds and f.is_file())
     for file in files:
         with open(file, "rb") as stream:
             while chunk := stream.read(1 << 24):
@@ -200,12 +201,12 @@ def read_header(folder: Path) -> Header:
     path = folder / "answers.json"
     mend = "give another folder, or remove it and run `std-fast teach`"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         format_found = data["format"]
         header = Header(data["fingerprint"], data["classes"], data["teachers"], data["top_k"])
         numbers = (header.classes, header.teachers, header.top_k)
         sound = isinstance(header.fingerprint, dict) and all(type(n) is int and 0 <= n <= MOST_CLASSES for n in numbers)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no header of stored answers ({type(error).__name__}); {mend}") from None
     if format_found != FORMAT:
         raise UserError(f"{path}: format {format_found!r}, this version reads {FORMAT}; {mend}")
@@ -284,8 +285,9 @@ class AnswerStore:
         h, path = self.header, self.path(epoch)
         mend = "run `std-fast teach` to make it again"
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            with open_regular(path) as file:
+                data = file.read()
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
         size = len(data) - DIGEST_BYTES
         if size <= 0 or size % h.row_bytes:

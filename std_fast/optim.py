@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from std_fast.optimizers import Muon, build_lamb
+from std_fast.optimizers import Muon, build_apex
 from std_fast.recipe import Recipe
 from std_fast.student import Student
 
@@ -50,16 +50,15 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
 def build_optimizer(student: Student, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's optimizer, with one tensor learning rate a group, so that a schedule never recompiles anything.
 
-    Each reads `found_inf` (a float tensor, 1.0 to change nothing in this step): see step.py. torch's fused AdamW does
-    what apex's FusedAdam does, and takes a tensor learning rate; so apex is used for LAMB alone.
+    Each reads `found_inf` (a float tensor, 1.0 to change nothing in this step): see step.py.
 
     Raises:
-        UserError: LAMB without a GPU or without apex.
+        UserError: one of apex's without a GPU or without apex.
     """
     o = recipe.optim
     groups = parameter_groups(student, o.weight_decay, matrices_apart=o.name == "muon")
-    if o.name == "lamb":
-        return build_lamb(groups, o.betas, o.eps, o.clip)
+    if o.name in ("lamb", "apex_adam"):
+        return build_apex(o.name, groups, o.betas, o.eps, o.clip)
     for group in groups:
         group["lr"] = torch.zeros((), device=device)
         if group["name"] == "matrices":

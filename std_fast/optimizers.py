@@ -1,4 +1,4 @@
-"""Optimizers beside torch's AdamW: Muon for matrices, and apex's LAMB. Neither makes the host wait for the device.
+"""Optimizers beside torch's AdamW: Muon for matrices, and apex's two. None makes the host wait for the device.
 
 Both read `found_inf` as the fused AdamW does: a scalar tensor, 1.0 to change neither weights nor state in this step.
 
@@ -90,26 +90,31 @@ def orthogonal(x_NAB: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(x_NAB.dtype)
 
 
-def build_lamb(groups: list[dict], betas: tuple[float, float], eps: float, clip: float) -> torch.optim.Optimizer:
-    """apex's LAMB (You et al. 2020) with its learning rate and its step on the device.
+def build_apex(
+    name: str, groups: list[dict], betas: tuple[float, float], eps: float, clip: float = 0.0
+) -> torch.optim.Optimizer:
+    """apex's LAMB (You et al. 2020) or AdamW with learning rate and step number on the device.
 
-    That is `FusedMixedPrecisionLamb`: the kernels of FusedLAMB, which alone of the two can skip a step by `found_inf`.
+    `lamb` is `FusedMixedPrecisionLamb`: the kernels of FusedLAMB, which alone of the two can skip a step by
+    `found_inf`. `apex_adam` is `FusedAdam(capturable=True)`.
 
     Args:
-        clip: largest norm of all gradients together, psi's too: LAMB clips by itself, so the step must not; 0: never.
+        clip: of LAMB, largest norm of all gradients together, psi's too: it clips by itself, so the step must not; 0:
+            never.
 
     Raises:
         UserError: no apex, an apex without its kernels, or parameters on a CPU.
     """
     if not groups[0]["params"][0].is_cuda:
-        raise UserError("optim.name: lamb is apex's, which needs a GPU; set it to adamw or muon")
+        raise UserError(f"optim.name: {name} is apex's, which needs a GPU; set it to adamw or muon")
     try:
         import amp_C  # noqa: F401 - its kernels: without them apex imports, and fails in the first step
-        from apex.optimizers import FusedMixedPrecisionLamb
+        from apex.optimizers import FusedAdam, FusedMixedPrecisionLamb
     except ImportError as error:
-        raise UserError(f"optim.name: lamb needs NVIDIA's apex with its kernels ({error}); {APEX}") from None
+        raise UserError(f"optim.name: {name} needs NVIDIA's apex with its kernels ({error}); {APEX}") from None
+    base: Any = FusedMixedPrecisionLamb if name == "lamb" else FusedAdam
 
-    class Lamb(FusedMixedPrecisionLamb):
+    class OnDevice(base):
         """Keeps apex's step count of a group in the state of its parameters, where checkpoints look."""
 
         found_inf: Tensor
@@ -118,12 +123,14 @@ def build_lamb(groups: list[dict], betas: tuple[float, float], eps: float, clip:
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             every: list[dict] = self.param_groups
-            # apex calls its kernel also for a group without gradients (psi where MINE pauses), which is an error
+            # apex calls LAMB's kernel also for a group without gradients (psi where MINE pauses), which is an error,
+            # and counts a step of Adam's that is none
             self.param_groups = [g for g in every if any(p.grad is not None for p in g["params"])]
-            self.param_groups_full_precision: list = []  # apex makes it anew, for these groups
+            self.param_groups_full_precision: list = []  # LAMB makes it anew, for these groups
             for group in self.param_groups:
                 restored = self.state.get(group["params"][0], {}).get("step")
-                group["step"] = group["step"] if restored is None else restored
+                if restored is not None:
+                    group["step"] = restored
             try:
                 return super().step(closure, grad_scaler=self)
             finally:
@@ -133,6 +140,10 @@ def build_lamb(groups: list[dict], betas: tuple[float, float], eps: float, clip:
                             self.state[p]["step"] = group["step"]
                 self.param_groups = every
 
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            """FusedAdam's own takes no argument."""
+            torch.optim.Optimizer.zero_grad(self, set_to_none)
+
         # what apex asks a gradient scaler
         def _check_inf_per_device(self, _: Any) -> dict[torch.device, Tensor]:
             return {self.found_inf.device: self.found_inf}
@@ -140,4 +151,5 @@ def build_lamb(groups: list[dict], betas: tuple[float, float], eps: float, clip:
         def _get_scale_async(self) -> Tensor:
             return torch.ones(1, device=self.found_inf.device)
 
-    return Lamb(groups, betas=betas, eps=eps, max_grad_norm=clip or math.inf)
+    own: dict[str, Any] = {"max_grad_norm": clip or math.inf} if name == "lamb" else {"capturable": True}
+    return OnDevice(groups, betas=betas, eps=eps, **own)

@@ -26,6 +26,7 @@ import torch
 from pipelines.augment import Augment
 from pipelines.batch import Batch, Loader
 from pipelines.errors import UserError
+from pipelines.untrusted import read_json
 from std_fast.budget import CLOSING, learning_seconds
 from std_fast.build import resolved
 from std_fast.config import difference
@@ -46,7 +47,8 @@ VIEWS = 10, 300
 # A measurement of a recipe that differs in these is still one of the same work.
 SAME_WORK = (
     "name", "summary", "data.train", "data.val", "data.threads", "data.ahead", "data.eval_crop", "data.crop",
-    "student.weights", "distill.teachers", "distill.answers", "distill.views", "distill.alpha", "distill.temperature",
+    "student.weights", "student.early_share",
+    "distill.teachers", "distill.answers", "distill.views", "distill.alpha", "distill.temperature",
     "distill.reweight", "distill.predict", "distill.mine.weight", "distill.mine.lr", "optim.lr", "optim.lr_batch",
     "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.eps", "optim.smoothing",
     "run.out", "run.seed", "run.length", "run.timeout", "run.eval_every", "run.save_every", "run.keep_checkpoints",
@@ -194,7 +196,19 @@ def time_evaluation(run: Run, seconds: float) -> float:
 
 
 def time_steps(run: Run, seconds: float) -> dict[str, Any]:
-    """Images per second of the run's loop after it has warmed up, and the memory that it took."""
+    """Images per second of the run's loop after it has warmed up, and the memory that it took; where the student sees
+    smaller images early, also `early_images_per_second`."""
+    if not run.recipe.student.early_size:
+        return time_some(run, seconds)
+    run.early_until = math.inf
+    early = time_some(run, seconds / 2)
+    run.early_until = 0.0
+    whole = time_some(run, seconds / 2)
+    compiling = round(whole["compile_seconds"] + early["compile_seconds"], 3)
+    return whole | {"early_images_per_second": early["images_per_second"], "compile_seconds": compiling}
+
+
+def time_some(run: Run, seconds: float) -> dict[str, Any]:
     device = run.parts.device
     on_gpu = device.type == "cuda"
     # until compiled, and until it is decided whether teachers work beside the student
@@ -237,6 +251,11 @@ def time_steps(run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
+def early(mode: dict[str, Any]) -> float:
+    """Images per second of a mode while the student sees smaller images; as later where it does not."""
+    return mode.get("early_images_per_second", mode["images_per_second"])
+
+
 def read(path: Path, recipe: Recipe) -> dict[str, Any]:
     """A stored measurement of `recipe`'s work.
 
@@ -244,14 +263,17 @@ def read(path: Path, recipe: Recipe) -> dict[str, Any]:
         UserError: the file is none, or was measured with another student, batch, image size, ...
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         stored = loads(data["recipe"])
         numbers = [data["samples"], data["steps_per_epoch"], data["start_seconds"], data["evaluation_seconds"]]
         numbers += [*data["save_seconds"].values()]
-        numbers += [value for mode in data["modes"].values() for value in (mode["images_per_second"], mode["steps"])]
+        for mode in data["modes"].values():
+            numbers += [mode["images_per_second"], mode["steps"], early(mode)]
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
         sound = (
-            sound and data["steps_per_epoch"] > 0 and all(m["images_per_second"] > 0 for m in data["modes"].values())
+            sound
+            and data["steps_per_epoch"] > 0
+            and all(rate > 0 for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode)))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
@@ -326,9 +348,16 @@ def buy(figures: dict[str, Any], recipe: Recipe, now: datetime | None = None) ->
     modes = figures["modes"]
     teachers = len(recipe.distill.teachers)
 
+    def rate(mode: str) -> float:
+        """Images per second, over the whole training: what is early is a share of the hours, or of the steps."""
+        first, later, share = early(modes[mode]), modes[mode]["images_per_second"], recipe.student.early_share
+        if hours is not None:
+            return share * first + (1 - share) * later
+        return 1 / (share / first + (1 - share) / later)
+
     def epoch_seconds(mode: str) -> float:
         """With the share of evaluations that falls on it."""
-        return per_epoch * batch / modes[mode]["images_per_second"] + (evaluation / every if every else 0.0)
+        return per_epoch * batch / rate(mode) + (evaluation / every if every else 0.0)
 
     def fixed(mode: str) -> float:
         rehearsal = evaluation if hours is not None else 0.0
@@ -350,7 +379,7 @@ def buy(figures: dict[str, Any], recipe: Recipe, now: datetime | None = None) ->
         return Row(
             mode=mode,
             label=LABELS[mode].format(views=views),
-            images_per_second=modes[base]["images_per_second"],
+            images_per_second=round(rate(base), 1),
             epochs=round(epochs, 2),
             steps=int(epochs * per_epoch),
             gpu_hours=round(cost, 4),

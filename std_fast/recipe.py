@@ -6,7 +6,6 @@ another one as its `base` (a path beside it, or the name of a built-in recipe) a
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +15,20 @@ import yaml
 from pipelines.augment import AugmentSpec
 from pipelines.crops import CropSpec
 from pipelines.errors import UserError
-from std_fast.config import from_dict, merge, opt, require, set_dotted, to_dict
+from std_fast.config import from_dict, opt, read_yaml, require, to_dict
+from std_fast.recipe_files import OUT, read, read_text
 
-RECIPES = Path(__file__).parent / "recipes"
+LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
+LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
+
+
+def refuse_loaders(options: dict, where: str) -> None:
+    """UserError if a builder's options would have it load something by itself."""
+    for key in LOADERS:
+        require(
+            key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Duration:
             amount = float(words[0])
         except (ValueError, IndexError):
             amount = -1.0
-        if unit not in cls.UNITS or not 0 <= amount < float("inf"):
+        if unit not in cls.UNITS or not 0 <= amount <= LONGEST:
             raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
         return cls(amount, unit)
 
@@ -59,9 +69,12 @@ def parse_seconds(text: str, where: str) -> float:
     words = str(text).split()
     scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
     try:
-        return float(words[0]) * scale  # type: ignore[operator]
+        seconds = float(words[0]) * scale  # type: ignore[operator]
+        if 0 <= seconds <= LONGEST:
+            return seconds
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours") from None
+        pass
+    raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
 
 
 def parse_warmup(text: str) -> Duration | float:
@@ -123,10 +136,26 @@ class StudentSpec:
         "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
     )
     drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    drop_path_mode: Literal["scale", "subset"] = opt(
+        "scale", "`scale` computes what it drops; `subset` skips it, the same number of every 32 images in each step"
+    )
+    early_size: int = opt(
+        0,
+        "side of the smaller images that the student alone sees early, the teachers the whole ones; CycleMLP; 0: never",
+    )
+    early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
+        refuse_loaders(self.options, "student.options")
+        require(
+            self.drop_path_mode == "scale" or self.drop_path > 0,
+            "student.drop_path_mode",
+            "subset has no effect with student.drop_path 0; set that, or leave it out",
+        )
+        require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
+        require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")
 
 
 @dataclass(frozen=True)
@@ -139,12 +168,17 @@ class TeacherSpec:
     )
     options: dict = opt({}, "arguments of the model's builder, as in student.options")
     image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = opt(
+        "auto",
+        "auto: as run.precision; `int8`, `float8`: of its linear layers, by torchao, see `std-fast bench teachers`",
+    )
     mean: tuple[float, float, float] | None = opt(None, "normalisation mean of its training; default: its own config")
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
 
     def __post_init__(self) -> None:
         for key in ("num_classes", "image_size", "drop_path", "name"):
             require(key not in self.options, f"distill.teachers.options.{key}", "has its own place; leave it out here")
+        refuse_loaders(self.options, "distill.teachers.options")
         require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
         object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
 
@@ -159,6 +193,7 @@ class MineSpec:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "distill.mine.weight", "cannot be negative; 0 turns MINE off")
+        require(self.lr >= 0, "distill.mine.lr", "cannot be negative")
         require(0 <= self.ema < 1, "distill.mine.ema", "must be in [0, 1)")
         require(self.width >= 1, "distill.mine.width", "must be 1 or more")
         every = Duration.parse(self.every, "distill.mine.every")
@@ -232,17 +267,18 @@ class Distill:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw", "muon", "lamb"] = opt(
+    name: Literal["adamw", "muon", "lamb", "apex_adam"] = opt(
         "adamw",
-        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`: apex's, on GPUs",
+        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`, `apex_adam`: apex's "
+        "FusedLAMB and FusedAdam, on GPUs",
     )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
     min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
     warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
     weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of AdamW and LAMB")
-    eps: float = opt(1e-8, "of AdamW and LAMB")
+    betas: tuple[float, float] = opt((0.9, 0.999), "of Adam and LAMB")
+    eps: float = opt(1e-8, "of Adam and LAMB")
     momentum: float = opt(0.95, "of Muon")
     clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
     ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
@@ -251,6 +287,9 @@ class Optim:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", "must be positive")
+        require(self.min_lr >= 0 and self.lr_batch >= 0, "optim.min_lr", "min_lr and lr_batch cannot be negative")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", f"{self.betas} must be in [0, 1)")
+        require(self.eps > 0 and self.ema_batch >= 1, "optim.eps", "eps and ema_batch must be positive")
         require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
         require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
         require(0 <= self.momentum < 1, "optim.momentum", "must be in [0, 1)")
@@ -261,7 +300,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    out: str = opt("runs/{name}", "folder of the run; `{name}` and `{seed}` are filled in")
+    out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
     seed: int = opt(0, "of everything random")
     batch: int = opt(1024, "images per step over all GPUs")
     length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
@@ -328,53 +367,30 @@ class Recipe:
     name: str = opt("", "filled in from the file's name")
 
 
-def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
-    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    base_path = find(str(base), path.parent).resolve()
-    if base_path in seen:
-        raise UserError(f"{path}: base {base!r} leads back to itself")
-    return merge(_read(base_path, (*seen, path.resolve())), data)
-
-
 def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     """A recipe by path or built-in name, with `(dotted key, text)` overrides, resolved and validated.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
     """
-    path = find(name)
-    data = _read(path)
-    for dotted, text in overrides:
-        if dotted == "budget.gpu_hours":  # how one says it
-            dotted, text = "run.length", f"{text} gpu-hours"
-        set_dotted(data, dotted, text)
-    data.setdefault("name", path.stem)
-    return from_dict(Recipe, data)
+    return from_dict(Recipe, read(name, overrides))
 
 
-def loads(text: str) -> Recipe:
-    """A resolved recipe as it was saved with a run."""
-    return from_dict(Recipe, yaml.safe_load(text))
+def loads(text: str, where: str = "recipe") -> Recipe:
+    """A resolved recipe as it was saved with a run. UserError, which names `where` it was, for anything else."""
+    data = read_yaml(text, where)
+    try:
+        return from_dict(Recipe, data)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_saved(folder: Path) -> Recipe:
+    """The resolved recipe in a run's folder. UserError when there is none, or none that can be read."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+    return loads(read_text(path), str(path))
 
 
 def dump(recipe: Recipe) -> str:

@@ -22,11 +22,12 @@ import torch
 
 from pipelines.augment import Augment
 from pipelines.errors import UserError
+from pipelines.untrusted import read_json
 from std_fast.budget import PARTS
 from std_fast.build import build_student, open_val_loader, pick_device, precision_of
 from std_fast.config import difference, to_dict
 from std_fast.metrics import read_jsonl
-from std_fast.recipe import Recipe, loads
+from std_fast.recipe import Recipe, read_saved
 from std_fast.student import predict
 from std_fast.teachers import autocast, load_weights, read_run
 
@@ -78,11 +79,9 @@ def read_told(folders: Sequence[Path]) -> list[Told]:
     told: list[Told] = []
     for i, folder in enumerate(folders):
         try:
-            recipe = loads((folder / "recipe.yaml").read_text(encoding="utf-8"))
+            recipe = read_saved(folder)
             found = folder / "summary.json"
-            summary = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
-        except FileNotFoundError:
-            raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder of a `std-fast train`") from None
+            summary = read_json(found) if found.is_file() else {}
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: cannot be read ({error})") from None
         records = [r for r in read_jsonl(folder / "metrics.jsonl") if isinstance(r, dict) and number(r.get("step"))]

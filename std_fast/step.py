@@ -19,6 +19,7 @@ from std_fast import checkpoint
 from std_fast.distributed import ALONE, World
 from std_fast.losses import TeacherAnswers, class_loss, confidence_weights, distillation_loss
 from std_fast.metrics import Meters
+from std_fast.models.common import Keep
 from std_fast.optim import MovingAverage, set_learning_rates
 from std_fast.recipe import Distill
 from std_fast.speed import Stopwatch
@@ -131,11 +132,39 @@ class Buffers:
 
 def residual_scales(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
     """Stochastic depth: 0 with probability `rate`, else 1 / (1 - rate), per residual branch and sample: `[2 L, B]`."""
-    draws = range((len(rates_L1) + 3) // 4)
-    draws_BU = [rng.uniform(seed, epoch, positions, int(rng.Purpose.DROP_PATH), draw) for draw in draws]
-    u_LB = torch.cat(draws_BU, dim=1).T[: len(rates_L1)]
     keep_L1 = 1 - rates_L1
-    return (u_LB < keep_L1) / keep_L1
+    return (branch_draws(len(rates_L1), seed, epoch, positions) < keep_L1) / keep_L1
+
+
+def branch_draws(branches: int, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
+    """A uniform number in [0, 1) for each residual branch and sample: `[2 L, B]`."""
+    draws = range((branches + 3) // 4)
+    draws_BU = [rng.uniform(seed, epoch, positions, int(rng.Purpose.DROP_PATH), draw) for draw in draws]
+    return torch.cat(draws_BU, dim=1).T[:branches]
+
+
+GROUP = 32  # images among which `kept_rows` draws
+
+
+def kept_rows(drop_rates: Sequence[float]) -> Callable[..., list[Tensor | None]]:
+    """Stochastic depth that skips work, to stand where `residual_scales` does: for each residual branch the rows of the
+    batch that it is computed for, ascending, and None where that is all.
+
+    Of each GROUP consecutive images the same number is left out, the rate to the nearest of 1 / GROUP: every step has
+    the same shapes, and any number of processes whose shares are whole groups draws alike.
+    """
+    left_out = [min(GROUP - 1, round(GROUP * rate)) for rate in drop_rates]
+
+    def rows(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tensor) -> list[Tensor | None]:
+        u_LB = branch_draws(len(rates_L1), seed, epoch, positions)
+        order_LNG = u_LB.unflatten(1, (-1, GROUP)).argsort(dim=-1, stable=True)
+        first_N1 = torch.arange(0, len(positions), GROUP, device=positions.device)[:, None]
+        kept = [
+            order_NG[:, out:].sort(dim=-1).values + first_N1 for order_NG, out in zip(order_LNG, left_out, strict=True)
+        ]
+        return [rows_NR.flatten() if out else None for rows_NR, out in zip(kept, left_out, strict=True)]
+
+    return rows
 
 
 @dataclass
@@ -153,7 +182,7 @@ class Trainer:
     clip: float
     seed: int
     world: World = ALONE
-    scales: Callable[..., Tensor] = residual_scales
+    depth: Callable[..., Keep] = residual_scales  # or what `kept_rows` gives
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
 
     aside: dict[str, Tensor] = field(default_factory=dict)
@@ -223,17 +252,17 @@ class Trainer:
         if self.average is not None:
             self.average.load(average)
 
-    def stochastic_depth(self, mixed: Mixed, step: int) -> Tensor | None:
-        """Residual scales [2 L, B], 0 or 1 / (1 - rate): a pure function of seed, epoch and position.
+    def stochastic_depth(self, mixed: Mixed, step: int) -> Keep:
+        """Residual scales [2 L, B], 0 or 1 / (1 - rate), or kept rows: a pure function of seed, epoch and position.
 
         A timm model draws from torch's generator instead, which is seeded by the step.
         """
         torch.manual_seed((self.seed * 1_000_003 + step + (self.world.rank << 40)) % 2**63)
         if not any(getattr(self.student.backbone, "drop_rates", ())):
             return None
-        # a fill kernel, not a copy from the host: nothing waits, and a compiled `scales` sees no new constant
+        # a fill kernel, not a copy from the host: nothing waits, and a compiled `depth` sees no new constant
         epoch = torch.full((), mixed.epoch, dtype=torch.int64, device=mixed.positions.device)
-        return self.scales(self.student.backbone._drop_rates, self.seed, epoch, mixed.positions)
+        return self.depth(self.student.backbone._drop_rates, self.seed, epoch, mixed.positions)
 
 
 def no_gradient(parameters: list[nn.Parameter]) -> Tensor | float:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from std_fast.mine import MutualInformation
+from std_fast.models.common import Keep
 from std_fast.tokens import STDModule, TokenKind
 
 Prediction = Literal["mean", "class", "distill"]
@@ -88,8 +90,8 @@ class Student(nn.Module):
                         MutualInformation(backbone.dim, backbone.patches, mine_width, mine_weight, mine_ema)
                     )
 
-    def outputs(self, images: Tensor, keep: Tensor | None = None, with_mine: bool = False) -> StudentOutput:
-        """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` are the backbone's stochastic depth scales."""
+    def outputs(self, images: Tensor, keep: Keep = None, with_mine: bool = False) -> StudentOutput:
+        """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` is the backbone's stochastic depth."""
         if not hasattr(self.backbone, "forward_taps"):  # a plain classifier from timm
             return StudentOutput(self.backbone(images), None, [])
         taps = self.backbone.forward_taps(images, self.taps, keep)
@@ -103,7 +105,7 @@ class Student(nn.Module):
             information = [mine(a.spatial, a.channel) for mine, a in zip(self.mine, answers, strict=True)]
         return StudentOutput(taps.logits, torch.cat([a.logits for a in answers], 1), information)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None, with_mine: bool = True) -> StudentOutput | Tensor:
+    def forward(self, images: Tensor, keep: Keep = None, with_mine: bool = True) -> StudentOutput | Tensor:
         if self.training:
             return self.outputs(images, keep, with_mine)
         return predict(self.outputs(images), self.predict)
@@ -140,6 +142,12 @@ class Student(nn.Module):
         if hasattr(self.backbone, "no_weight_decay"):
             names |= {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
         return names
+
+
+def smaller(images: Tensor, size: int) -> Tensor:
+    """Images `[B, 3, H, W]` reduced to `[B, 3, size, size]`, antialiased, in their memory format."""
+    reduced = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return reduced.contiguous(memory_format=torch.channels_last)
 
 
 def predict(output: StudentOutput, how: Prediction = "mean") -> Tensor:

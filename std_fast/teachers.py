@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.untrusted import read_json
 from std_fast.classifiers import (
     build_classifier,
     create_timm,
@@ -32,6 +33,7 @@ from std_fast.losses import TeacherAnswers, answers_from_logits
 from std_fast.models import BACKBONES
 from std_fast.recipe import TeacherSpec
 
+LARGEST_INPUT = 4096  # pixels of a side, as a folder may ask for it
 log = logging.getLogger("std_fast")
 Triple = tuple[float, ...]  # a number for each of the three colours
 
@@ -249,13 +251,18 @@ def from_file(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, 
 def from_folder(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
     """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
         name, options = str(config["architecture"]), dict(config.get("model_args") or {})
         own = dict(config.get("pretrained_cfg") or config)
         classes = int(config.get("num_classes", own.get("num_classes")))
         options.pop("num_classes", None)
         fixed = int(own["input_size"][-1]) if own.get("fixed_input_size") else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if fixed is not None and not 1 <= fixed <= LARGEST_INPUT:
+            raise ValueError(f"input_size {fixed}")
+        own_mean, own_std = (_triple(own.get(key)) for key in ("mean", "std"))
+        if own_std is not None and min(own_std) <= 0:
+            raise ValueError(f"std {own_std}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}/config.json: describes no timm model ({error!r}); export the teacher again") from None
     if classes != num_classes:
         raise UserError(wrong_classes(f"{where} ({path})", classes, num_classes))
@@ -263,7 +270,17 @@ def from_folder(path: Path, spec: TeacherSpec, num_classes: int, image_size: int
     file = next((path / n for n in names if (path / n).is_file()), path / names[0])
     full = replace(spec, name=name, options=options, image_size=spec.image_size or fixed)
     found = load_timm(file, read_weights(file), full, num_classes, image_size, where)
-    return found._replace(mean=own.get("mean") or found.mean, std=own.get("std") or found.std)
+    return found._replace(mean=own_mean or found.mean, std=own_std or found.std)
+
+
+def _triple(value: Any) -> Triple | None:
+    """Three finite numbers, or None where there is nothing. Raises ValueError or TypeError for anything else."""
+    if value is None:
+        return None
+    numbers = tuple(float(number) for number in value)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{value} where three numbers are due")
+    return numbers
 
 
 def from_run(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:

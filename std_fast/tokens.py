@@ -44,6 +44,18 @@ def add_outer(hidden_BPH: Tensor, t_BPM: Tensor, w_HM: Tensor) -> Tensor:
     return torch.addmm(hidden_BPH.flatten(0, 1), t_BPM.flatten(0, 1), w_HM.T).view_as(hidden_BPH)
 
 
+def few_outputs(hidden: Tensor, w_MH: Tensor, dim: int) -> Tensor:
+    """`hidden`, multiplied along its dimension `dim` (H) by `w`, as M sums: `[B, M, ...]`, the other dimension last.
+
+    For compiled code alone, where the sums fuse with the activation before them: neither it nor, on the way back, its
+    gradient is written. M stands before the long dimension, also for the gradients of what is added to the sums:
+    inductor of torch 2.11 writes past the end of such a sum in the other order (C++, tail of a vector).
+    """
+    shape = [1] * hidden.dim()
+    shape[dim] = -1
+    return torch.stack([(hidden * w_H.view(shape)).sum(dim) for w_H in w_MH.unbind()], 1)
+
+
 class STDModule(nn.Module):
     """Reads features `[B, P, C]` and answers distillation logits `[B, M, K]`; it never writes to the backbone.
 
@@ -127,8 +139,10 @@ class STDModule(nn.Module):
         w_SP, w_SM = self.fc1_s.weight[:, :P], self.fc1_s.weight[:, P:]
         bias_SC = w_SM @ self.norm_s(self.token_s) + self.fc1_s.bias[:, None]
         hidden_BSC = mix_tokens(w_SP, self.norm_s(z_BPC))
-        hidden_BSC = F.gelu(hidden_BSC + bias_SC.to(hidden_BSC.dtype))
-        token_BMC = mix_tokens(self.fc2_s.weight, hidden_BSC)
+        if torch.compiler.is_compiling():
+            token_BMC = few_outputs(F.gelu(hidden_BSC + bias_SC), self.fc2_s.weight, 1)
+        else:
+            token_BMC = mix_tokens(self.fc2_s.weight, F.gelu(hidden_BSC + bias_SC.to(hidden_BSC.dtype)))
         return token_BMC + (self.fc2_s.bias[:, None] + self.token_s)
 
     def channel_token(self, z_BPC: Tensor) -> Tensor:
@@ -145,8 +159,11 @@ class STDModule(nn.Module):
         bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
         hidden_BPH = F.linear(z_BPC * scale_BP1, w_HD[:, :C], bias_H)
         hidden_BPH = add_outer(hidden_BPH, t_BPM * scale_BP1, w_HD[:, C:])
-        token_BPM = F.linear(F.gelu(hidden_BPH), self.fc2_c.weight, self.fc2_c.bias) + self.token_c
-        return token_BPM.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            token_BMP = few_outputs(F.gelu(hidden_BPH), self.fc2_c.weight, 2)
+        else:
+            token_BMP = F.linear(F.gelu(hidden_BPH), self.fc2_c.weight).transpose(1, 2)
+        return token_BMP + (self.fc2_c.bias[:, None] + self.token_c.T)
 
     def forward(self, z_BPC: Tensor) -> TokenOutput:
         """Features `[B, P, C]` -> `TokenOutput`."""

@@ -18,11 +18,12 @@ import torch
 from pipelines.augment import Mixed
 from pipelines.errors import UserError
 from std_fast import memory
-from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds, process_seconds
+from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
 from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
+from std_fast.held import process_seconds
 from std_fast.losses import TeacherAnswers
 from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
@@ -30,6 +31,7 @@ from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, parse_seconds
 from std_fast.run_folder import RunFolder, locked, versions, write_whole
 from std_fast.speed import peak_memory
+from std_fast.student import smaller
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
@@ -65,6 +67,7 @@ class Run:
         self._batches: Generator[tuple[Mixed, TeacherAnswers | None], None, None]
         self.bad_steps: list[int] = []  # whose loss or gradient was not finite, as far as the host knows
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
+        self.early_until = recipe.student.early_share if recipe.student.early_size else 0.0  # share of the training
         self.folder = RunFolder(recipe, world, self.ledger, resume)
         self._closing = ExitStack()
         self._closing.callback(lambda: self.folder.close(self.step))
@@ -330,6 +333,8 @@ class Run:
             mixed, answers = next(self._batches)
             self.step += 1
             progress = self.clock.progress(self.step, share)
+            if progress < self.early_until:
+                mixed = replace(mixed, images=smaller(mixed.images, r.student.early_size))
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
             psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
             with_mine = r.distill.uses_mine and self.step % self._mine_every == 0

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 
+Keep = Tensor | list[Tensor | None] | None
+"""Stochastic depth of a pass: scales of all residual branches, or the kept images of each; see `add_branch`"""
+
 
 class Taps(NamedTuple):
     """What `forward_taps` gives: all that a distillation module or a head can want from one pass."""
@@ -49,11 +52,18 @@ def mix_tokens(weight_TS: Tensor, x_BSC: Tensor) -> Tensor:
     return torch.bmm(weight_TS.expand(x_BSC.shape[0], -1, -1), x_BSC)
 
 
-def add_branch(x: Tensor, branch: Tensor, keep_B: Tensor | None) -> Tensor:
-    """x + keep * branch in x's dtype; keep [B] holds 0 or 1 / (1 - rate), None adds the branch as it is."""
-    if keep_B is None:
-        return (x + branch).to(x.dtype)
-    return torch.addcmul(x, branch, keep_B.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)
+def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | None) -> Tensor:
+    """x + branch(x) in x's dtype, with stochastic depth.
+
+    Args:
+        keep: None adds the branch as it is; [B] with 0 or 1 / (1 - rate) scales it, image by image; integers [R] are
+            the images for which it is computed at all, without repeats, and there it is scaled by B / R.
+    """
+    if keep is None:
+        return (x + branch(x)).to(x.dtype)
+    if keep.is_floating_point():
+        return torch.addcmul(x, branch(x), keep.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)
+    return x.index_add(0, keep, branch(x.index_select(0, keep)).to(x.dtype), alpha=x.shape[0] / keep.shape[0])
 
 
 def check_drop_path(rate: float) -> float:
@@ -69,6 +79,7 @@ class Backbone(nn.Module):
     """
 
     num_extra_tokens = 0  # learned tokens after the patches
+    any_size = False  # whether images smaller than `image_size` can be seen too, their features brought to P patches
     norm: nn.Module
     head: nn.Module
     _drop_rates: Tensor
@@ -101,14 +112,19 @@ class Backbone(nn.Module):
         """Names of parameters that must not decay, besides biases and everything one-dimensional."""
         return set()
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
         """Images -> tokens after the last block, before the norm [B, S, C]; features [B, P, C] of the taps."""
         raise NotImplementedError
 
-    def _keep(self, keep: Tensor | None, batch: int) -> Tensor | None:
-        """Residual scales [branches, B] of this pass: the caller's, or torch's own draw when training."""
+    def _keep(self, keep: Keep, batch: int) -> Keep:
+        """Stochastic depth of this pass: the caller's, or scales of torch's own draw when training."""
         if keep is not None:
-            if keep.shape != (len(self.drop_rates), batch):
+            if isinstance(keep, list):
+                if len(keep) != len(self.drop_rates):
+                    raise ValueError(
+                        f"keep holds {len(keep)} entries, not one for each of {len(self.drop_rates)} branches"
+                    )
+            elif keep.shape != (len(self.drop_rates), batch):
                 wanted = (len(self.drop_rates), batch)
                 raise ValueError(f"keep is {tuple(keep.shape)}, not [residual branches, B] = {wanted}")
             return keep
@@ -123,14 +139,15 @@ class Backbone(nn.Module):
             if not 1 <= tap <= self.depth:
                 raise UserError(f"taps: there is no block {tap}; choose from 1 to {self.depth}")
 
-    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: Tensor | None = None) -> Taps:
+    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: Keep = None) -> Taps:
         """One pass that also hands out the features of some blocks.
 
         Args:
             x: images [B, 3, image_size, image_size], normalised.
             taps: block numbers from 1, in any order, repeats allowed.
-            keep: stochastic depth, [residual branches, B] with 0 or 1 / (1 - rate); None draws from torch's generator
-                when training and keeps every branch when evaluating.
+            keep: stochastic depth, [residual branches, B] with 0 or 1 / (1 - rate), or for each branch the images that
+                it is computed for (see `add_branch`); None draws from torch's generator when training and keeps every
+                branch when evaluating.
         Raises:
             UserError: a tap that does not exist. ValueError: keep of another shape.
         """
@@ -283,7 +300,7 @@ class Isotropic(Backbone):
     def no_weight_decay(self) -> set[str]:
         return {"distill_token"} if self.num_extra_tokens else set()
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
         x = self.stem(x)
         if self.num_extra_tokens:
             x = torch.cat([x, self.distill_token.expand(x.shape[0], -1, -1).to(x.dtype)], 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
-from std_fast.models.common import Backbone, Mlp, add_branch, check_drop_path, make_head
+from std_fast.models.common import Backbone, Keep, Mlp, add_branch, check_drop_path, make_head
 
 
 def cycle_shift(x_BHWC: Tensor, dim: int) -> Tensor:
@@ -82,9 +82,9 @@ class CycleBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x_BHWC: Tensor, keep_space_B: Tensor | None, keep_channels_B: Tensor | None) -> Tensor:
-        x_BHWC = add_branch(x_BHWC, self.attn(self.norm1(x_BHWC)), keep_space_B)
-        return add_branch(x_BHWC, self.mlp(self.norm2(x_BHWC)), keep_channels_B)
+    def forward(self, x_BHWC: Tensor, keep_space: Tensor | None, keep_channels: Tensor | None) -> Tensor:
+        x_BHWC = add_branch(x_BHWC, lambda x_BHWC: self.attn(self.norm1(x_BHWC)), keep_space)
+        return add_branch(x_BHWC, lambda x_BHWC: self.mlp(self.norm2(x_BHWC)), keep_channels)
 
 
 class ConvEmbed(nn.Module):
@@ -102,6 +102,8 @@ class ConvEmbed(nn.Module):
 class CycleMlp(Backbone):
     """CycleMLP of any size, for images of any size; taps count the blocks of the last stage.
 
+    From images of another size than `image_size` the tapped features are brought to the same P patches, bilinearly.
+
     Args:
         num_classes: classes K.
         image_size: side in pixels of the images whose features are tapped; it fixes `patches`, not the weights.
@@ -111,6 +113,8 @@ class CycleMlp(Backbone):
     Raises:
         UserError: stages that do not fit together, an image too small for them.
     """
+
+    any_size = True
 
     def __init__(
         self,
@@ -139,6 +143,7 @@ class CycleMlp(Backbone):
         last = check_drop_path(drop_path)
         drop_rates = [last * i / max(blocks - 1, 1) for i in range(blocks) for _ in range(2)]
         super().__init__(num_classes, image_size, embed_dims[-1], side * side, layers[-1], drop_rates)
+        self.side = side  # of the last stage's map
 
         self.patch_embed = ConvEmbed(3, embed_dims[0], 7, stem_stride)
         self.network = nn.ModuleList()
@@ -156,7 +161,7 @@ class CycleMlp(Backbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _stages(self, x: Tensor, taps: Sequence[int], keep: Tensor | None) -> tuple[list[Tensor], dict[int, Tensor]]:
+    def _stages(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Images -> the output of each stage [B, H, W, C], and of the tapped blocks of the last stage."""
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous())
         outputs: list[Tensor] = []
@@ -174,9 +179,16 @@ class CycleMlp(Backbone):
             outputs.append(x)
         return outputs, tapped
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
         outputs, tapped = self._stages(x, taps, keep)
-        return outputs[-1].flatten(1, 2), [tapped[tap].flatten(1, 2) for tap in taps]
+        return outputs[-1].flatten(1, 2), [self._fitted(tapped[tap]).flatten(1, 2) for tap in taps]
+
+    def _fitted(self, z_BHWC: Tensor) -> Tensor:
+        """A map of the last stage with the sides that the STD modules are made for."""
+        if z_BHWC.shape[1:3] == (self.side, self.side):
+            return z_BHWC
+        z_BCHW = F.interpolate(z_BHWC.permute(0, 3, 1, 2), (self.side, self.side), mode="bilinear")
+        return z_BCHW.permute(0, 2, 3, 1)
 
     def _maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         outputs, _ = self._stages(x, (), self._keep(None, x.shape[0]))

@@ -30,9 +30,9 @@ class MixerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp_channels = Mlp(dim, channel_dim)
 
-    def forward(self, x_BSC: Tensor, keep_tokens_B: Tensor | None, keep_channels_B: Tensor | None) -> Tensor:
-        x_BSC = add_branch(x_BSC, self.mlp_tokens(self.norm1(x_BSC)), keep_tokens_B)
-        return add_branch(x_BSC, self.mlp_channels(self.norm2(x_BSC)), keep_channels_B)
+    def forward(self, x_BSC: Tensor, keep_tokens: Tensor | None, keep_channels: Tensor | None) -> Tensor:
+        x_BSC = add_branch(x_BSC, lambda x_BSC: self.mlp_tokens(self.norm1(x_BSC)), keep_tokens)
+        return add_branch(x_BSC, lambda x_BSC: self.mlp_channels(self.norm2(x_BSC)), keep_channels)
 
 
 class Mixer(Isotropic):

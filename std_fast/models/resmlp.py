@@ -41,19 +41,24 @@ class ResMlpBlock(nn.Module):
         self.norm2 = Affine(dim)
         self.mlp_channels = Mlp(dim, channel_dim)
 
-    def forward(self, x_BSC: Tensor, keep_tokens_B: Tensor | None, keep_channels_B: Tensor | None) -> Tensor:
+    def forward(self, x_BSC: Tensor, keep_tokens: Tensor | None, keep_channels: Tensor | None) -> Tensor:
         # W (alpha x + beta) + b = alpha (W x) + (row sums of W) beta + b, as alpha and beta act along C and W along S
         weight_SS = self.linear_tokens.weight
         shift_SC = torch.outer(weight_SS.sum(1), self.ls1 * self.norm1.beta.flatten())
         shift_SC = shift_SC + torch.outer(self.linear_tokens.bias, self.ls1)
-        branch = torch.addcmul(shift_SC, self.ls1 * self.norm1.alpha, mix_tokens(weight_SS, x_BSC))
-        x_BSC = add_branch(x_BSC, branch, keep_tokens_B)
+        scale_C = self.ls1 * self.norm1.alpha
+        x_BSC = add_branch(
+            x_BSC, lambda x_BSC: torch.addcmul(shift_SC, scale_C, mix_tokens(weight_SS, x_BSC)), keep_tokens
+        )
 
         fc1, fc2 = self.mlp_channels.fc1, self.mlp_channels.fc2
         bias1 = fc1.bias + torch.mv(fc1.weight, self.norm2.beta.flatten())
-        hidden = F.gelu(F.linear(x_BSC, fc1.weight * self.norm2.alpha[0], bias1))
-        branch = F.linear(hidden, self.ls2[:, None] * fc2.weight, self.ls2 * fc2.bias)
-        return add_branch(x_BSC, branch, keep_channels_B)
+
+        def channels(x_BSC: Tensor) -> Tensor:
+            hidden = F.gelu(F.linear(x_BSC, fc1.weight * self.norm2.alpha[0], bias1))
+            return F.linear(hidden, self.ls2[:, None] * fc2.weight, self.ls2 * fc2.bias)
+
+        return add_branch(x_BSC, channels, keep_channels)
 
 
 class ResMlp(Isotropic):

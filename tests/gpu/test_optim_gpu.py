@@ -1,4 +1,4 @@
-"""Optimizers on a GPU: Muon against itself on a CPU, apex's LAMB against its formula, and bad steps of both."""
+"""Optimizers on a GPU: Muon against itself on a CPU, apex's against formula and torch's AdamW, bad steps of all."""
 
 import importlib.util
 import math
@@ -10,13 +10,14 @@ from torch import nn
 from std_fast import checkpoint
 from std_fast.build import build_student
 from std_fast.optim import build_optimizer, set_learning_rates
-from std_fast.optimizers import build_lamb
+from std_fast.optimizers import build_apex
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
 needs_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="apex is not installed")
-NAMES = ["adamw", "muon", pytest.param("lamb", marks=needs_apex)]
+NAMES_OF_ADAM = ("adamw", "apex_adam")
+NAMES = ["adamw", "muon", *(pytest.param(name, marks=needs_apex) for name in ("lamb", "apex_adam"))]
 
 
 def with_gradients(module, seed):
@@ -91,7 +92,7 @@ def test_lamb_is_its_formula():
         {"name": "no_decay", "params": [bias], "weight_decay": 0.0},
         {"name": "psi", "params": [psi], "weight_decay": 0.0},
     ]
-    optimizer = build_lamb(groups, (0.9, 0.99), 1e-6, clip=1.0)
+    optimizer = build_apex("lamb", groups, (0.9, 0.99), 1e-6, clip=1.0)
     optimizer.found_inf = torch.zeros((), device=CUDA)
     set_learning_rates(optimizer, 0.02, 0.0)
     plain = {"w": weight.detach().double(), "b": bias.detach().double()}
@@ -115,3 +116,21 @@ def test_lamb_is_its_formula():
     torch.testing.assert_close(weight.detach().double(), plain["w"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bias.detach().double(), plain["b"], rtol=1e-4, atol=1e-5)
     assert torch.equal(psi, kept)
+
+
+@needs_apex
+def test_apex_adam_is_torchs(at):
+    """Over five steps with a changing rate; psi has no gradient in two of them."""
+    students = [build_student(at(), 3).to(CUDA) for _ in range(2)]
+    optimizers = [build_optimizer(s, at(optim={"name": n}), CUDA) for s, n in zip(students, NAMES_OF_ADAM, strict=True)]
+    for step in range(5):
+        for student, optimizer in zip(students, optimizers, strict=True):
+            set_learning_rates(optimizer, 0.01 / (1 + step), 0.02)
+            optimizer.found_inf = torch.zeros((), device=CUDA)
+            with_gradients(student, step)
+            if step in (0, 2):
+                student.mine.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for one, two in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from std_fast.train import Run, train
 
 pytestmark = pytest.mark.gpu
 
-OPTIMIZERS = ["adamw", "muon"] + (["lamb"] if importlib.util.find_spec("apex") else [])
+OPTIMIZERS = ["adamw", "muon"] + (["lamb", "apex_adam"] if importlib.util.find_spec("apex") else [])
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from std_fast import cli
+from std_fast import cli, recipe_files
 from std_fast import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_info_and_recipes(capsys):
     assert code == 0 and json.loads(out)["taps"] == [2]
     code, out, _ = run(capsys, "recipes", "--json")
     listed = json.loads(out)
-    assert code == 0 and listed.keys() == {p.stem for p in recipes.RECIPES.glob("*.yaml")} and all(listed.values())
+    assert code == 0 and listed.keys() == {p.stem for p in recipe_files.RECIPES.glob("*.yaml")} and all(listed.values())
 
 
 @pytest.mark.parametrize(

@@ -239,5 +239,16 @@ def test_a_part_that_hangs_or_fails_takes_nothing_with_it(tmp_path):
 def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
     names = [part.name for part in gpu_suite.PARTS]
     assert len(names) == len(set(names))
-    wanted = {"roofline", "kernels", "step", "peers", "overlap", "end_to_end", "compile", "mine_gaussians"}
+    wanted = {
+        "roofline",
+        "kernels",
+        "step",
+        "peers",
+        "overlap",
+        "teachers",
+        "end_to_end",
+        "options",
+        "compile",
+        "mine_gaussians",
+    }
     assert {part.question for part in gpu_suite.PARTS if part.question} == wanted

@@ -18,7 +18,6 @@ from std_fast.budget import (
     earlier,
     in_words,
     learning_seconds,
-    process_seconds,
 )
 from std_fast.config import from_dict
 from std_fast.optim import schedule
@@ -105,13 +104,6 @@ def test_a_teacher_on_the_cpu_is_a_part(clock_time):
     assert timed(1) == 2
     timed.settle()
     assert ledger.read()["teacher"] == 3 and ledger.read()["train"] == 0
-
-
-def test_a_process_knows_how_long_it_was_held():
-    first = process_seconds()
-    began = time.perf_counter()
-    assert 0 < first < 24 * 3600
-    assert process_seconds() - first == pytest.approx(time.perf_counter() - began, abs=0.5)
 
 
 def test_in_words():

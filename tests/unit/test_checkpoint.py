@@ -13,13 +13,14 @@ TENSORS = {
     "model.a": torch.randn(3, 4),
     "model.b": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
     "optim.a:step": torch.tensor(3.0),
-    "n": torch.arange(5),
-    "h": torch.randn(3).bfloat16(),
+    "ema.n": torch.arange(5),
+    "ema.h": torch.randn(3).bfloat16(),
 }
+META = {"step": 7, "recipe": "", "num_classes": 3}
 
 
 def write(path):
-    checkpoint.save(path, TENSORS, {"step": 7})
+    checkpoint.save(path, TENSORS, META)
     return path
 
 
@@ -71,12 +72,12 @@ def test_newest_passes_over_a_damaged_one_and_says_so(tmp_path, caplog):
 def test_writer_keeps_the_newest_and_passes_errors_on(tmp_path):
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
     for step in (1, 2, 3):
-        writer.save(step, TENSORS, {})
+        writer.save(step, TENSORS, META)
     writer.wait()
     assert [p.stem for p in checkpoint.listed(tmp_path / "c")] == ["step-00000002", "step-00000003"]
     (tmp_path / "file").write_text("")
     broken = checkpoint.Writer(tmp_path / "file", keep=2)  # a file where the folder should be
-    broken.save(1, TENSORS, {})
+    broken.save(1, TENSORS, META)
     with pytest.raises(UserError, match="was not saved"):
         broken.wait()
 
@@ -84,7 +85,7 @@ def test_writer_keeps_the_newest_and_passes_errors_on(tmp_path):
 def test_the_copy_is_taken_at_the_call(tmp_path):
     live = torch.zeros(1000)
     writer = checkpoint.Writer(tmp_path, keep=1)
-    writer.save(1, {"model.a": live}, {})
+    writer.save(1, {"model.a": live}, META)
     live.fill_(1)
     writer.wait()
     assert checkpoint.newest(tmp_path)[1]["model.a"].sum() == 0

@@ -156,10 +156,22 @@ def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_lamb_says_what_it_needs():
-    r = recipe(name="lamb")
-    with pytest.raises(UserError, match=r"optim.name: lamb .*needs a GPU; set it to adamw or muon"):
+@pytest.mark.parametrize("name", ["lamb", "apex_adam"])
+def test_apex_says_what_it_needs(name):
+    r = recipe(name=name)
+    with pytest.raises(UserError, match=rf"optim.name: {name} .*needs a GPU; set it to adamw or muon"):
         build_optimizer(build_student(r, 3), r, CPU)
+
+
+def test_adamw_is_torchs_fused_one_with_its_learning_rate_in_a_tensor():
+    """So that a schedule neither waits nor recompiles; the average and the clipping are one call for all tensors."""
+    optimizer = build_optimizer(build_student(recipe(), 3), recipe(), CPU)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rates(optimizer, 0.01, 0.02)
+    assert [g["lr"] for g in optimizer.param_groups] == rates and len({id(lr) for lr in rates}) == len(rates) == 3
+    values = {g["name"]: g["lr"].item() for g in optimizer.param_groups}
+    assert values == pytest.approx({"decay": 0.01, "no_decay": 0.01, "psi": 0.02})
 
 
 def test_momentum_is_muons_alone():

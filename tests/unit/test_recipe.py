@@ -4,11 +4,12 @@ import pytest
 
 from pipelines.errors import UserError
 from std_fast import recipe as recipes
+from std_fast import recipe_files
 from std_fast.config import describe, difference, from_dict, merge, to_dict
 from std_fast.recipe import Duration, Recipe, parse_seconds, parse_warmup
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in recipes.RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))
 def test_built_in_recipes_load_and_survive_being_saved(name):
     recipe = recipes.load(name)
     assert recipe.summary
@@ -88,7 +89,7 @@ def test_overrides_into_the_wrong_place():
     for key, text, complaint in [
         ("optim.lr.x", "1", "single value"),
         ("distill.teachers.7.name", "a", "no place in a list"),
-        ("optim.lr", "[", "YAML value"),
+        ("optim.lr", "[", "cannot be read as YAML"),
     ]:
         with pytest.raises(UserError, match=complaint):
             recipes.load("digits_std", [(key, text)])

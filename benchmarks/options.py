@@ -1,0 +1,108 @@
+"""What the options that a budget may want are worth in time: one training step with each, over the step without.
+
+Student (answers given): stochastic depth that skips what it drops, smaller images (students that take them), a step
+without MINE (`distill.mine.every`), Muon. Teachers alone: input of five sevenths of the side. Time is all that is
+measured here; what an option does to accuracy is for a training to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import harness, workload
+from pipelines.augment import Mixed
+from std_fast.build import Parts
+from std_fast.step import GROUP
+from std_fast.student import smaller
+
+BASE = "as published"
+RATES = 0.1, 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    workload.add_arguments(parser)
+    names = " ".join(workload.PRETRAINED)
+    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help=f"timm names [{names}]")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    args.batch = args.batch or (1024 if args.device == "cuda" else GROUP)
+    workload.settle(args)
+    if args.smoke:
+        args.teachers, args.batch = [workload.TINY_TEACHER], GROUP
+    teachers = tuple(args.teachers)
+    with workload.workplace(args, teachers) as folder, contextlib.ExitStack() as stack:
+        recipe = workload.recipe_for(args, folder, teachers)
+        recipe = replace(recipe, student=replace(recipe.student, drop_path=RATES[0]))
+        skipping = [replace(recipe.student, drop_path=rate, drop_path_mode="subset") for rate in RATES]
+        small = tuple(replace(spec, image_size=5 * args.image_size // 7) for spec in recipe.distill.teachers)
+        variants = {
+            BASE: recipe,
+            **{f"skips at rate {s.drop_path:g}": replace(recipe, student=s) for s in skipping},
+            "Muon": replace(recipe, optim=replace(recipe.optim, name="muon")),
+            "small teachers": replace(recipe, distill=replace(recipe.distill, teachers=small)),
+        }
+        built = {name: stack.enter_context(workload.built(one)) for name, one in variants.items()}
+        return compare(args, built)
+
+
+def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]:
+    base, cheap = built[BASE], built.pop("small teachers")
+    with torch.no_grad():
+        mixed = base.augment(workload.raw_batch(base))
+    answers = workload.given_answers(base)
+    steppers = {name: workload.Stepper(parts) for name, parts in built.items()}
+    contestants: dict[str, Callable[[], object]] = {
+        name: lambda step=step: step(mixed, answers)  # type: ignore[misc]
+        for name, step in steppers.items()
+    }
+
+    def without_mine() -> None:
+        base.trainer.step(mixed, answers, steppers[BASE].count, 1e-4, 1e-4, False)
+
+    contestants["without MINE"] = without_mine
+    if getattr(base.trainer.student.backbone, "any_size", False):
+        for side in (5 * args.image_size // 7, 4 * args.image_size // 7):
+            contestants[f"images of {side} px"] = reducing(steppers[BASE], mixed, answers, side)
+    asked = {"teachers, whole": base, f"teachers, {5 * args.image_size // 7} px": cheap}
+    for name, parts in asked.items():
+        contestants[name] = asking(parts, mixed)
+    times = harness.measure(contestants, args)
+    for step in steppers.values():
+        step.check()
+    whole, other = asked
+    ratios = [
+        harness.ratio(f"{name} over {BASE}", times[name], times[BASE])
+        for name in contestants
+        if name not in (BASE, *asked)
+    ]
+    return {
+        "variant": workload.variant(args),
+        "rows": [harness.row(name, one, args.batch) for name, one in times.items()],
+        "ratios": [*ratios, harness.ratio(f"{other} over {whole}", times[other], times[whole])],
+        "precision": str(workload.compute_dtype(base)).removeprefix("torch."),
+    }
+
+
+def reducing(step: workload.Stepper, mixed: Mixed, answers: Any, side: int) -> Callable[[], None]:
+    return lambda: step(replace(mixed, images=smaller(mixed.images, side)), answers)
+
+
+def asking(parts: Parts, mixed: Mixed) -> Callable[[], object]:
+    def ask() -> None:
+        assert parts.teachers is not None
+        with torch.no_grad(), parts.trainer.autocast():
+            parts.teachers(mixed.images)
+
+    return ask
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main("options", run, harness.show, add_arguments, text=__doc__))

@@ -1,0 +1,125 @@
+"""A whole STD training (teachers, MINE, moving average, answers stored on the way and read again) that is killed, or
+asked to stop, at random moments of its life: nothing that was done is lost, the end has the undisturbed run's bits.
+
+    STD_FAST_KILLS=50 python -m pytest -s tests/faults/test_killed_std.py
+
+kills fifty times. What is random comes from STD_FAST_SEED.
+"""
+
+import functools
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from std_fast import checkpoint, cli
+from std_fast.metrics import read_jsonl
+from std_fast.step import Trainer
+from std_fast.train import train
+from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
+from tests.killing import Child, get_ready, kill_again_and_again
+
+KILLS = int(os.environ.get("STD_FAST_KILLS", "4"))
+SEED = int(os.environ.get("STD_FAST_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def recipe(image_folder, tmp_path_factory):
+    """Six epochs of two views: the first two ask the teachers and store what they say, the others read it."""
+    folder = tmp_path_factory.mktemp("std")
+    teacher = {"student": {"name": "test_resnet", "options": {}, "drop_path": 0.0}}
+    once = small_recipe(image_folder, folder / "teacher", **teacher, run={"length": "1 step", "eval_every": "9 epochs"})
+    train(once, quiet=True)
+    distill = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2, "views": 2}
+    distill |= {"mine": {"every": "2 steps", "ema": 0.1}, "answers": str(folder / "run" / "answers")}
+    return small_recipe(
+        image_folder, folder / "run", distill=distill, run={"length": "6 epochs", "eval_every": "1 epoch"}
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe):
+    """Seconds of a process that nobody disturbs, and what it leaves."""
+    out = Path(recipe.run.out)
+    path = write_recipe(recipe, out.parent / "recipe.yaml")
+    get_ready(out.parent)
+    began = time.monotonic()
+    with Child(["train", path, "--quiet", "--resume"], out.parent / "log") as child:
+        assert child.wait() == 0, child.text
+    whole = time.monotonic() - began
+    left = leavings(out)
+    assert len(left[1]) == 2 and len(left[2]) == 9 and any(".psi." in name for name in left[0])
+    shutil.rmtree(out)
+    return path, whole, left
+
+
+def leavings(out):
+    """Tensors of the last checkpoint, bytes of the answers, steps of the log."""
+    answers = {file.name: file.read_bytes() for file in (out / "answers").glob("epoch-*.answers")}
+    return final_tensors(out), answers, [r["step"] for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def look(out, expected):
+    tensors, answers, steps = leavings(out)
+    assert_same_bits(tensors, expected[0])
+    assert answers == expected[1] and steps == expected[2]
+    shutil.rmtree(out)
+
+
+def test_killed_at_random_moments(recipe, undisturbed):
+    path, whole, expected = undisturbed
+    out = Path(recipe.run.out)
+    reached = []
+
+    def killed():
+        saved = checkpoint.listed(out / "checkpoints")
+        reached.append(int(saved[-1].stem.removeprefix("step-")) if saved else 0)
+
+    def start():
+        return Child(["train", path, "--quiet", "--resume"], out.parent / "log")
+
+    random = np.random.default_rng(SEED)
+    seen = kill_again_and_again(start, lambda: look(out, expected), KILLS, whole, random, killed)
+    first, last = min(seen.moments), max(seen.moments)
+    print(
+        f"\nseed {SEED}: {KILLS} kills, {first:.2f} to {last:.2f} s after the start of a process (whole: {whole:.2f} s)"
+    )
+    print(f"newest checkpoint then: step {reached}; {seen.finished} runs came to their end, all with the same bits")
+    assert len(seen.moments) == KILLS and seen.finished >= 1
+
+
+def note_steps(path):
+    """From now on every step that is done is noted in the file `path`."""
+    kept, fd = Trainer.step, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def step(self, mixed, answers, number, *rest):
+        kept(self, mixed, answers, number, *rest)
+        os.pwrite(fd, f"{number:8}".encode(), 0)
+
+    Trainer.step = step
+
+
+def test_asked_to_stop_at_random_moments(recipe, undisturbed):
+    path, whole, expected = undisturbed
+    out = Path(recipe.run.out)
+    noted, random, codes = out.parent / "noted", np.random.default_rng(SEED), []
+    while len(codes) < KILLS or codes[-1] != 0:
+        before = functools.partial(note_steps, str(noted))
+        with Child(["train", path, "--quiet", "--resume"], out.parent / "log", before=before) as child:
+            if len(codes) < KILLS:
+                child.sleep(float(random.uniform(0, whole)))
+                child.send(signal.SIGTERM if random.random() < 0.5 else signal.SIGUSR1)
+            codes.append(child.wait())
+        done = int(noted.read_text() or 0) if noted.exists() else 0
+        saved = checkpoint.newest(out / "checkpoints")
+        assert (saved[2]["step"] if saved else 0) == done, child.text
+        early = (-signal.SIGTERM, -signal.SIGUSR1)  # before there is a handler, and so before anything is done
+        assert codes[-1] in (0, cli.STOPPED) or (codes[-1] in early and not child.text), child.text
+        if codes[-1] == 0:
+            look(out, expected)
+            noted.unlink()
+    print(f"\nseed {SEED}: exit codes {codes}")

@@ -1,0 +1,114 @@
+"""The example scripts for SLURM and spot machines, run with stand-ins for the cluster and for a training of hours.
+
+The stand-in of `std-fast` ends with the code that the test sets for its rank, or waits for SIGTERM and then "saves".
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TRAINING = """#!/bin/bash
+trap 'exit 3' TERM
+rank=${RANK:-0}
+echo "$rank of ${WORLD_SIZE:-1}: $*" >> calls
+code=$(head -n 1 "codes-$rank")
+sed -i 1d "codes-$rank"
+if [ "$code" != wait ]; then exit "$code"; fi
+touch "waits-$rank"
+while true; do sleep 0.02; done
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with the stand-ins, to run in."""
+    for name, text in (("std-fast", TRAINING), ("scontrol", '#!/bin/bash\necho "$*" >> scontrol-calls\n')):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def start(place, script, *words, codes, **environment):
+    """The script with a list of exit codes for each rank."""
+    for rank, of_rank in enumerate(codes):
+        (place / f"codes-{rank}").write_text("".join(f"{code}\n" for code in of_rank))
+    path = f"{place / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **environment}
+    return subprocess.Popen([EXAMPLES / script, *words], cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def slurm(place, codes):
+    environment = {"SLURM_JOB_ID": "7041", "SLURM_GPUS_ON_NODE": str(len(codes))}
+    return start(place, "slurm_requeue.sh", "mine", "--budget.gpu-hours", "8", codes=codes, **environment)
+
+
+def ended(process):
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def await_ranks(place, ranks):
+    end = time.monotonic() + 60
+    while not all((place / f"waits-{rank}").exists() for rank in ranks):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def calls(place, name="calls"):
+    return sorted((place / name).read_text().splitlines()) if (place / name).exists() else []
+
+
+def test_slurm_starts_a_process_for_each_gpu_and_ends_when_they_do(place):
+    assert ended(slurm(place, [[0], [0]])) == (0, "")
+    line = "train mine --budget.gpu-hours 8 --run.out runs/slurm-7041 --resume"
+    assert calls(place) == [f"0 of 2: {line}", f"1 of 2: {line}"]
+    assert not calls(place, "scontrol-calls")
+
+
+@pytest.mark.parametrize("signum", (signal.SIGUSR1, signal.SIGTERM))
+def test_slurm_puts_the_job_back_when_its_time_is_up(place, signum):
+    process = slurm(place, [["wait"], ["wait"]])
+    await_ranks(place, (0, 1))
+    process.send_signal(signum)
+    assert ended(process)[0] == 3
+    assert calls(place, "scontrol-calls") == ["requeue 7041"]
+
+
+@pytest.mark.parametrize("codes", ([["2"], ["wait"]], [["wait"], ["2"]]))
+def test_slurm_ends_with_the_code_of_the_rank_that_fails_and_stops_the_others(place, codes):
+    process = slurm(place, codes)
+    assert ended(process)[0] == 2
+    assert not calls(place, "scontrol-calls")
+
+
+def test_spot_starts_again_after_a_save_and_ends_with_the_run(place):
+    code, err = ended(start(place, "spot.sh", "mine", "--run.out", "there", codes=[[3, 3, 0]]))
+    assert code == 0 and err.count("starting again") == 2
+    assert calls(place) == ["0 of 1: train mine --run.out there --resume"] * 3
+
+
+def test_spot_goes_away_with_its_machine(place):
+    process = start(place, "spot.sh", "mine", codes=[["wait", "0"]])
+    await_ranks(place, (0,))
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 3 and len(calls(place)) == 1
+
+
+@pytest.mark.parametrize("script", ("slurm_requeue.sh", "spot.sh"))
+def test_without_a_recipe_they_say_how_they_are_used(place, script):
+    code, err = ended(start(place, script, codes=[]))
+    assert code == 2 and err.startswith("usage: ") and not calls(place)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
+def test_shellcheck_finds_nothing():
+    scripts = sorted(str(path) for path in EXAMPLES.glob("*.sh"))
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0 and len(scripts) == 2, done.stdout

@@ -1,0 +1,165 @@
+"""Options for a budget in real runs: smaller images early, and stochastic depth that skips work."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from std_fast import build, cli, plan
+from std_fast import recipe as recipes
+from std_fast.step import GROUP, Trainer
+from std_fast.teachers import Teachers
+from std_fast.train import Stopped, train
+from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
+
+CYCLE = {"layers": [1, 1, 2], "embed_dims": [8, 8, 16], "mlp_ratios": [2, 2, 2], "stem_stride": 1}
+EARLY = {"name": "cyclemlp", "options": CYCLE, "early_size": 16, "early_share": 0.5}
+
+
+@pytest.fixture(scope="module")
+def teacher(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    plain = {"student": {"name": "test_resnet", "options": {}, "drop_path": 0.0}, "run": {"length": "1 step"}}
+    train(small_recipe(image_folder, folder, **plain), quiet=True)
+    return folder
+
+
+@pytest.fixture
+def recipe(teacher, image_folder, tmp_path):
+    """24 px images, two teachers, MINE; 6 steps in two epochs."""
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher), "image_size": 24}] * 2}
+    run = {"length": "2 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
+    recipe = small_recipe(image_folder, tmp_path / "run", student=EARLY, distill=distill, run=run)
+    return replace(recipe, data=replace(recipe.data, image_size=24))
+
+
+def at(recipe, out, **run):
+    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
+
+
+def test_the_student_sees_smaller_images_early_and_the_teachers_never(recipe, tmp_path, monkeypatch):
+    seen, asked = [], []
+
+    class Looking(Trainer):
+        def step(self, mixed, *rest):
+            seen.append(tuple(mixed.images.shape[2:]))
+            return super().step(mixed, *rest)
+
+    kept = Teachers.forward
+    monkeypatch.setattr(build, "Trainer", Looking)
+    monkeypatch.setattr(Teachers, "forward", lambda self, images: asked.append(images.shape[2]) or kept(self, images))
+    train(recipe, quiet=True)
+    assert seen == [(16, 16)] * 2 + [(24, 24)] * 4  # progress 1/6 and 2/6 are early, 3/6 is not
+    assert asked == [24] * 6
+
+
+def test_it_goes_on_to_the_bit_and_reads_what_others_stored(recipe, tmp_path):
+    train(recipe, quiet=True)
+    expected = final_tensors(tmp_path / "run")
+    for stop_at in (1, 3):
+        part = at(recipe, tmp_path / str(stop_at))
+
+        def ask(run, stop_at=stop_at):
+            run.stop_wanted = run.step == stop_at
+
+        with pytest.raises(Stopped):
+            train(part, quiet=True, on_step=ask)
+        train(part, quiet=True, resume=True)
+        assert_same_bits(final_tensors(tmp_path / str(stop_at)), expected)
+    # answers stored by a run that always sees whole images
+    store = replace(recipe, distill=replace(recipe.distill, answers=str(tmp_path / "store")))
+    train(at(replace(store, student=replace(store.student, early_size=0)), tmp_path / "whole"), quiet=True)
+    train(at(store, tmp_path / "stored"), quiet=True, on_step=no_teachers)
+    assert_same_bits(final_tensors(tmp_path / "stored"), expected)
+
+
+def no_teachers(run):
+    assert run.parts.teachers is None
+
+
+def test_skipping_trains_and_goes_on_to_the_bit(recipe, image_folder, tmp_path):
+    mixer = {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
+    student = replace(recipe.student, name="mixer", options=mixer, early_size=0, drop_path_mode="subset")
+    links = tmp_path / "data" / "ant"
+    links.mkdir(parents=True)
+    files = sorted(image_folder.glob("*/*.jpg"))
+    for number in range(2 * GROUP):
+        (links / f"{number}.jpg").symlink_to(files[number % len(files)])
+    recipe = replace(recipe, student=student, data=replace(recipe.data, train=str(tmp_path / "data"), val=""))
+    recipe = at(replace(recipe, distill=recipes.Distill(mode="none")), tmp_path / "run", batch=GROUP)
+    summary = train(recipe, quiet=True)
+    assert summary["steps"] == 4
+
+    def ask(run):
+        run.stop_wanted = run.step == 3
+
+    with pytest.raises(Stopped):
+        train(at(recipe, tmp_path / "part"), quiet=True, on_step=ask)
+    train(at(recipe, tmp_path / "part"), quiet=True, resume=True)
+    assert_same_bits(final_tensors(tmp_path / "part"), final_tensors(tmp_path / "run"))
+
+
+def test_plan_measures_both_sizes(recipe, tmp_path, capsys):
+    path = write_recipe(at(recipe, tmp_path / "none"), tmp_path / "recipe.yaml")
+    stored = tmp_path / "measured.json"
+    assert cli.main(["plan", path, "--seconds", "0.4", "--save", str(stored), "--json"]) == 0
+    capsys.readouterr()
+    figures = json.loads(stored.read_text())
+    for mode in ("running", "stored", "none"):
+        assert figures["modes"][mode]["early_images_per_second"] > 0
+    for mode in figures["modes"].values():
+        mode |= {"images_per_second": 100.0, "early_images_per_second": 300.0}
+
+    def rate(share, length):
+        changed = replace(recipe, student=replace(recipe.student, early_share=share))
+        return plan.buy(figures, at(changed, "", length=length)).rows[0].images_per_second
+
+    assert rate(0.5, "8 gpu-hours") == 200.0  # half of the hours each
+    assert rate(0.5, "8 epochs") == 150.0  # half of the images each
+
+
+@pytest.mark.parametrize(
+    ("student", "complaint"),
+    [
+        (
+            {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3}},
+            "early_size: mixer takes images of one",
+        ),
+        ({"early_size": 24}, "early_size: 24 is not smaller than data.image_size 24"),
+        (
+            {"early_size": 0, "drop_path": 0.2, "drop_path_mode": "subset"},
+            "multiple of 32, 32 for each process",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(recipe, student, complaint):
+    with pytest.raises(UserError, match=f"^student.*{complaint}"):
+        train(replace(recipe, student=replace(recipe.student, **student)), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("student", "complaint"),
+    [
+        ({"early_size": 4}, "student.early_size: must be 8 or more"),
+        ({"early_share": 1.0}, "student.early_share: 1.0 must be more than 0, less than 1"),
+        ({"drop_path_mode": "subset", "drop_path": 0.0}, "student.drop_path_mode: subset has no effect"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(student, complaint):
+    with pytest.raises(UserError, match=complaint):
+        recipes.StudentSpec(**student)
+
+
+@pytest.mark.parametrize("side", (16, 20, 24))
+def test_features_of_smaller_images_fit_the_modules(side):
+    torch.manual_seed(0)
+    model = build.build_classifier("cyclemlp", 3, 24, 0.0, **CYCLE).eval()
+    images = torch.randn(2, 3, side, side)
+    taps = model.forward_taps(images, (1, 2))
+    assert [z.shape for z in taps.features] == [(2, model.patches, model.dim)] * 2 and taps.logits.shape == (2, 3)
+    whole = model._stages(images, (2,), None)[1][2].flatten(1, 2)
+    if side == 24:
+        assert torch.equal(taps.features[1], whole)
+    torch.testing.assert_close(taps.features[1].mean(), whole.mean(), rtol=0.2, atol=0.02)
