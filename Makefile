@@ -2,16 +2,17 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test lint fuzz clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST ?= -q -n $(WORKERS) --dist worksteal
 DEMO ?=
+MINUTES ?= 5
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes; options: DEMO='--json'
 	$(BIN)/std-fast demo $(DEMO)
@@ -23,6 +24,9 @@ lint: .venv/.ready-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: .venv/.ready-test  ## the fuzzers of all that reads files; option: MINUTES=60
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 clean:  ## remove caches and build products; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
