@@ -2,7 +2,7 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test faults lint clean distclean
+.PHONY: help demo test faults lint fuzz clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
@@ -11,9 +11,10 @@ PYTEST ?= -q -n $(WORKERS) --dist worksteal
 DEMO ?=
 FAULTS ?=
 SEED ?=
+MINUTES ?= 5
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes; options: DEMO='--json'
 	$(BIN)/std-fast demo $(DEMO)
@@ -28,6 +29,9 @@ lint: .venv/.ready-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: .venv/.ready-test  ## the fuzzers of all that reads files; option: MINUTES=60
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 clean:  ## remove caches and build products; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

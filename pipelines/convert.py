@@ -203,7 +203,10 @@ class _Conversion:
             probes = self.order[np.linspace(0, self.total - 1, number).astype(np.int64)]
             sizes = [done.samples["size"] for done in workers.run(self._task(-1, part) for part in _chunks(probes, 4))]
         found = np.concatenate(sizes)
-        return float(found.mean()) if len(found) else float(self.listing.sizes.mean())
+        if not len(found):  # none of them could be converted
+            sizes_in = self.listing.sizes
+            found = sizes_in[sizes_in <= self.settings.max_bytes]
+        return float(found.mean()) if len(found) else 0.0
 
     def final_bytes(self, per_image: float) -> int:
         """Estimated size of the finished file."""

@@ -1,0 +1,72 @@
+"""What earlier versions wrote (tests/data/vVERSION, made by tests/data/make.py) is read by this one."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.source import BetonSource
+from pipelines.verify import verify
+from std_fast import __version__, checkpoint
+from std_fast import recipe as recipes
+from std_fast.evaluate import evaluate_run
+from std_fast.export import trained_student
+from std_fast.label_cache import AnswerStore, read_header
+from tests.data.make import STEPS, STOP, go_on
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+VERSIONS = sorted(path for path in DATA.glob("v*") if path.is_dir())
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
+def old(request, tmp_path, monkeypatch):
+    """A copy of one version's files, as the present folder."""
+    shutil.copytree(request.param, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    packed = Path("images.beton.gz")
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    return tmp_path / "old"
+
+
+def test_this_version_has_its_files():
+    assert DATA / f"v{__version__}" in VERSIONS, "run `python -m tests.data.make` and commit what it makes"
+
+
+def test_a_beton_and_its_manifest(old):
+    assert verify("images.beton", decode=True) == []
+    source = BetonSource("images.beton")
+    assert source.num_samples == 24 and source.class_names == ["class0", "class1", "class2"]
+    assert 0 < source.jpeg.sum() < 24
+    assert np.bincount(source.labels).tolist() == [8, 8, 8]
+
+
+def test_training_goes_on_from_a_checkpoint_and_stored_answers(old):
+    """Its teacher is not there any more, so each of its answers comes from the store."""
+    expected = json.loads(Path("expected.json").read_text())
+    path, _, meta = checkpoint.newest(Path("run/checkpoints"))
+    assert (path.stem, meta["step"], meta["num_classes"]) == (f"step-{STOP:08d}", STOP, 3)
+    found = go_on(recipes.read_saved(Path("run")), "run")
+    assert found["steps"] == expected["steps"] == STEPS
+    assert found["parameters"] == expected["parameters"] and found["samples"] == expected["samples"]
+    assert found["result"]["loss"] == pytest.approx(expected["result"]["loss"], rel=1e-3)
+    assert found["result"]["top1"] == pytest.approx(expected["result"]["top1"])
+
+
+def test_a_run_is_evaluated_and_exported(old):
+    student = trained_student(Path("run"), "")
+    assert student.step == STOP and student.class_names == ["class0", "class1", "class2"]
+    expected = json.loads(Path("expected.json").read_text())["stopped"]
+    assert evaluate_run(Path("run")) == pytest.approx(expected, rel=1e-3)
+
+
+def test_answers_are_replayed(old):
+    header = read_header(Path("answers"))
+    assert (header.classes, header.teachers, header.top_k) == (3, 1, 2)
+    store = AnswerStore(Path("answers"), header, 24, 8, soft=True)
+    for epoch in range(2):
+        words = store.open(epoch)
+        assert words.shape == (24, 1, header.words) and words[..., 0].all()
+    store.close()
