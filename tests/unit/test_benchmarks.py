@@ -236,6 +236,16 @@ def test_a_part_that_hangs_or_fails_takes_nothing_with_it(tmp_path):
     assert "hangs: ran past" in gpu_suite.table(found)
 
 
+def test_the_suites_reports_become_files_of_their_own(tmp_path, capsys):
+    conditions = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-01-02T03:04:05+00:00"}
+    report = {"question": "step", "variant": "resmlp_s24", "conditions": conditions, "rows": []}
+    gpu_suite.save(tmp_path, {"step resmlp_s24": {"state": "ok", "report": report}, "tests": {"state": "ok"}}, False)
+    assert gpu_suite.main(["--split", str(tmp_path / "gpu_suite.json"), "--out", str(tmp_path / "results")]) == 0
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == "step-resmlp_s24-nvidia-h200-2026-01-02.json" and json.loads(file.read_text()) == report
+    assert capsys.readouterr().out.strip() == str(file)
+
+
 def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
     names = [part.name for part in gpu_suite.PARTS]
     assert len(names) == len(set(names))
