@@ -142,7 +142,7 @@ class SpeedMeter:
         return {name: round(value, 4) for name, value in figures.items()}
 
 
-def in_words(figures: dict[str, float]) -> str:
+def speed_in_words(figures: dict[str, float]) -> str:
     """What a line on the screen says of `SpeedMeter.read`: `MFU 41 %  data 2 %  teacher 30 %  ...  12.3 GiB`."""
     shares = {"mfu": "MFU", "data_wait": "data"} | {
         name: name.removeprefix("share_") for name in figures if name.startswith("share_")
