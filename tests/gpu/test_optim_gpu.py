@@ -58,7 +58,8 @@ def test_state_survives_a_checkpoint(at, tmp_path, name):
     for seed in range(3):
         with_gradients(students[0], seed)
         optimizers[0].step()
-    checkpoint.save(tmp_path / "c", checkpoint.training_tensors(students[0], optimizers[0], {}), {})
+    meta = {"step": 3, "num_classes": 3, "recipe": ""}
+    checkpoint.save(tmp_path / "c", checkpoint.training_tensors(students[0], optimizers[0], {}), meta)
     checkpoint.restore(checkpoint.load(tmp_path / "c")[0], students[1], optimizers[1])
     for student, optimizer in zip(students, optimizers, strict=True):
         with_gradients(student, 3)

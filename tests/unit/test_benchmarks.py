@@ -33,19 +33,19 @@ def test_contestants_take_turns_forwards_and_backwards():
     assert all(len(one.turns) == len(one.processor) == 4 and one.first > 0 for one in times.values())
 
 
-def test_a_turn_repeats_short_calls_and_counts_one():
-    class Clock:
-        calls = 0
+def test_a_turn_repeats_short_calls_and_counts_one(monkeypatch):
+    """By a clock that the call itself moves, a millisecond each time."""
+    now, calls = [0.0], []
 
-        def __call__(self):
-            self.calls += 1
-            sum(range(20_000))
+    def call():
+        calls.append(0)
+        now[0] += 0.001
 
-    call = Clock()
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
     args = SimpleNamespace(device="cpu", repeats=2, turn_seconds=0.02)
-    one = harness.measure({"a": call}, args)["a"]
-    assert call.calls > 2 + 2 * 2
-    assert one.median * (call.calls - 2) / 2 == pytest.approx(0.02, rel=0.9)
+    one = harness.measure({"a": call}, args, warm_up=2)["a"]
+    assert len(calls) == 2 + 2 * 20
+    assert one.median == pytest.approx(0.001) and one.first == pytest.approx(0.001)
 
 
 def test_spread_and_ratio_are_of_medians():
@@ -234,6 +234,16 @@ def test_a_part_that_hangs_or_fails_takes_nothing_with_it(tmp_path):
     gpu_suite.save(tmp_path, found, smoke=True)
     assert json.loads((tmp_path / "gpu_suite.json").read_text())["parts"] == found
     assert "hangs: ran past" in gpu_suite.table(found)
+
+
+def test_the_suites_reports_become_files_of_their_own(tmp_path, capsys):
+    conditions = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-01-02T03:04:05+00:00"}
+    report = {"question": "step", "variant": "resmlp_s24", "conditions": conditions, "rows": []}
+    gpu_suite.save(tmp_path, {"step resmlp_s24": {"state": "ok", "report": report}, "tests": {"state": "ok"}}, False)
+    assert gpu_suite.main(["--split", str(tmp_path / "gpu_suite.json"), "--out", str(tmp_path / "results")]) == 0
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == "step-resmlp_s24-nvidia-h200-2026-01-02.json" and json.loads(file.read_text()) == report
+    assert capsys.readouterr().out.strip() == str(file)
 
 
 def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():

@@ -1,65 +1,13 @@
-"""CycleMLP against a plain form of the public release: deformable convolutions with the fixed offsets, [B, C, H, W]."""
+"""CycleMLP against the plain form of its release (tests/plain_students.py), and what it promises beside."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 from std_fast.models import build_backbone
 from std_fast.models.cyclemlp import CycleFC, CycleMlp
-
-
-def released_offset(channels: int, kernel: tuple[int, int]) -> Tensor:
-    """The release's `CycleFC.gen_offset`, loop and all."""
-    offset = torch.empty(1, channels * 2, 1, 1)
-    start = (kernel[0] * kernel[1]) // 2
-    for i in range(channels):
-        offset[0, 2 * i + 0] = 0 if kernel[0] == 1 else (i + start) % kernel[0] - kernel[0] // 2
-        offset[0, 2 * i + 1] = (i + start) % kernel[1] - kernel[1] // 2 if kernel[0] == 1 else 0
-    return offset
-
-
-def released_cycle_fc(x_BCHW: Tensor, weight: Tensor, bias: Tensor, kernel: tuple[int, int]) -> Tensor:
-    batch, channels, height, width = x_BCHW.shape
-    offset = released_offset(channels, kernel).to(x_BCHW).expand(batch, -1, height, width)
-    return deform_conv2d(x_BCHW, offset, weight, bias)
-
-
-def released_forward(w: dict[str, Tensor], images: Tensor, layers: tuple[int, ...], stride: int = 4) -> Tensor:
-    """Logits of the release's `CycleNet`, from its state dict alone."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-    def mlp(x: Tensor, name: str) -> Tensor:
-        return linear(F.gelu(linear(x, f"{name}.fc1")), f"{name}.fc2")
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def mixing(x: Tensor, name: str) -> Tensor:
-        parts = [
-            released_cycle_fc(x.permute(0, 3, 1, 2), w[f"{name}.{part}.weight"], w[f"{name}.{part}.bias"], kernel)
-            for part, kernel in (("sfc_h", (1, 3)), ("sfc_w", (3, 1)))
-        ] + [linear(x, f"{name}.mlp_c").permute(0, 3, 1, 2)]
-        blend = mlp(sum(parts).flatten(2).mean(2), f"{name}.reweight")
-        blend = blend.reshape(len(x), -1, 3).permute(2, 0, 1).softmax(0)[..., None, None]
-        return linear(sum(part * b for part, b in zip(parts, blend, strict=True)).permute(0, 2, 3, 1), f"{name}.proj")
-
-    padding = {4: 2, 2: 3, 1: 3}[stride]
-    x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride, padding).permute(0, 2, 3, 1)
-    for stage, count in enumerate(layers):
-        if stage:
-            down = f"network.{2 * stage - 1}.proj"
-            x = F.conv2d(x.permute(0, 3, 1, 2), w[f"{down}.weight"], w[f"{down}.bias"], 2, 1).permute(0, 2, 3, 1)
-        for block in range(count):
-            name = f"network.{2 * stage}.{block}"
-            x = x + mixing(norm(x, f"{name}.norm1"), f"{name}.attn")
-            x = x + mlp(norm(x, f"{name}.norm2"), f"{name}.mlp")
-    return linear(norm(x, "norm").flatten(1, 2).mean(1), "head")
+from tests.plain_students import released_cycle_fc, released_forward, released_offset
 
 
 def tiny(**options: object) -> CycleMlp:
@@ -92,7 +40,7 @@ def test_values_and_gradients_are_the_releases(stride: int, side: int) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     images = torch.randn(2, 3, side, side, dtype=torch.float64)
-    expected = released_forward(dict(model.named_parameters()), images, (1, 2), stride)
+    expected, _ = released_forward(dict(model.named_parameters()), images, (1, 2), stride)
     torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)
     parameters, seed = tuple(model.parameters()), torch.randn_like(expected)
     grads = torch.autograd.grad(model(images), parameters, seed)

@@ -127,7 +127,8 @@ def test_muons_state_survives_a_checkpoint_to_the_bit(tmp_path):
         set_learning_rates(optimizer, 0.01, 0.02)
     for seed in range(3):
         one_step(students[0], optimizers[0], seed)
-    checkpoint.save(tmp_path / "c", checkpoint.training_tensors(students[0], optimizers[0], {}), {})
+    meta = {"step": 3, "num_classes": 3, "recipe": ""}
+    checkpoint.save(tmp_path / "c", checkpoint.training_tensors(students[0], optimizers[0], {}), meta)
     checkpoint.restore(checkpoint.load(tmp_path / "c")[0], students[1], optimizers[1])
     for seed in range(3, 5):
         for student, optimizer in zip(students, optimizers, strict=True):

@@ -12,7 +12,7 @@ from pipelines.augment import Augment, AugmentSpec, Mixed
 from pipelines.batch import Batch
 from std_fast.losses import TeacherAnswers
 from std_fast.overlap import Overlap, Trial, taught, tensors_of
-from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image
+from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image, speed_in_words
 from std_fast.teachers import Teacher, Teachers
 
 CPU = torch.device("cpu")
@@ -97,6 +97,12 @@ def test_mfu_is_counted_arithmetic_over_the_ceiling():
     meter = SpeedMeter(CPU, Stopwatch(CPU), flops, 1e6)
     figures = meter.read(images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
     assert figures["mfu"] == pytest.approx(64 * flops / 1e6, rel=1e-3) and figures["data_wait"] == 0.1
+
+
+def test_the_figures_of_speed_in_a_line():
+    figures = {"data_wait": 0.021, "peak_memory_gib": 12.345, "share_teacher": 0.304, "share_student": 0.6}
+    assert speed_in_words(figures) == "data 2 %  teacher 30 %  student 60 %  12.35 GiB"
+    assert speed_in_words(figures | {"mfu": 0.414}).startswith("MFU 41 %  data 2 %")
 
 
 def test_a_model_that_cannot_be_counted_is_named_and_not_fatal(caplog):
