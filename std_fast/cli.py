@@ -24,7 +24,7 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 BENCHMARKS = (
     "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "loader",
-    "mine_gaussians", "budget_runs", "gpu_suite",
+    "mine_gaussians", "ranks", "budget_runs", "gpu_suite",
 )  # fmt: skip
 
 
