@@ -30,7 +30,7 @@ from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, parse_seconds
 from std_fast.run_folder import RunFolder, locked, versions, write_whole
-from std_fast.speed import peak_memory
+from std_fast.speed import peak_memory, speed_in_words
 from std_fast.student import smaller
 from std_fast.teachers import Teachers
 
@@ -160,7 +160,7 @@ class Run:
         faults = {name: count for name, count in self._faults().items() if count}
         record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **faults, **speed, "seconds": seconds}
         self._record("train", self._where() | record)
-        text = f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s"
+        text = f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s  {speed_in_words(speed)}"
         self.progress.note(self._done_amount(), text)
 
     def _faults(self) -> dict[str, int]:
