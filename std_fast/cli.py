@@ -25,7 +25,7 @@ STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
 BENCHMARKS = (
     "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "teachers",
-    "loader", "mine_gaussians", "budget_runs", "soak", "evidence", "gpu_suite",
+    "loader", "mine_gaussians", "ranks", "budget_runs", "soak", "evidence", "gpu_suite",
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 PART_COLOURS = dict(
     zip(PARTS, ("#b8b8b8", "#8c6bb1", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#00614a", "#D55E00"), strict=True)
 )
+LIGHT = ("start", "teacher", "data")  # parts whose colour asks for dark figures on it
 HEADS = {"top1_class": "class head", "top1_distill": "distillation heads", "top1_mean": "mean of both"}
 
 
@@ -175,6 +176,8 @@ def throughput(plots: Plots, told: list[Told]) -> str | None:
 def teacher_weights(plots: Plots, told: list[Told]) -> str | None:
     curves = []
     for t in told:
+        if len(t.recipe.distill.teachers) < 2:  # one teacher has all the weight
+            continue
         for i, style in zip(range(len(t.recipe.distill.teachers)), ("-", "--", ":", "-.") * 8, strict=False):
             label = f"{t.name}, teacher {i}"
             curves.append((label, t.colour, style, points(t.lines, "epoch", f"teacher_weight_{i}")))
@@ -196,7 +199,8 @@ def where_hours_went(plots: Plots, told: list[Told]) -> str | None:
                 axes.barh(rows, widths, left=starts, height=0.6, color=PART_COLOURS[part], label=part)
                 for row, (start, width) in enumerate(zip(starts, widths, strict=True)):
                     if width > 6:
-                        middle = dict(ha="center", va="center", color="white", fontsize=8)
+                        ink = "#1d2329" if part in LIGHT else "white"
+                        middle = dict(ha="center", va="center", color=ink, fontsize=8)
                         axes.text(start + width / 2, row, f"{width:.0f}", **middle)
             starts = [a + b for a, b in zip(starts, widths, strict=True)]
         axes.set_yticks(rows, [plain(t.name) for t in held])
@@ -447,8 +451,8 @@ def page(told: list[Told], plots: Plots, images: int) -> str:
             "Teachers and tokens",
             teacher_weights(plots, told),
             figure_of(plots, told, "information", "MINE's estimate (nats)"),
-            note="How much each teacher is trusted, averaged over images; and the mutual information between spatial "
-            "and channel tokens, which the student is trained to lower.",
+            note="How much each teacher is trusted, averaged over images, where there are several; and the mutual "
+            "information between spatial and channel tokens, which the student is trained to lower.",
         ),
         section("Heads", heads(plots, told), note="At the last evaluation. A student is used without its teachers."),
         section("Recipes", differences(told) if len(told) > 1 else None, note="The fields in which they differ."),
