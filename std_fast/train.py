@@ -166,7 +166,7 @@ class Run:
 
     def _faults(self) -> dict[str, int]:
         """What was passed over so far. Corrupt images are those of this process, each rank's own added up."""
-        corrupt = torch.tensor(len(self.parts.train_loader.intact.found), device=self.parts.device)
+        corrupt = torch.tensor(len(self.parts.train_loader.corrupt), device=self.parts.device)
         return {"bad_steps": len(self.bad_steps), "corrupt_images": int(self.world.sum(corrupt))}
 
     # -- steps that were not finite -------------------------------------------------------------------------------
@@ -389,10 +389,10 @@ class Run:
             self.folder.writer.wait()
         seconds = self.ledger.read()
         busy = learning_seconds(seconds)
-        student, source, intact = (
+        student, source, corrupt = (
             self.parts.trainer.student,
             self.parts.train_loader.source,
-            self.parts.train_loader.intact,
+            self.parts.train_loader.corrupt,
         )
         summary = {
             "name": self.recipe.name,
@@ -404,7 +404,7 @@ class Run:
             "best": self.best,
             **self._faults(),
             "bad_steps": self.bad_steps,
-            "corrupt_names": [source.name(index) for index in sorted(intact.found)],
+            "corrupt_names": [source.name(index) for index in sorted(corrupt)],
             "images_per_second": round(self.samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),
             "ceiling_tflops": round(self.parts.speed.limit / 1e12, 3),
