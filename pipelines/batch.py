@@ -18,7 +18,6 @@ from pipelines.errors import UserError
 from pipelines.order import Plan, Shard
 
 if TYPE_CHECKING:
-    from pipelines.intact import Intact
     from pipelines.source import Source
 
 RESAMPLES = ("auto", "area", "bilinear", "bicubic")
@@ -107,8 +106,8 @@ class Loader(Protocol):
     plan: Plan
     num_classes: int
     steps_per_epoch: int
-    intact: Intact
-    """which samples turned out to be corrupt"""
+    corrupt: dict[int, int]
+    """samples that turned out to be corrupt -> those shown in their place, -1 for none; grows while it reads"""
     wait_seconds: float
     """host seconds that the consumer has spent waiting for data so far"""
 

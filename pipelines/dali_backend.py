@@ -97,6 +97,7 @@ class DaliLoader:
         self._resize = _host_resize(spec)
         self._kinds = np.zeros(source.num_samples, np.uint8)
         self.intact = Intact(spec, source)
+        self.corrupt = self.intact.found
         stream = io.BytesIO()
         PIL.Image.new("RGB", (8, 8)).save(stream, "JPEG")
         self._placeholder = np.frombuffer(stream.getvalue(), np.uint8)

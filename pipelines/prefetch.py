@@ -89,6 +89,7 @@ class ThreadedLoader(ABC):
         # A folder's images must be opened to know their sizes: work for the threads. Otherwise a whole batch at a time.
         self._sizes_known = source.kind == "beton"
         self.intact = Intact(spec, source)
+        self.corrupt = self.intact.found
 
     @abstractmethod
     def _decode(self, job: Job, start: int, stop: int) -> None:

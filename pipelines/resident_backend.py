@@ -70,6 +70,7 @@ class ResidentLoader:
         self.wait_seconds = 0.0
         self.device = torch.device(spec.device)
         self.intact = Intact(spec, source)
+        self.corrupt = self.intact.found
         self._shown = np.arange(source.num_samples)  # instead of each sample; -1: none
         self._heights, self._widths = self._sizes()
         needed = 3 * source.num_samples * int(self._heights.max()) * int(self._widths.max())

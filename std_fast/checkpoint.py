@@ -104,7 +104,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
-    """What is wrong with an intact file: a digest is no signature, and what is read here is used without another look."""
+    """What is wrong with an intact file: a digest is no signature, and what is read here is used as it is."""
 
     def whole(key: str, low: int, high: int) -> bool:
         return type(meta.get(key)) is int and low <= meta[key] <= high

@@ -89,8 +89,8 @@ def starting(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except UserError:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # one holds something by now
+        with suppress(OSError):  # one holds something by now, or is gone
+            path.unlink(missing_ok=True)
             for one in new:
                 one.rmdir()
         raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines import rng
 from pipelines.augment import Mixed
-from std_fast import checkpoint
+from std_fast.checkpoint import restore, training_tensors
 from std_fast.distributed import ALONE, World
 from std_fast.losses import TeacherAnswers, class_loss, confidence_weights, distillation_loss
 from std_fast.metrics import Meters
@@ -229,7 +229,7 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights, optimizer, moving average, and what was put aside to go back to."""
         average = self.average.state() if self.average is not None else {}
-        tensors = checkpoint.training_tensors(self.student, self.optimizer, average)
+        tensors = training_tensors(self.student, self.optimizer, average)
         return tensors | {f"aside.{name}": tensor for name, tensor in self.aside.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -248,7 +248,7 @@ class Trainer:
         self._put_in_place(self.aside)
 
     def _put_in_place(self, tensors: dict[str, Tensor]) -> None:
-        average = checkpoint.restore(tensors, self.student, self.optimizer)
+        average = restore(tensors, self.student, self.optimizer)
         if self.average is not None:
             self.average.load(average)
 

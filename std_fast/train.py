@@ -17,7 +17,7 @@ import torch
 
 from pipelines.augment import Mixed
 from pipelines.errors import UserError
-from std_fast import memory
+from std_fast import largest_batch
 from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
@@ -25,6 +25,7 @@ from std_fast.distributed import ALONE, Agreement, World, joined
 from std_fast.evaluate import evaluate
 from std_fast.held import process_seconds
 from std_fast.losses import TeacherAnswers
+from std_fast.memory import of_the_device, ran_out
 from std_fast.metrics import Journal, Progress
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
@@ -165,7 +166,7 @@ class Run:
 
     def _faults(self) -> dict[str, int]:
         """What was passed over so far. Corrupt images are those of this process, each rank's own added up."""
-        corrupt = torch.tensor(len(self.parts.train_loader.intact.found), device=self.parts.device)
+        corrupt = torch.tensor(len(self.parts.train_loader.corrupt), device=self.parts.device)
         return {"bad_steps": len(self.bad_steps), "corrupt_images": int(self.world.sum(corrupt))}
 
     # -- steps that were not finite -------------------------------------------------------------------------------
@@ -388,10 +389,10 @@ class Run:
             self.folder.writer.wait()
         seconds = self.ledger.read()
         busy = learning_seconds(seconds)
-        student, source, intact = (
+        student, source, corrupt = (
             self.parts.trainer.student,
             self.parts.train_loader.source,
-            self.parts.train_loader.intact,
+            self.parts.train_loader.corrupt,
         )
         summary = {
             "name": self.recipe.name,
@@ -403,7 +404,7 @@ class Run:
             "best": self.best,
             **self._faults(),
             "bad_steps": self.bad_steps,
-            "corrupt_names": [source.name(index) for index in sorted(intact.found)],
+            "corrupt_names": [source.name(index) for index in sorted(corrupt)],
             "images_per_second": round(self.samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),
             "ceiling_tflops": round(self.parts.speed.limit / 1e12, 3),
@@ -450,11 +451,11 @@ def train(
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
             raise UserError(f"{out}: the run cannot be written ({what}); mend that and resume") from error
         except Exception as error:
-            if not memory.ran_out(error):
+            if not ran_out(error):
                 raise
-            of_device, text = memory.of_the_device(error), str(error)
-        memory.let_go()  # the error is forgotten here, and with it all that its frames held
-        raise memory.explained(recipe, of_device, text, world.size)
+            of_device, text = of_the_device(error), str(error)
+        largest_batch.let_go()  # the error is forgotten here, and with it all that its frames held
+        raise largest_batch.explained(recipe, of_device, text, world.size)
 
 
 def _train(

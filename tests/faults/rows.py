@@ -112,7 +112,7 @@ def _(ground: Ground) -> Seen:
 @fault("export: kill -9 at random moments", "the folder is whole or not there; a later export leaves nothing else")
 def _(ground: Ground) -> Seen:
     kills, out = 4 * ground.scale, ground.folder / "exported"
-    words = ["--formats", "timm", "pt2"]
+    words = ["--formats", "timm"]
     began = time.monotonic()
     ground.finish(["export", str(ground.teacher), str(out), *words])
     whole = time.monotonic() - began
@@ -215,7 +215,7 @@ def _(ground: Ground) -> Seen:
 @fault("export: disk full", "exit 2 with one line, nothing left behind; with room made it works")
 def _(ground: Ground) -> Seen:
     with small_disk(ground.folder / "disk", 900) as disk:
-        words = ["export", str(ground.teacher), str(disk / "out"), "--formats", "timm", "pt2"]
+        words = ["export", str(ground.teacher), str(disk / "out"), "--formats", "timm"]
         with ground.start(words) as child:
             seconds, line = ends(child, 2, "cannot be written")
         assert not list(disk.iterdir()), f"left behind: {list(disk.iterdir())}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import cli, memory
+from std_fast import cli, largest_batch
 from std_fast import recipe as recipes
 from std_fast.step import Trainer
 from std_fast.train import train
@@ -22,7 +22,7 @@ def test_bisection():
             tried.append(batch)
             return batch <= limit
 
-        assert memory.largest(fits, 128) == limit // 4 * 4 and len(tried) <= 5
+        assert largest_batch.largest(fits, 128, 4) == limit // 4 * 4 and len(tried) <= 5
 
 
 @pytest.mark.parametrize("limit", [12, 2])
