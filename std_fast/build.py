@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -238,6 +239,8 @@ def make_fast(
 
 def build(recipe: Recipe, world: World = ALONE) -> Parts:
     """Everything that a run of `recipe` needs. UserError for whatever the user can mend, before anything is trained."""
+    # An earlier run of this process is let go first: its parts refer to each other, and full collections are rare.
+    gc.collect()
     device = pick_device(recipe)
     precision = precision_of(recipe, device)
     if recipe.run.batch % (4 * world.size):  # MINE's partners lie in groups of four

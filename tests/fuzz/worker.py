@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.worker TARGET OUT SEED [libFuzzer's options and corpus folders]
 
-Exceptions are written down and fuzzing goes on; a crash, a hang or too much memory ends the process, and libFuzzer
-leaves the input behind. OUT/count holds the executions so far.
+Exceptions, and inputs that take more than HANG seconds of the processor, are written down, and fuzzing goes on; a
+crash, a loop without end or too much memory ends the process, and libFuzzer leaves the input behind. OUT/count holds
+the executions so far.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import resource
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
 import atheris
 
+HANG = 10.0  # seconds of the processor for an input of a few kB; the clock also runs while the machine is busy
 MEMORY = 3 << 30  # bytes that a reader of a few kB may take on top of the imports
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,10 +50,16 @@ def main() -> None:
     with open(Path(out) / "count", "r+b") as file:
         count = mmap.mmap(file.fileno(), 8)
 
+    for seed_input in target.seeds()[:1]:  # compiles what is compiled at the first call
+        targets.execute(target, seed_input)
+
     def one(data: bytes) -> None:
         struct.pack_into("<q", count, 0, struct.unpack_from("<q", count, 0)[0] + 1)
+        began = time.process_time()
         try:
             targets.execute(target, data)
+            if time.process_time() - began > HANG:
+                raise TimeoutError(f"{time.process_time() - began:.0f} s of the processor")
         except Exception as error:
             found = Path(out) / "findings" / place(error)
             found.mkdir(parents=True, exist_ok=True)
