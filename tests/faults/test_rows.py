@@ -11,7 +11,7 @@ from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.ground import FAULTS, Ground
 from tests.faults.kills import KilledTraining, small_recipe
 
-QUICK = ("SIGTERM twice", "cut off while in use", "has a flipped bit", "two trainings", "all checkpoints")
+QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints")
 
 
 @pytest.fixture(scope="module")
