@@ -213,10 +213,10 @@ class Trainer:
 
         learned = self.watch.now()
         norm = gradient_norm(self.student_parameters)
-        psi_norm = gradient_norm(self.psi_parameters) if losses.information is not None else norm
+        psi_norm = [gradient_norm(self.psi_parameters)] if losses.information is not None else []
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.student_parameters, self.clip, norm)
-        self.guard.check(step, losses.total, norm, psi_norm)
+        self.guard.check(step, losses.total, norm, *psi_norm)
         self.optimizer.found_inf = self.guard.found_inf  # read by every optimizer: 1 leaves everything as it is
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
