@@ -1,6 +1,6 @@
 """What the project stands on: hashes and licences of its dependencies, as files that are kept.
 
-    .venv/bin/python scripts/supply.py lock       requirements-demo.lock from constraints.txt and PyPI's index (needs it)
+    .venv/bin/python scripts/supply.py lock       requirements-demo.lock from constraints.txt and PyPI's index
     .venv/bin/python scripts/supply.py licences   docs/LICENCES.md from the metadata of what is installed
 
 The lock holds what the demo needs, FFCV included: every version that constraints.txt allows, with the hashes of all its
@@ -69,7 +69,8 @@ def hashes(name: str, version: str) -> list[str]:
         {
             file["hashes"]["sha256"]
             for file in files
-            if stem.match(file["filename"]) and (WHEELS.search(file["filename"]) or not file["filename"].endswith(".whl"))
+            if stem.match(file["filename"])
+            and (WHEELS.search(file["filename"]) or not file["filename"].endswith(".whl"))
         }
     )
 
@@ -109,7 +110,9 @@ def licence(name: str) -> str:
     if name in ELSEWHERE:
         return f"{ELSEWHERE[name]} (its project's page)"
     about = metadata.metadata(name)
-    classified = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")]
+    classified = [
+        text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")
+    ]
     first = (about.get("License") or "").strip().splitlines()[:1]
     return about.get("License-Expression") or ", ".join(classified) or " ".join(first)[:80] or "not said"
 
@@ -128,8 +131,8 @@ def licences() -> None:
     head = [
         "# Licences of what std_fast stands on",
         "",
-        "Made by `scripts/supply.py licences` from the metadata of the installed packages; nothing of them is part of this",
-        "repository. demo: needed by `make demo`; dali: the DALI backend; dev: tests and tools.",
+        "Made by `scripts/supply.py licences` from the metadata of the installed packages; nothing of them is part of",
+        "this repository. demo: needed by `make demo`; dali: the DALI backend; dev: tests and tools.",
         "",
         "| package | version | licence, in its own words | for |",
         "|---|---|---|---|",
