@@ -2,9 +2,9 @@
 
     std-fast bench soak --minutes 30 --out benchmarks/results
 
-Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.train`: an epoch has four steps. Every
-so often an evaluation's epoch is left after its first batch, and now and then the run is stopped in the middle of an
-epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens loaders anew and
+Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.train`: an epoch has four steps.
+Every so often an evaluation's epoch is left after its first batch, and now and then the run is stopped in the middle of
+an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens loaders anew and
 has to leave nothing of the old ones behind. Looked at meanwhile, from outside: resident memory, threads, open files,
 what is mapped or open in /dev/shm, children and zombies. At the end: whether the process has threads left that the
 first, short run did not leave, and whether any process that it started outlives it.
@@ -118,7 +118,7 @@ def say(told: dict[str, Any]) -> None:
 
 
 def run_for(backend: str, data: Path, out: Path, seconds: float, told: dict[str, Any]) -> None:
-    """A run into `out`, from its last checkpoint on, that is stopped in the middle of an epoch after so many seconds."""
+    """A run into `out`, from its last checkpoint on, stopped in the middle of an epoch after so many seconds."""
     from std_fast.train import Run, Stopped, train
 
     began, at_start = time.monotonic(), told["steps"]

@@ -59,7 +59,7 @@ def confined(function: Callable[..., Any], *args: Any, memory: int = MEMORY, sec
     """`function(*args)` in a child process that has so much memory and processor time. Arguments and result are JSON.
 
     function: of a module, under its own name there.
-    Raises Refused with the reason when it raises, crashes or needs more; UserError or OSError when it raises such a one.
+    Raises Refused with the reason when it raises, crashes or needs more; UserError or OSError when it raises one.
     """
     call = {"module": function.__module__, "function": function.__name__, "args": args, "limits": [memory, seconds]}
     # -c and not -m: the module is imported under its own name, once

@@ -45,12 +45,18 @@ def make(folder: Path) -> None:
             path = Path(name) / f"class{i % 3}" / f"{i}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(pixels(16 + i % 4, 18, i)).save(path)
-        convert(name, "images.beton", settings=ConvertSettings(mode="proportion", raw_share=0.2, page_size=MIN_PAGE), workers=1)
+        convert(
+            name,
+            "images.beton",
+            settings=ConvertSettings(mode="proportion", raw_share=0.2, page_size=MIN_PAGE),
+            workers=1,
+        )
     plain = {**SMALL, "student": {"name": "test_resnet"}, "run": SMALL["run"] | {"out": "teacher"}}
     train(from_dict(Recipe, plain), quiet=True)
     mine = {"every": "2 steps", "ema": 0.1, "width": 8}
     distill = {
-        "mode": "std", "teachers": [{"weights": "teacher"}], "mine": mine, "answers": "answers", "labels": "soft", "top_k": 2,
+        "mode": "std", "teachers": [{"weights": "teacher"}], "mine": mine, "answers": "answers", "labels": "soft",
+        "top_k": 2,
     }  # fmt: skip
     recipe = from_dict(Recipe, {**SMALL, "student": STUDENT, "distill": distill, "run": SMALL["run"] | {"out": "run"}})
     teach(recipe)

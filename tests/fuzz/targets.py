@@ -85,7 +85,8 @@ def interesting(value: int, bits: int, size: int, rng: random.Random) -> int:
     """A number to put where `value` stands in a file of `size` bytes."""
     chosen = rng.choice(
         (0, 1, value + rng.choice((-24, -8, -1, 1, 8, 24)), value ^ 1 << rng.randrange(bits), size, size - value,
-         1 << rng.randrange(bits), (1 << rng.randrange(bits)) - 1, rng.randrange(size + 1), -value, rng.getrandbits(bits))
+         1 << rng.randrange(bits), (1 << rng.randrange(bits)) - 1, rng.randrange(size + 1), -value,
+         rng.getrandbits(bits))
     )  # fmt: skip
     return chosen & (1 << bits) - 1
 
@@ -322,7 +323,8 @@ class RecipeFile(Target):
         values = (
             "0", "-1", "1e400", ".nan", "-.inf", "[]", "{}", "~", "''", "[[1, 2], [3]]", "{a: {b: c}}", "1:60", "0o9",
             "2001-99-99", "!!binary x", "[1, *x]", "&x [*x]", "9" * 5000, "'5 %'", "nan epochs", "1e309 steps",
-            "0.5 epochs", "-0.0", "99999999999999999999", "true", "1 day", "'\\u0000'", "[" * 300, "0 gpu-hours", "\u2029",
+            "0.5 epochs", "-0.0", "99999999999999999999", "true", "1 day", "'\\u0000'", "[" * 300, "0 gpu-hours",
+            "\u2029",
         )  # fmt: skip
         name, default = rng.choice(self.fields)
         name += rng.choice(("", "", "", ".0", ".x", ".0.name", ".9999999999"))
@@ -530,7 +532,8 @@ class Image(Target):
         exif = PIL.Image.Exif()
         exif[0x0112] = 6
         for mode, form, options in (("CMYK", "JPEG", {}), ("L", "JPEG", {"exif": exif}), ("P", "PNG", {}),
-                                    ("RGBA", "PNG", {"exif": exif}), ("I;16", "PNG", {}), ("1", "TIFF", {})):  # fmt: skip
+                                    ("RGBA", "PNG", {"exif": exif}), ("I;16", "PNG", {}),
+                                    ("1", "TIFF", {})):  # fmt: skip
             stream = io.BytesIO()
             picture.convert("L").convert(mode).save(stream, form, **options)  # type: ignore[arg-type]
             found.append(stream.getvalue())
@@ -558,7 +561,7 @@ class Image(Target):
             raise Finding("pixels of another size than the file's header says")
 
 
-# -- what training reads ------------------------------------------------------------------------------------------------
+# -- what training reads ----------------------------------------------------------------------------------------------
 
 
 class Answers(Target):

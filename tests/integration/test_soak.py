@@ -1,4 +1,4 @@
-"""The long-run benchmark at its smallest: it trains, abandons, stops, resumes and finds nothing left; and it sees leaks."""
+"""The long-run benchmark at its smallest: it trains, stops, resumes and finds nothing left; and it sees leaks."""
 
 import importlib.util
 import json
@@ -14,7 +14,17 @@ from benchmarks import harness, soak
 def test_a_short_soak_leaves_nothing_behind(backend, tmp_path):
     if importlib.util.find_spec({"ffcv": "ffcv", "dali": "nvidia", "torch": "torch"}[backend]) is None:
         pytest.skip(f"no {backend} here")
-    words = [sys.executable, "-m", "benchmarks.soak", "--smoke", "--backends", backend, "--out", str(tmp_path), "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.soak",
+        "--smoke",
+        "--backends",
+        backend,
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
     done = subprocess.run(words, cwd=harness.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]

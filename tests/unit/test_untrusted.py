@@ -181,7 +181,7 @@ def test_an_architecture_is_a_name_and_no_address(name, tmp_path):
         teacher(tmp_path)
 
 
-# -- text that expands, or is nested ------------------------------------------------------------------------------------
+# -- text that expands, or is nested ----------------------------------------------------------------------------------
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
@@ -244,7 +244,7 @@ def test_a_message_is_one_printable_line_of_bounded_length():
     assert str(UserError("x" * LONGEST)) == "x" * LONGEST
 
 
-# -- places that are no files -------------------------------------------------------------------------------------------
+# -- places that are no files -----------------------------------------------------------------------------------------
 
 
 def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
@@ -283,7 +283,7 @@ def test_a_file_that_claims_terabytes_is_not_read(tmp_path):
         read_bytes(beton, 10)
 
 
-# -- archives -----------------------------------------------------------------------------------------------------------
+# -- archives ---------------------------------------------------------------------------------------------------------
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
@@ -301,7 +301,8 @@ def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
         (header("a.jpg", b"-0000000001\0") + b"x" * 512, "no size"),
         (header("", b"\xff" * 12, b"L"), "more than any name needs"),
         (header("", b"-0000000001\0", b"L"), "more than any name needs"),
-        (header("", b"00000000024\0", b"x") + b"20 size=-9999999999\n".ljust(512, b"\0") + header("a", b"0" * 11 + b"\0"),
+        (header("", b"00000000024\0", b"x") + b"20 size=-9999999999\n".ljust(512, b"\0")
+         + header("a", b"0" * 11 + b"\0"),
          "no size"),
         (header("", b"00004000000\0", b"x") + b"9" * (1 << 20), "damaged pax header"),
         (header("", b"00000000024\0", b"x") + (b"9" * 5000 + b" a=b\n")[:512], "damaged pax header"),
@@ -379,7 +380,7 @@ def test_parquet_of_too_long_images_names_them(tmp_path):
     assert listing.faults == [("x.parquet/1", "5000 bytes are more than 4000 (max_bytes)")]
 
 
-# -- a confined reader ----------------------------------------------------------------------------------------------------
+# -- a confined reader ------------------------------------------------------------------------------------------------
 
 
 def answers_with(value):
@@ -440,7 +441,7 @@ def test_what_goes_wrong_in_a_confined_reader_is_said(function, limits, complain
     assert caught.value.errno == 28
 
 
-# -- betons ---------------------------------------------------------------------------------------------------------------
+# -- betons -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +529,7 @@ def test_images_that_claim_huge_sizes_are_named(data, tmp_path):
     assert PIL.Image.MAX_IMAGE_PIXELS is not None  # nobody has switched PIL's own limit off
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
+# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 META = {"step": 3, "recipe": "", "num_classes": 3}
 
