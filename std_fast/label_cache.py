@@ -48,6 +48,8 @@ from std_fast.teachers import Teachers
 FORMAT = 1
 MOST_CLASSES = 65535  # label + 1 has 16 bits
 DIGEST_BYTES = 16
+_BEFORE = {"precision": "auto"}
+"""fields of a teacher that stores of earlier versions lack, as they were then"""
 log = logging.getLogger("std_fast")
 Pairs = Iterator[tuple[Mixed, TeacherAnswers]]
 
@@ -220,7 +222,7 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
     hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
     for name in sorted({*stored, *ours} - soft_only):
-        there, here = stored.get(name), ours.get(name)
+        there, here = stored.get(name, _BEFORE.get(name.rpartition(".")[2])), ours.get(name)
         if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
             continue
         what = {"data.train": "other data", "classes": "other classes"}.get(name)

@@ -161,7 +161,9 @@ class Run:
         faults = {name: count for name, count in self._faults().items() if count}
         record = {"lr": lr, "images_per_second": round(rate, 1), **figures, **faults, **speed, "seconds": seconds}
         self._record("train", self._where() | record)
-        text = f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s  {speed_in_words(speed)}"
+        text = (
+            f"loss {figures.get('loss', float('nan')):.4f}  lr {lr:.2e}  {rate:.0f} images/s  {speed_in_words(speed)}"
+        )
         self.progress.note(self._done_amount(), text)
 
     def _faults(self) -> dict[str, int]:

@@ -40,6 +40,7 @@ IMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a scan header that is cut off": lambda d: _scan_header(d, b"\xff\xda\x00\x0c\x03"),
     "cut off in its scan": lambda d: d[: _marker(d, 0xDA) + 40],
     "without Huffman tables": lambda d: d[: _marker(d, 0xC4)] + d[_marker(d, 0xDA) :],
+    "without quantization tables": lambda d: d[: _marker(d, 0xDB)] + d[_marker(d, 0xC0) :],
     "two frames": lambda d: d[: _marker(d, 0xDA)] + _with_size(d, 8, 8)[_marker(d, 0xC0) :],
     "of 255 components": lambda d: d[: _marker(d, 0xC0) + 9] + b"\xff" + d[_marker(d, 0xC0) + 10 :],
     "a segment that is longer than the file": lambda d: d[:4] + b"\xff\xff" + d[6:],

@@ -130,9 +130,8 @@ class Beton(Target):
         path.write_bytes(data)
         source = BetonSource(str(path))
         heights, widths = source.sizes(np.arange(source.num_samples))
-        addresses, lengths = source.locate(np.arange(source.num_samples))
-        base = source.data.ctypes.data
-        inside = (addresses >= base) & (addresses + lengths.astype(np.uint64) <= base + len(data)) & (lengths > 0)
+        starts, lengths = source.pointers.astype(object), source.byte_sizes
+        inside = (starts + lengths <= len(data)) & (lengths > 0)
         raw = ~source.jpeg & (lengths != 3 * heights * widths)
         if not inside.all() or raw.any() or (heights < 1).any() or (widths < 1).any():
             raise Finding("a sample that does not lie within the file, or whose size is not that of its pixels")
@@ -147,8 +146,6 @@ class Loading(Beton):
     """A beton's images through a backend: its sizes against the images' own, and what native code is handed."""
 
     backend = ""
-    tolerant = False
-    """whether the decoder may take an image with damage that libjpeg only warns of"""
 
     def mutate(self, data: bytes, rng: random.Random) -> bytes:
         """Half of the time within the images, where the bytes of JPEG headers are, else as for Beton."""
@@ -173,7 +170,7 @@ class Loading(Beton):
         if (source.heights.astype(int) * source.widths > MOST_PIXELS).any():
             raise UserError("an image too large for fuzzing")
         outcomes = [self._outcome(str(path), kind) for kind in ("torch", self.backend)]
-        if (outcomes[0] is None) != (outcomes[1] is None) and not (outcomes[0] is None and self.tolerant):
+        if (outcomes[0] is None) != (outcomes[1] is None):
             raise Finding(f"torch gives {_shown(outcomes[0])}, {self.backend} {_shown(outcomes[1])}")
 
     def _outcome(self, path: str, backend: str) -> float | None:
@@ -218,7 +215,6 @@ class LoadingDali(Loading):
     """As LoadingFfcv; DALI's pipeline is kept, because to build one takes a quarter of a second."""
 
     backend = "dali"
-    tolerant = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -228,6 +224,7 @@ class LoadingDali(Loading):
         if backend != self.backend:
             return super()._first(path, backend)
         from pipelines.dali_backend import DaliLoader
+        from pipelines.intact import Intact
         from pipelines.source import BetonSource
 
         source = BetonSource(path)
@@ -236,6 +233,7 @@ class LoadingDali(Loading):
         loader = self._loader
         loader.source, loader.plan = source, loader.spec.plan(source.num_samples)
         loader.steps_per_epoch, loader._kinds = loader.plan.steps_per_epoch, np.zeros(source.num_samples, np.uint8)
+        loader.intact = Intact(loader.spec, source)
         return self._mean(loader)
 
 
