@@ -97,18 +97,18 @@ def lock() -> None:
 
 
 ELSEWHERE = {
-    "atheris": "Apache-2.0",
-    "ffcv": "Apache-2.0",
-    "torchao": "BSD-3-Clause",
-    "cuda-toolkit": "NVIDIA's CUDA EULA",
+    "atheris": "Apache-2.0 (its licence file)",
+    "ffcv": "Apache-2.0 (its repository's licence file)",
+    "torchao": "BSD-3-Clause (its licence file)",
+    "cuda-toolkit": "not said; the packages it stands for are NVIDIA's",
 }
-"""of packages whose metadata say nothing: as their projects' pages have it"""
+"""of packages whose metadata say nothing: read where it says"""
 
 
 def licence(name: str) -> str:
     """As the package's own metadata have it."""
     if name in ELSEWHERE:
-        return f"{ELSEWHERE[name]} (its project's page)"
+        return ELSEWHERE[name]
     about = metadata.metadata(name)
     classified = [
         text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")
