@@ -284,7 +284,11 @@ class Study:
     # -- work ---------------------------------------------------------------------------------------------------------
 
     def work_off(self, jobs: int, only: str, until: float, children: Children) -> bool:
-        """Runs what is not done, in order, `jobs` at a time; returns whether all of it is done."""
+        """Runs what is not done, in order, `jobs` at a time; returns whether all of it is done.
+
+        Raises:
+            UserError: at the end, naming the jobs that failed.
+        """
         wanted = self._wanted(only)
         running: dict[Future[int], str] = {}
         failed: set[str] = set()
@@ -295,6 +299,9 @@ class Study:
                 while ready and len(running) < jobs and time.monotonic() < until and not children.stopped:
                     job = ready.pop(0)
                     running[pool.submit(self._do, self.jobs[job], children)] = job
+                if not running and failed:
+                    logs = ", ".join(str(self.out(job) / "log.txt") for job in sorted(failed))
+                    raise UserError(f"--work: {len(failed)} jobs failed; look into {logs}, then call again")
                 if not running:
                     return all(self.done(j) for j in wanted)
                 for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:

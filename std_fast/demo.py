@@ -109,7 +109,9 @@ def one_run(recipe: str, folder: Path, seed: int, overrides: list[tuple[str, str
     """Trains, or takes up, one run; its summary and its evaluations."""
     loaded = recipes.load(recipe, [*overrides, ("run.out", str(folder)), ("run.seed", str(seed))])
     summary_file = folder / "summary.json"
-    if summary_file.is_file() and recipes.loads((folder / "recipe.yaml").read_text(encoding="utf-8")) == loaded:
+    if (folder / "recipe.yaml").is_file() and recipes.read_saved(folder) != loaded:
+        raise UserError(f"{folder}: is of a demo of another version; remove it and start again: rm -r {folder.parent}")
+    if summary_file.is_file():
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
     else:
         summary = train(loaded, resume=True, quiet=True)
