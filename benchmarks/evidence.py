@@ -144,12 +144,14 @@ SIZES = {
             "small": {
                 "student": narrow_resnet([1, 1, 1, 1], [32, 64, 128, 256]),
                 "data": {"image_size": 48},
-                "run": {"length": "4 epochs"},
+                "augment": {"mix_prob": 0.2},
+                "run": {"length": "8 epochs", "eval_every": "2 epochs"},
             },
             "large": {
                 "student": narrow_resnet([2, 2, 2, 2], [32, 64, 128, 256]),
                 "data": {"image_size": 48},
-                "run": {"length": "4 epochs"},
+                "augment": {"mix_prob": 0.2},
+                "run": {"length": "8 epochs", "eval_every": "2 epochs"},
             },
         },
         students={"mixer": {}},
@@ -194,8 +196,8 @@ class Job:
 class Study:
     """The jobs of a size in a folder."""
 
-    def __init__(self, size: str, work: Path, data: tuple[str, str]) -> None:
-        self.name, self.size, self.work, self.data = size, SIZES[size], work, data
+    def __init__(self, size: str, work: Path, data: tuple[str, str], precision: str = "auto") -> None:
+        self.name, self.size, self.work, self.data, self.precision = size, SIZES[size], work, data, precision
         self.jobs = {job.name: job for job in self._jobs()}
 
     def out(self, job: str) -> Path:
@@ -206,7 +208,7 @@ class Study:
         return (self.out(job) / ("costs.json" if job == "costs" else "summary.json")).is_file()
 
     def _common(self, *more: Overrides, **run: Any) -> Overrides:
-        own = {"data": {"train": self.data[0], "val": self.data[1]}, "run": run}
+        own = {"data": {"train": self.data[0], "val": self.data[1]}, "run": {"precision": self.precision} | run}
         return merged(self.size.common, *more, own)
 
     def _jobs(self) -> Iterator[Job]:
@@ -332,7 +334,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         if job.verb == "costs":
             command = [sys.executable, "-m", "benchmarks.evidence", "--size", self.name, "--costs", "--json"]
-            command += ["--work", str(self.work), "--data", *self.data]
+            command += ["--work", str(self.work), "--data", *self.data, "--precision", self.precision]
         else:
             path = folder / "wanted.yaml"
             if not path.exists():  # a length that follows from measured costs is settled once
@@ -626,6 +628,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, saved; call again to go on")
     parser.add_argument("--list", action="store_true", help="only name the jobs and how they stand")
     parser.add_argument("--from", dest="stored", metavar="FILE", help="a stored result: show and draw it again")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), help="bfloat16 pays on a CPU with AMX [auto]"
+    )
     parser.add_argument("--costs", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -638,17 +643,19 @@ def run(args: argparse.Namespace) -> harness.Report:
         args.size = "smoke"
     work = Path(args.work).resolve()
     record = work / "study.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    precision = args.precision or known.get("precision", "auto")
     if args.data is None:
-        if not record.is_file():
+        if not known:
             raise UserError("--data: is missing, and --work holds no study; give CIFAR-10's two betons")
-        args.data = json.loads(record.read_text(encoding="utf-8"))["data"]
+        args.data = known["data"]
         working = False
     else:
         args.data = [os.path.abspath(path) for path in args.data]
         work.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps({"size": args.size, "data": args.data}))
+        write_whole(record, json.dumps({"size": args.size, "data": args.data, "precision": precision}))
         working = not args.list
-    study = Study(args.size, work, tuple(args.data))
+    study = Study(args.size, work, tuple(args.data), precision)
     if args.costs:
         study.measure_costs(args)
         return {"rows": []}
