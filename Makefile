@@ -2,7 +2,7 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test faults lint fuzz clean distclean
+.PHONY: help demo test test-oldest test-newest faults lint fuzz clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
@@ -22,6 +22,12 @@ demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes
 test: .venv/.ready-test  ## the whole test suite; options: PYTEST='-x -k order'
 	$(BIN)/python -m pytest $(PYTEST)
 
+test-oldest: .venv-oldest/.ready-oldest  ## the suite against the oldest torch of pyproject.toml, in an environment of its own
+	.venv-oldest/bin/python -m pytest $(PYTEST)
+
+test-newest: .venv-newest/.ready-newest  ## the suite against the newest torch there is, in an environment of its own
+	.venv-newest/bin/python -m pytest $(PYTEST)
+
 faults: .venv/.ready-test  ## the fault campaign: kills, full disks, damaged files, ... with a table; options: FAULTS='--only disk' SEED=1
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(FAULTS)
 
@@ -38,7 +44,7 @@ clean:  ## remove caches and build products; .venv and runs stay
 	find std_fast pipelines benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## and .venv
-	rm -rf .venv
+	rm -rf .venv .venv-oldest .venv-newest
 
-.venv/.ready-%: pyproject.toml constraints.txt scripts/bootstrap.sh
-	@scripts/bootstrap.sh $*
+.venv/.ready-demo .venv/.ready-test .venv-oldest/.ready-oldest .venv-newest/.ready-newest: pyproject.toml constraints.txt scripts/bootstrap.sh
+	@scripts/bootstrap.sh $(patsubst .ready-%,%,$(@F))

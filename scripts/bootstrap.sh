@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bootstrap.sh demo|test: makes .venv on a Linux machine with as little as make and bash on it, then stamps it .venv/.ready-GOAL.
+# bootstrap.sh demo|test|oldest|newest: makes .venv on a Linux machine with as little as make and bash on it, then stamps it .ready-GOAL.
 #   demo  the package with FFCV           test  the same and DALI and the developer's tools
+#   oldest, newest  as test, but into .venv-GOAL and with the oldest torch that pyproject.toml allows, the newest that pip finds
 # Missing system packages come from apt, as root or through sudo; where neither works, the one line to type is printed. FFCV and DALI are
 # optional: without them one line says so and the rest is installed, except under CI (variable CI set), where every part must be there.
 # PYTHON=... chooses the interpreter.
@@ -12,10 +13,17 @@ unset PYTHONPATH PYTHONHOME # packages found there would count as installed
 goal=${1:-}
 case $goal in
 demo) always="" optional="ffcv" ;;
-test) always="[dev]" optional="ffcv dali" ;;
-*) echo "usage: $0 demo|test" >&2 && exit 2 ;;
+test | oldest | newest) always="[dev]" optional="ffcv dali" ;;
+*) echo "usage: $0 demo|test|oldest|newest" >&2 && exit 2 ;;
 esac
-venv=.venv
+venv=.venv constraints=constraints.txt
+if [ "$goal" = oldest ] || [ "$goal" = newest ]; then # all but torch and what comes with it stays as it was tested
+  venv=.venv-$goal constraints=.venv-$goal/constraints.txt
+  mkdir -p "$venv"
+  with_torch='^(torch|torchvision|torchao|triton|cuda-[a-z]+|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx)[a-z0-9-]*)=='
+  kept=$(grep -vE "$with_torch" constraints.txt)
+  [ "$goal" = newest ] || kept+=$(sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)",$/\n\1==\2.*/p' pyproject.toml)
+fi
 unfinished=$venv/.unfinished # there while pip is at work: an environment cut off in the middle is not trusted again
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
@@ -73,7 +81,7 @@ fi
 python=$(find_python) || { say "no Python 3.10 or later: install one, or name it with PYTHON=/path/to/python3" && exit 1; }
 
 pip() {
-  "$venv/bin/python" -m pip install "$([ -t 2 ] && echo --progress-bar=on || echo -qq)" --disable-pip-version-check -c constraints.txt "$@"
+  "$venv/bin/python" -m pip install "$([ -t 2 ] && echo --progress-bar=on || echo -qq)" --disable-pip-version-check -c "$constraints" "$@"
 }
 
 if [ -e "$unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -81,16 +89,17 @@ if [ -e "$unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1
   "$python" -m venv --clear "$venv" >/dev/null || { say "cannot make $venv with $python" && exit 1; }
 fi
 touch "$unfinished"
+[ "$venv" = .venv ] || printf '%s\n' "$kept" >"$constraints"
 rm -f "$venv"/.ready-*
 # pip unpacks gigabytes on the way, and /tmp may be a small file system in memory
 export TMPDIR=$PWD/$venv/tmp
 mkdir -p "$TMPDIR"
 say "installing Python packages (about 5 GB with torch's CUDA libraries; minutes the first time)"
 pip --upgrade pip
-pip --build-constraint constraints.txt -e ".$always"
+pip --build-constraint "$constraints" -e ".$always"
 lacking=""
 for extra in $optional; do
-  if pip --build-constraint constraints.txt -e ".[$extra]" >"$venv/install-$extra.log" 2>&1 &&
+  if pip --build-constraint "$constraints" -e ".[$extra]" >"$venv/install-$extra.log" 2>&1 &&
     "$venv/bin/python" -c "import $([ "$extra" = ffcv ] && echo ffcv.libffcv || echo nvidia.dali)" >>"$venv/install-$extra.log" 2>&1; then
     continue
   fi
@@ -103,4 +112,4 @@ if [ -n "$lacking" ] && [ -n "${CI:-}" ]; then
   say "under CI every part must be there" && exit 1
 fi
 touch "$venv/.ready-$goal"
-[ "$goal" = demo ] || touch "$venv/.ready-demo"
+[ "$goal" != test ] || touch "$venv/.ready-demo"

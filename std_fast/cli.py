@@ -309,7 +309,8 @@ def train_recipe(args: argparse.Namespace) -> int:
     from std_fast import recipe as recipes
     from std_fast.budget import in_words
     from std_fast.distributed import PeerLost, rank
-    from std_fast.train import NotFinite, Stopped, resolved
+    from std_fast.not_finite import NotFinite
+    from std_fast.train import Stopped, resolved
     from std_fast.train import train as run_training
 
     recipe = recipes.load(args.recipe, args.overrides)

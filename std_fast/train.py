@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +27,7 @@ from std_fast.held import process_seconds
 from std_fast.losses import TeacherAnswers
 from std_fast.memory import of_the_device, ran_out
 from std_fast.metrics import Journal, Progress
+from std_fast.not_finite import BadSteps, NotFinite
 from std_fast.optim import peak_learning_rate, schedule
 from std_fast.overlap import taught
 from std_fast.recipe import Duration, Recipe, dump, parse_seconds
@@ -36,15 +37,10 @@ from std_fast.student import smaller
 from std_fast.teachers import Teachers
 
 log = logging.getLogger("std_fast")
-CHECKED = ("loss", "gradient", "MINE's gradient")  # what the guard checks, in its order
 
 
 class Stopped(Exception):
     """The run was asked to stop; it has saved and can be resumed."""
-
-
-class NotFinite(Exception):
-    """Loss or gradient of a step was not finite; the state before it is saved."""
 
 
 class Run:
@@ -64,9 +60,7 @@ class Run:
         self.step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
         self.best: dict[str, float] = {}
-        self._aside_step = 0
         self._batches: Generator[tuple[Mixed, TeacherAnswers | None], None, None]
-        self.bad_steps: list[int] = []  # whose loss or gradient was not finite, as far as the host knows
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
         self.early_until = recipe.student.early_share if recipe.student.early_size else 0.0  # share of the training
         self.folder = RunFolder(recipe, world, self.ledger, resume)
@@ -84,12 +78,11 @@ class Run:
         self._closing.callback(self.parts.close)
         self.per_epoch = self.parts.train_loader.steps_per_epoch
         self.clock = Clock(recipe, self.per_epoch, self.ledger)
+        meta: dict[str, Any] = {}
         if self.folder.found is not None:
             meta = self.folder.restore(self.parts.trainer)
             self.step, self.best = meta["step"], meta["best"]
             self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
-            self.bad_steps = list(meta.get("bad_steps", []))
-            self._aside_step = meta.get("aside_step", 0)
         self.agree = Agreement(world)
         on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
         self.pace = Pace() if on_gpu and self.clock.hours else None
@@ -109,14 +102,11 @@ class Run:
         self._save_every = parse_seconds(recipe.run.save_every, "run.save_every")
         self._eval_every = self._steps_between(recipe.run.eval_every)
         self._mine_every = max(1, self._steps_between(recipe.distill.mine.every))
-        goes_back = recipe.run.not_finite == "rollback"
-        self._aside_every = max(1, self._steps_between(recipe.run.rollback_every)) if goes_back else 0
-        known, limit = len(self.bad_steps), recipe.run.not_finite_limit
-        room = known if recipe.run.not_finite == "stop" else max(known, limit)
-        allowed = room if recipe.run.not_finite == "skip" else known
-        self.parts.trainer.guard.set(self.bad_steps, room + 1, allowed)
-        if goes_back and not self.parts.trainer.aside:
-            self._put_aside()
+        aside_every = 0
+        if recipe.run.not_finite == "rollback":
+            aside_every = max(1, self._steps_between(recipe.run.rollback_every))
+        folder = self.folder.path if world.main else None
+        self.bad = BadSteps(recipe, self.parts.trainer, self.parts.train_loader, meta, aside_every, folder)
 
     # -- how far --------------------------------------------------------------------------------------------------
 
@@ -137,8 +127,7 @@ class Run:
             "best": self.best,
             "costs": self.clock.costs,
             "complete": complete,
-            "bad_steps": self.parts.trainer.guard.read()[0],
-            "aside_step": self._aside_step,
+            **self.bad.meta(),
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
         }
@@ -169,73 +158,33 @@ class Run:
     def _faults(self) -> dict[str, int]:
         """What was passed over so far. Corrupt images are those of this process, each rank's own added up."""
         corrupt = torch.tensor(len(self.parts.train_loader.corrupt), device=self.parts.device)
-        return {"bad_steps": len(self.bad_steps), "corrupt_images": int(self.world.sum(corrupt))}
-
-    # -- steps that were not finite -------------------------------------------------------------------------------
+        return {"bad_steps": len(self.bad.steps), "corrupt_images": int(self.world.sum(corrupt))}
 
     def went_back(self) -> bool:
-        """Waits for the device, and does what the recipe says about bad steps that it has met: all ranks alike.
+        """Waits for the device, and does what the recipe says about steps that were not finite: all ranks alike.
 
         Returns:
-            Whether the run is now at an earlier step, with the state that was put aside and behind the bad batch.
+            Whether the run is now at an earlier state, and behind the bad batch.
 
         Raises:
             NotFinite: after saving the state before the bad step.
         """
-        run, trainer = self.recipe.run, self.parts.trainer
-        bad, frozen = trainer.guard.read()
-        new, self.bad_steps = bad[len(self.bad_steps) :], bad
-        for step in new if run.not_finite == "skip" else ():
-            self._bad_step(step, f"step {step}: loss or gradient not finite, skipped")
-        if not frozen:
+        step = self.bad.look(self._tell_bad, self._save_at)
+        if step is None:
             return False
-        if run.not_finite != "rollback" or len(bad) > run.not_finite_limit:
-            self._end_at(bad.pop())
-        self.step = bad[-1]
-        trainer.go_back()
-        trainer.guard.allowed.fill_(len(bad))
-        back = f"back to the weights of step {self._aside_step}, on with the batch behind it"
-        self._bad_step(self.step, f"step {self.step}: loss or gradient not finite, {back}")
+        self.step = step
         self._batches.close()
         self._batches = self.batches()
         return True
 
-    def _put_aside(self) -> None:
-        self.parts.trainer.put_aside()
-        self._aside_step = self.step
-
-    def _bad_step(self, step: int, text: str) -> None:
+    def _tell_bad(self, step: int, text: str) -> None:
         self.progress.say(text)
-        self._record("not_finite", self._where() | {"step": step, "bad_steps": len(self.bad_steps)})
+        self._record("not_finite", self._where(step) | {"bad_steps": len(self.bad.steps)})
 
-    def _end_at(self, bad: int) -> NoReturn:
-        """Saves the state before step `bad`, since when nothing has changed, and raises NotFinite."""
-        trainer = self.parts.trainer
-        trainer.guard.set(self.bad_steps, len(self.bad_steps) + 1, len(self.bad_steps))  # a resumed run meets it again
-        self.step = bad - 1
+    def _save_at(self, step: int) -> None:
+        self.step = step
         self.save()
         self.folder.writer.wait()
-        what = [name for bit, name in enumerate(CHECKED) if int(trainer.guard.bad_values) >> bit & 1]
-        epoch, place = divmod(bad - 1, self.per_epoch)
-        report = {
-            "step": bad,
-            "epoch": epoch,
-            "step_in_epoch": place,
-            "not_finite": what,
-            "bad_steps": self.bad_steps,
-            "figures": trainer.meters.read(),  # of the steps before it
-            "positions": self.parts.train_loader.plan.positions(place).tolist(),
-            "recipe": dump(self.recipe),
-        }
-        path = self.folder.path / "not_finite.json"
-        if self.world.main:
-            write_whole(path, json.dumps(report, indent=1))
-        past = f" after {len(self.bad_steps)} others (run.not_finite_limit)" if self.bad_steps else ""
-        mend = "" if self.bad_steps else " or, if it is one batch that does it, --resume --run.not_finite skip"
-        raise NotFinite(
-            f"step {bad} is not finite ({', '.join(what)}){past}; the state before it is saved, the batch is described "
-            f"in {path}; try a lower optim.lr, optim.clip 1.0, run.precision float32{mend}"
-        )
 
     def evaluate(self, part: str = "evaluate", record: bool = True) -> dict[str, float]:
         """Accuracy now, of the moving average where there is one; its time belongs to `part` of the ledger."""
@@ -277,11 +226,12 @@ class Run:
         if self.journal is not None:
             self.journal.write(kind, record)
 
-    def _where(self) -> dict:
+    def _where(self, step: int | None = None) -> dict:
+        step = self.step if step is None else step
         return {
-            "step": self.step,
-            "samples": self.samples,
-            "epoch": round(self.step / self.per_epoch, 4),
+            "step": step,
+            "samples": step * self.recipe.run.batch,
+            "epoch": round(step / self.per_epoch, 4),
             "gpu_hours": round(self.ledger.gpu_hours, 6),
         }
 
@@ -349,13 +299,13 @@ class Run:
             self.progress.update(self._done_amount())
             to_log = last or self.step % r.run.log_every == 0
             to_evaluate = last or (self._eval_every and self.step % self._eval_every == 0 and self._fits_eval())
-            put_aside = self._aside_every and self.step % self._aside_every == 0
+            put_aside = self.bad.aside_is_due(self.step)
             if (to_log or to_evaluate or put_aside) and self.went_back() and not self.clock.done(self.step):
                 continue
             if to_log:
                 self.log_line(lr)
             if put_aside:
-                self._put_aside()
+                self.bad.put_aside(self.step)
             if to_evaluate:
                 result = self.evaluate()
             if on_step is not None:
@@ -405,7 +355,7 @@ class Run:
             "result": result,
             "best": self.best,
             **self._faults(),
-            "bad_steps": self.bad_steps,
+            "bad_steps": self.bad.steps,
             "corrupt_names": [source.name(index) for index in sorted(corrupt)],
             "images_per_second": round(self.samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(self.parts.device) / 2**30, 3),

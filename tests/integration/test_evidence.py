@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import evidence
+from benchmarks import evidence, harness
+from benchmarks import study as studies
 from tests.killing import Child
 
 
-class Forked(evidence.Children):
+class Forked(studies.Children):
     """Real processes, forked with torch imported already."""
 
     def __init__(self, stop_after: int = 1000) -> None:
@@ -37,18 +39,18 @@ def evidence_main(*argv: str) -> None:
 
 def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     data = (str(image_folder), str(image_folder))
-    study = evidence.Study("smoke", tmp_path / "work", data)
+    study = studies.Study("smoke", tmp_path / "work", data)
     forever = time.monotonic() + 1e6
     first = Forked(stop_after=3)
     assert not study.work_off(1, "*", forever, first)
     assert sum(study.done(job) for job in study.jobs) == len(first.commands) == 3
     rest = Forked()
     assert study.work_off(1, "*", forever, rest)
-    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 7
+    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 11
 
-    report = study.collect() | {"conditions": evidence.harness.conditions(), "missing": []}
+    report = study.collect() | {"conditions": harness.conditions(), "missing": []}
     runs = {run["job"]: run for run in report["runs"]}
-    costs = report["costs"]["cpu_seconds_per_sample"]
+    costs = report["cpu_seconds_per_sample"]
     assert costs["STD"] > costs["plain"] > 0
     std, plain, equal = (runs[f"mixer-{name}-0"] for name in ("STD", "plain", "plain-STD-s-cost"))
     assert std["summary"]["samples"] == plain["summary"]["samples"] == 24
@@ -56,6 +58,9 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     assert "teacher-small" in asked and "teacher-large" in asked
     # to the nearest step: as many samples as cost what STD's cost
     assert equal["summary"]["samples"] == pytest.approx(24 * costs["STD"] / costs["plain"], abs=4.01)
+    pushed = runs["mixer-STD-pushed-0-0.001-minutes"]
+    assert pushed["recipe"]["optim"]["name"] == "muon" and pushed["recipe"]["distill"]["views"] == 1
+    assert pushed["summary"]["samples"] == pytest.approx(60 * 0.001 / costs["STD, pushed"], abs=8)
     assert [e["step"] for e in std["evaluations"]] == [3] and std["log"][-1]["step"] == 3
     assert "seconds" in std["summary"] and runs["answers-small-large-0"]["summary"]["asked"] == 24
 
@@ -64,7 +69,12 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     capsys.readouterr()
     assert evidence.command(["--from", str(stored), "--out", str(tmp_path / "again")]) == 0
     shown = capsys.readouterr().out
-    for name in ("teacher-small", "| mixer | STD |", "| mixer | plain, STD's cost |"):
+    for name in (
+        "teacher-small",
+        "| mixer | STD |",
+        "| mixer | plain, STD's cost |",
+        "| minutes | plain, pushed: top-1, % |",
+    ):
         assert name in shown
     assert len(list((tmp_path / "again").glob("evidence-smoke-*.png"))) == 1
 
@@ -73,18 +83,20 @@ def test_every_size_names_recipes_that_are_valid(tmp_path):
     """What a GPU is to run without anyone looking on: each recipe is built, and each job can begin one day."""
     from std_fast import recipe as recipes
 
-    for name in evidence.SIZES:
-        study = evidence.Study(name, tmp_path / name, ("train.beton", "test.beton"))
+    for name in studies.SIZES:
+        study = studies.Study(name, tmp_path / name, ("train.beton", "test.beton"))
         done: set[str] = set()
         for job in study.jobs.values():
             assert done.issuperset(job.after), job.name
             done.add(job.name)
-            if job.verb == "costs" or any(
-                evidence.SETTINGS[s].cost_of_std for s in [job.about.get("setting", "plain")]
+            if (
+                job.verb == "costs"
+                or any(studies.SETTINGS[s].cost_of_std for s in [job.about.get("setting", "plain")])
+                or ("minutes" in job.about and not study.size.budget)
             ):
                 continue  # a length that is measured
             path = tmp_path / f"{name}-{job.name}.yaml"
-            path.write_text(evidence.yaml.safe_dump(job.recipe()))
+            path.write_text(yaml.safe_dump(job.recipe()))
             recipe = recipes.load(str(path))
             assert recipe.run.out.startswith(str(tmp_path)) or job.verb == "teach"
 

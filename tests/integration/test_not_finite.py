@@ -10,9 +10,10 @@ from pipelines.errors import UserError
 from std_fast import checkpoint
 from std_fast.config import from_dict
 from std_fast.metrics import read_jsonl
+from std_fast.not_finite import NotFinite
 from std_fast.recipe import Recipe
 from std_fast.step import Trainer
-from std_fast.train import NotFinite, Stopped, train
+from std_fast.train import Stopped, train
 
 STEPS = 9  # of three epochs
 

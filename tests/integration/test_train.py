@@ -14,8 +14,9 @@ from std_fast import recipe as recipes
 from std_fast.config import from_dict, to_dict
 from std_fast.evaluate import evaluate_run
 from std_fast.metrics import read_jsonl
+from std_fast.not_finite import NotFinite
 from std_fast.recipe import Recipe
-from std_fast.train import NotFinite, Stopped, train
+from std_fast.train import Stopped, train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
