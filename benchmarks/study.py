@@ -53,6 +53,7 @@ SETTINGS = {
     "DeiT token": Setting({"tokens": "deit", "mine": {"weight": 0.0}}),
     "STD": Setting({}),
     "STD, last module": Setting({"taps": [-1], "assign": [[0, 1]]}),
+    "STD, MINE at 0.1": Setting({"mine": {"weight": 0.1}}),
     "STD, no MINE": Setting({"mine": {"weight": 0.0}}),
     "STD, no reweighting": Setting({"reweight": False}),
     "STD, one teacher": Setting({"assign": [[0], [0]]}, LARGE),
@@ -151,9 +152,17 @@ SIZES = {
         },
         students={"mixer": {}},
         epochs=3,
-        settings=("plain", "DeiT token", "STD", "plain, STD's cost"),
+        settings=(
+            "plain",
+            "DeiT token",
+            "STD",
+            "plain, STD's cost",
+            "DeiT token, STD's cost",
+            "STD, no MINE",
+            "STD, MINE at 0.1",
+        ),
         budget=False,
-        push_minutes=(2, 6, 18),
+        push_minutes=(1.5, 4.5, 13.5),
         push=PUSH,
     ),
     "smoke": Size(
@@ -483,7 +492,7 @@ def answers_name(teachers: tuple[str, ...], seed: int) -> str:
 
 
 def run_name(student: str, setting: str, seed: int) -> str:
-    return f"{student}-{re.sub('[^A-Za-z]+', '-', setting)}-{seed}"
+    return f"{student}-{re.sub('[^A-Za-z0-9]+', '-', setting)}-{seed}"
 
 
 def one_step(parts: Parts) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from std_fast import MutualInformation, STDModule, answers_from_logits, distilla
 
 def distil(backbone, teachers, batches, P, C, K, alpha=0.5):
     """Teaches `backbone` (images -> [B, P, C]); returns the model as a function of images, and its parts."""
-    head, std, mine = nn.Linear(C, K), STDModule(C, P, K, len(teachers)), MutualInformation(C, P, weight=0.1)
+    head, std, mine = nn.Linear(C, K), STDModule(C, P, K, len(teachers)), MutualInformation(C, P, weight=0.01)
     parts = nn.ModuleList([backbone, head, std, mine])
     optimizer = torch.optim.AdamW(parts.parameters(), lr=2e-3, weight_decay=0.0)
     for images, labels in batches:

@@ -54,7 +54,7 @@ def create_student(
         tokens, mine_width, mine_ema: see `Student`.
         taps, assign: where the STD modules read and whom they serve, instead of the method's placement: see
             `plan_modules`.
-        mine_weight: strength of the MINE regulariser (the recipes take 0.1). With it, subtract
+        mine_weight: strength of the MINE regulariser (the recipes take 0.01). With it, subtract
             `sum(output.information)` from your loss.
         predict: which heads answer in evaluation.
         options: of the backbone's builder (`patch_size`, `dim`, `depth`, ...).
