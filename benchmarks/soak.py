@@ -274,8 +274,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 3 * len(report["rows"])), layout="constrained")
     for axes, row in zip(figure.subplots(len(report["rows"]), 2, squeeze=False), report["rows"], strict=True):
         minutes = [point["seconds"] / 60 for point in row["curve"]]
-        axes[0].plot(minutes, [point["rss_mib"] for point in row["curve"]])
-        axes[0].set(ylabel="resident memory, MiB", title=f"{row['name']}: {row['epochs']:.0f} epochs", ylim=(0, None))
+        memory = [point["rss_mib"] for point in row["curve"]]
+        axes[0].plot(minutes, memory)
+        title = f"{row['name']}: {row['epochs']:.0f} epochs"
+        axes[0].set(ylabel="resident memory, MiB", title=title, ylim=(0, 1.1 * max(memory)))
         for key in COUNTED:
             axes[1].plot(minutes, [point[key] for point in row["curve"]], label=key)
         axes[1].set(ylabel="number", title=f"{row['runs']} runs, {row['abandoned']} epochs left early", ylim=(-1, None))
