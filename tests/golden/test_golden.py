@@ -37,7 +37,7 @@ def losses(name: str) -> list[list[float]]:
     """
     recipe = from_dict(Recipe, {
         "data": {"image_size": SIZE}, "student": {"name": name, "options": STUDENTS[name], "drop_path": 0.2},
-        "distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}, "optim": {"clip": 1.0, "eps": 1e-4},
+        "distill": {"mode": "std", "mine": {"weight": 0.1}, "teachers": [{"name": "a"}, {"name": "b"}]}, "optim": {"clip": 1.0, "eps": 1e-4},
     })  # fmt: skip
     student = build_student(recipe, K).train()
     device = torch.device("cpu")
