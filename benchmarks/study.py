@@ -61,7 +61,7 @@ SETTINGS = {
     "plain, STD's and its teachers' cost": Setting({"mode": "none"}, (), "with teachers"),
     "DeiT token, STD's cost": Setting({"tokens": "deit", "mine": {"weight": 0.0}}, BOTH, "alone"),
     "plain, pushed": Setting({"mode": "none"}, (), pushed=True),
-    "STD, pushed": Setting({}, pushed=True),
+    "STD, pushed": Setting({"mine": {"weight": 0.0}}, pushed=True),
 }
 PUSHED_ANSWERS = "answers-pushed"  # of as many views of each image as the study has epochs
 PUSHED = tuple(name for name, setting in SETTINGS.items() if setting.pushed)

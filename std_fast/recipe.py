@@ -308,7 +308,7 @@ class Run:
     length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "auto: a GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = opt(
-        "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU"
+        "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU, where bfloat16 pays with AMX only"
     )
     compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
     timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
