@@ -105,6 +105,14 @@ def show(report: harness.Report) -> str:
     return "\n\n".join(parts)
 
 
+def color_of(setting: str) -> tuple[float, ...]:
+    """The same in every figure; light ones from the eleventh setting on."""
+    import matplotlib
+
+    number = list(SETTINGS).index(setting)
+    return matplotlib.colormaps["tab20"](2 * (number % 10) + number // 10)
+
+
 def draw(report: harness.Report, path: Path) -> None:
     """Validation accuracy over samples and over cost, mean over seeds with every seed as a dot at the end.
 
@@ -117,12 +125,13 @@ def draw(report: harness.Report, path: Path) -> None:
 
     costs = report["cpu_seconds_per_sample"]
     students = sorted({student for student, _, _ in students_of(report)})
-    figure, axes = plt.subplots(len(students), 2, figsize=(11, 4.2 * len(students)), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(
+        len(students), 2, figsize=(13, 4.2 * len(students)), squeeze=False, sharey="row", layout="constrained"
+    )
     for student, setting, runs in students_of(report):
         left, right = axes[students.index(student)]
-        number = list(SETTINGS).index(setting)
         style: dict[str, Any] = {
-            "color": f"C{number % 10}",
+            "color": color_of(setting),
             "linestyle": "--" if SETTINGS[setting].cost_of_std else "-",
         }
         curves = [run["evaluations"] for run in runs]
@@ -137,18 +146,16 @@ def draw(report: harness.Report, path: Path) -> None:
             axis.plot(values, y, label=setting, **style)
             axis.scatter([values[-1]] * len(runs), [c[-1]["top1"] for c in curves], s=12, color=style["color"])
     for setting, results in pushed(report).items():
-        number = list(SETTINGS).index(setting)
         minutes, top1 = zip(*sorted(results.items()), strict=True)
-        axes[0][1].plot(minutes, top1, "o:", label=setting, color=f"C{number % 10}")
+        axes[0][1].plot(minutes, top1, "o:", label=setting, color=color_of(setting))
     for row, student in zip(axes, students, strict=True):
         row[0].set(xlabel="training samples", ylabel="validation top-1, %", title=f"{student}: over samples")
         row[1].set(
             xlabel="CPU minutes" if costs else "GPU minutes", title=f"{student}: at equal cost, teachers' excluded"
         )
-        row[1].legend()
         for axis in row:
             axis.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
