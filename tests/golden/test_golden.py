@@ -37,7 +37,8 @@ def losses(name: str) -> list[list[float]]:
     """
     recipe = from_dict(Recipe, {
         "data": {"image_size": SIZE}, "student": {"name": name, "options": STUDENTS[name], "drop_path": 0.2},
-        "distill": {"mode": "std", "mine": {"weight": 0.1}, "teachers": [{"name": "a"}, {"name": "b"}]}, "optim": {"clip": 1.0, "eps": 1e-4},
+        "distill": {"mode": "std", "mine": {"weight": 0.1}, "teachers": [{"name": "a"}, {"name": "b"}]},
+        "optim": {"clip": 1.0, "eps": 1e-4},
     })  # fmt: skip
     student = build_student(recipe, K).train()
     device = torch.device("cpu")
@@ -62,6 +63,9 @@ def losses(name: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_losses_are_those_of_before(name):
+    torch.manual_seed(0)
+    if torch.nn.init.trunc_normal_(torch.empty(1)).item() != pytest.approx(-0.0089565, rel=1e-4):
+        pytest.skip(f"torch {torch.__version__} draws other initial weights (trunc_normal_ changed in 2.14)")
     expected = torch.tensor(json.loads(FILE.read_text(encoding="utf-8"))[name])
     torch.testing.assert_close(torch.tensor(losses(name)), expected, rtol=1e-3, atol=1e-5)
 

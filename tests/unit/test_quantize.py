@@ -1,7 +1,6 @@
 """Teachers of low precision: which layers change, what they answer, who is refused (float8: tests/gpu)."""
 
 import copy
-import importlib.util
 import logging
 import sys
 from dataclasses import replace
@@ -22,7 +21,13 @@ from std_fast.recipe import Recipe
 
 CPU = torch.device("cpu")
 MIXER = dict(patch_size=8, dim=32, depth=2, token_dim=16, channel_dim=64)
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+try:
+    import torchao.quantization  # noqa: F401
+
+    WHY_NOT = ""
+except ImportError as error:  # not there, or not for this torch
+    WHY_NOT = f"torchao cannot be used: {error}"
+needs_torchao = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 def vit():
