@@ -13,7 +13,10 @@ tries the machinery.
 Equal cost: where a GPU can be had alone (`gpu`), every setting gets a GPU-hour budget, that which the STD run of its
 seed took; once as it is, and once with what teachers and answers cost added to the budget of the plain student. On a
 machine that others use too (`cpu`), an hour of the clock is no measure: there the settings' processor time per sample
-is measured in turns in one process (`costs`), and the plain student gets as many samples as cost what STD's cost.
+is measured in turns in one process (`costs`), and the others get as many samples as cost what STD's cost. Answers that
+a longer run needs beyond the stored ones are asked for then, and not counted in that cost.
+
+Pushed: plain and STD with the size's `push` on top, one seed, for each of its `push_minutes`.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.study import SIZES, Children, Study, write_whole
+from benchmarks.study import Children, Study, write_whole
 from benchmarks.study_report import draw, show
+from benchmarks.study_sizes import SIZES
 from pipelines.errors import UserError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.study import SETTINGS
+from benchmarks.study_sizes import SETTINGS
 
 
 def students_of(report: harness.Report) -> Iterator[tuple[str, str, list[harness.Report]]]:

@@ -89,6 +89,8 @@ def stoppable() -> Iterator[None]:
 def entry(argv: list[str] | None = None) -> NoReturn:
     """`main` as a process, which ends at once: taking torch down would hold the GPU for one or two seconds."""
     code = main(argv)
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # all is saved and said: a late one must not change the exit code
+        signal.signal(signum, signal.SIG_IGN)
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):  # a reader that has left, a stream that is closed
         sys.stdout.flush()

@@ -115,7 +115,7 @@ def distillation_loss(
             else:
                 raise ValueError("soft labels need answers with log_probs: pass a temperature to the teachers too")
             per_image = temperature**2 * divergence
-        share = 1.0 / head_teacher.count(teacher)
+        share = 1.0 / len([other for other in head_teacher if other == teacher])  # torch 2.8 cannot trace `count`
         weight = share / len(set(head_teacher)) if weights_BM is None else share * weights_BM[:, teacher]
         total = total + weight * per_image
     return total.mean()

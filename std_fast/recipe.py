@@ -185,9 +185,7 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class MineSpec:
-    weight: float = opt(
-        0.01, "strength of the mutual information regulariser; 0: off; 0.1 cost a small student 7 points"
-    )
+    weight: float = opt(0.01, "strength of the mutual information regulariser; 0: off")
     every: str = opt("1 step", "how often: `1 step`, `k steps`, or `1 epoch` as in the paper's Algorithm 1")
     lr: float = opt(1e-3, "peak learning rate of the statistics network (the paper states none)")
     width: int = opt(512, "hidden width of the statistics network")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import evidence, harness
+from benchmarks import evidence, harness, study_sizes
 from benchmarks import study as studies
 from tests.killing import Child
 
@@ -83,7 +83,7 @@ def test_every_size_names_recipes_that_are_valid(tmp_path):
     """What a GPU is to run without anyone looking on: each recipe is built, and each job can begin one day."""
     from std_fast import recipe as recipes
 
-    for name in studies.SIZES:
+    for name in study_sizes.SIZES:
         study = studies.Study(name, tmp_path / name, ("train.beton", "test.beton"))
         done: set[str] = set()
         for job in study.jobs.values():
@@ -91,7 +91,7 @@ def test_every_size_names_recipes_that_are_valid(tmp_path):
             done.add(job.name)
             if (
                 job.verb == "costs"
-                or any(studies.SETTINGS[s].cost_of_std for s in [job.about.get("setting", "plain")])
+                or any(study_sizes.SETTINGS[s].cost_of_std for s in [job.about.get("setting", "plain")])
                 or ("minutes" in job.about and not study.size.budget)
             ):
                 continue  # a length that is measured
