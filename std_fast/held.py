@@ -73,7 +73,7 @@ def starting(folder: Path | None) -> Iterator[None]:
 
     def say() -> None:
         with suppress(OSError):  # a full disk
-            os.pwrite(fd, f"{devices * process_seconds():<16.3f}".encode("ascii"), 0)  # one length: it is never cut
+            os.pwrite(fd, f"{devices * process_seconds():<16.6f}".encode("ascii"), 0)  # one length: it is never cut
 
     end = threading.Event()
 
