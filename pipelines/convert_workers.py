@@ -74,7 +74,8 @@ class Workers:
         listing, for messages.  folder: for their log and their signs of life."""
         self._names = names
         self._beats_file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
-        self._beats_file.truncate(_BEAT.size * count)
+        # room that is really there: in a file with holes, on a full disk, the first sign of life would be a SIGBUS
+        os.posix_fallocate(self._beats_file.fileno(), 0, _BEAT.size * count)
         self._beats = mmap.mmap(self._beats_file.fileno(), _BEAT.size * count)
         self._log: IO[bytes] = tempfile.TemporaryFile(dir=folder)
         self._processes: list[subprocess.Popen[bytes]] = []
