@@ -6,6 +6,7 @@ document with the step, the recipe, the ledger, versions, and a digest of it all
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -189,7 +190,8 @@ class Writer:
         """Saves `step-NNNNNNNN.safetensors`; then removes all but the `keep` newest."""
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, copies, meta), name="checkpoint")
+        # the metadata is copied too: a value that changes between digest and file makes a checkpoint that is refused
+        self._thread = threading.Thread(target=self._write, args=(step, copies, copy.deepcopy(meta)), name="checkpoint")
         self._thread.start()
 
     def _write(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:

@@ -82,6 +82,25 @@ def test_writer_keeps_the_newest_and_passes_errors_on(tmp_path):
         broken.wait()
 
 
+def test_metadata_that_changes_while_the_file_is_written_is_that_of_the_call(tmp_path, monkeypatch):
+    """The loop goes on while a thread writes, and counts what things cost in the very dictionary that it handed over."""
+    costs, digest = {"evaluate": 1.0}, checkpoint.digest
+
+    def changing(tensors, meta):
+        found = digest(tensors, meta)
+        costs["checkpoint"] = 2.0
+        return found
+
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "digest", changing)
+        writer.save(7, TENSORS, {**META, "costs": costs})
+        writer.wait()
+    assert costs == {"evaluate": 1.0, "checkpoint": 2.0}
+    _, meta = checkpoint.load(tmp_path / "step-00000007.safetensors")
+    assert meta["costs"] == {"evaluate": 1.0}
+
+
 def test_the_copy_is_taken_at_the_call(tmp_path):
     live = torch.zeros(1000)
     writer = checkpoint.Writer(tmp_path, keep=1)
