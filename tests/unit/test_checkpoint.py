@@ -83,7 +83,7 @@ def test_writer_keeps_the_newest_and_passes_errors_on(tmp_path):
 
 
 def test_metadata_that_changes_while_the_file_is_written_is_that_of_the_call(tmp_path, monkeypatch):
-    """The loop goes on while a thread writes, and counts what things cost in the very dictionary that it handed over."""
+    """The loop goes on while a thread writes, and counts costs in the very dictionary that it handed over."""
     costs, digest = {"evaluate": 1.0}, checkpoint.digest
 
     def changing(tensors, meta):
