@@ -46,5 +46,5 @@ clean:  ## remove caches and build products; .venv and runs stay
 distclean: clean  ## and .venv
 	rm -rf .venv .venv-oldest .venv-newest
 
-.venv/.ready-demo .venv/.ready-test .venv-oldest/.ready-oldest .venv-newest/.ready-newest: pyproject.toml constraints.txt scripts/bootstrap.sh
+.venv/.ready-demo .venv/.ready-test .venv-oldest/.ready-oldest .venv-newest/.ready-newest: pyproject.toml constraints.txt scripts/bootstrap.sh $(wildcard scripts/*.lock)
 	@scripts/bootstrap.sh $(patsubst .ready-%,%,$(@F))

@@ -12,8 +12,8 @@ unset PYTHONPATH PYTHONHOME # packages found there would count as installed
 
 goal=${1:-}
 case $goal in
-demo) always="" optional="ffcv" ;;
-test | oldest | newest) always="[dev]" optional="ffcv dali" ;;
+demo) always="demo" optional="ffcv" ;;
+test | oldest | newest) always="demo dev" optional="ffcv dali" ;;
 *) echo "usage: $0 demo|test|oldest|newest" >&2 && exit 2 ;;
 esac
 venv=.venv constraints=constraints.txt
@@ -81,7 +81,19 @@ fi
 python=$(find_python) || { say "no Python 3.10 or later: install one, or name it with PYTHON=/path/to/python3" && exit 1; }
 
 pip() {
-  "$venv/bin/python" -m pip install "$([ -t 2 ] && echo --progress-bar=on || echo -qq)" --disable-pip-version-check -c "$constraints" "$@"
+  "$venv/bin/python" -m pip install "$([ -t 2 ] && echo --progress-bar=on || echo -qq)" --disable-pip-version-check "$@"
+}
+
+# PART...: what stands in their lock files, and nothing else, by SHA-256; where these do not hold, by version alone
+parts() {
+  local part extras=""
+  if [ -n "$hashed" ]; then
+    # shellcheck disable=SC2046 # words
+    pip --no-build-isolation --require-hashes $(printf -- ' -r scripts/%s.lock' "$@")
+    return
+  fi
+  for part in "$@"; do [ "$part" = demo ] || extras+=,$part; done
+  pip -c "$constraints" --build-constraint "$constraints" -e ".${extras:+[${extras#,}]}"
 }
 
 if [ -e "$unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -95,11 +107,19 @@ rm -f "$venv"/.ready-*
 export TMPDIR=$PWD/$venv/tmp
 mkdir -p "$TMPDIR"
 say "installing Python packages (about 5 GB with torch's CUDA libraries; minutes the first time)"
-pip --upgrade pip
-pip --build-constraint "$constraints" -e ".$always"
+hashed=""
+if [ "$venv" = .venv ] && [ "$(uname -m)" = x86_64 ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 14))'; then
+  hashed=yes
+else
+  say "no hashes are kept for these files: versions alone hold them"
+  pip -c "$constraints" --upgrade pip
+fi
+# shellcheck disable=SC2086 # a list of words
+parts $always
+[ -z "$hashed" ] || pip --no-build-isolation --no-deps -e .
 lacking=""
 for extra in $optional; do
-  if pip --build-constraint "$constraints" -e ".[$extra]" >"$venv/install-$extra.log" 2>&1 &&
+  if parts demo "$extra" >"$venv/install-$extra.log" 2>&1 &&
     "$venv/bin/python" -c "import $([ "$extra" = ffcv ] && echo ffcv.libffcv || echo nvidia.dali)" >>"$venv/install-$extra.log" 2>&1; then
     continue
   fi
