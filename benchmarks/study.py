@@ -221,6 +221,7 @@ class Study:
         if job.verb == "costs":
             command = [sys.executable, "-m", "benchmarks.evidence", "--size", self.name, "--costs", job.name, "--json"]
             command += ["--work", str(self.work), "--data", *self.data, "--precision", self.precision]
+            command += ["--repeats", str(self.size.cost_turns)]
         else:
             path = folder / "wanted.yaml"
             if not path.exists():  # a length that follows from measured costs is settled once

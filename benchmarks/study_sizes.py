@@ -27,7 +27,8 @@ SETTINGS = {
     "DeiT token": Setting({"tokens": "deit", "mine": {"weight": 0.0}}),
     "STD": Setting({}),
     "STD, last module": Setting({"taps": [-1], "assign": [[0, 1]]}),
-    "STD, MINE at 0.1": Setting({"mine": {"weight": 0.1}}),
+    "STD, MINE in each step": Setting({"mine": {"every": "1 step"}}),
+    "STD, MINE in each step at 0.1": Setting({"mine": {"every": "1 step", "weight": 0.1}}),
     "STD, no MINE": Setting({"mine": {"weight": 0.0}}),
     "STD, no reweighting": Setting({"reweight": False}),
     "STD, one teacher": Setting({"assign": [[0], [0]]}, LARGE),
@@ -52,6 +53,8 @@ class Size:
     settings: tuple[str, ...] = tuple(name for name in SETTINGS if name not in PUSHED)
     budget: bool = True
     """equal cost by budgets of GPU-hours; else by samples, from the measured costs"""
+    cost_turns: int = 31
+    """how often a step of each setting is timed, in turns, where costs are measured"""
     seeds: tuple[int, ...] = (0, 1, 2)
     push_minutes: tuple[float, ...] = ()
     """budgets: minutes of a GPU, or of a processor where `budget` is not set"""
@@ -133,7 +136,8 @@ SIZES = {
             "plain, STD's cost",
             "DeiT token, STD's cost",
             "STD, no MINE",
-            "STD, MINE at 0.1",
+            "STD, MINE in each step",
+            "STD, MINE in each step at 0.1",
         ),
         budget=False,
         push_minutes=(1.5, 4.5, 13.5),
@@ -154,6 +158,7 @@ SIZES = {
         epochs=1,
         settings=("plain", "STD", "plain, STD's cost"),
         budget=False,
+        cost_turns=2,
         seeds=(0,),
         push_minutes=(0.001,),
         push=PUSH,

@@ -26,7 +26,7 @@ from std_fast import recipe as recipes
 from std_fast.build import Parts, build
 from std_fast.classifiers import create_timm
 from std_fast.losses import TeacherAnswers, answers_from_logits
-from std_fast.recipe import Distill, Recipe, StudentSpec, TeacherSpec
+from std_fast.recipe import Distill, Duration, Recipe, StudentSpec, TeacherSpec
 from std_fast.step import Objective
 
 TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
@@ -71,7 +71,8 @@ def variant(args: argparse.Namespace) -> str | None:
 
 
 def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...], **distill: Any) -> Recipe:
-    """The published recipe of `args.model` with two things replaced: synthetic data, and teachers of random weights.
+    """The published recipe of `args.model` with three things replaced: synthetic data, teachers of random
+    weights, and MINE in each step, so that it is measured too.
 
     Args:
         folder: where data, weights and the run go.
@@ -99,7 +100,8 @@ def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...]
         specs = tuple(
             TeacherSpec(name, str(folder / f"{name}.safetensors"), options.get(name, {})) for name in teachers
         )
-        section = replace(recipe.distill, teachers=specs, **distill)
+        mine = replace(recipe.distill.mine, every="1 step")
+        section = replace(replace(recipe.distill, teachers=specs, mine=mine), **distill)
     else:
         section = Distill(mode="none")
     return replace(recipe, data=data, run=run, student=student, distill=section)
@@ -182,11 +184,15 @@ def given_answers(parts: Parts, seed: int = 0) -> TeacherAnswers | None:
 
 
 class Stepper:
-    """`Trainer.step` on a batch, counted; `check` says whether what was timed was training."""
+    """`Trainer.step` on a batch, counted; `check` says whether what was timed was training.
+
+    MINE is part of it where the recipe has it in each step (`recipe_for` does), and not where it comes once an epoch.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.count = parts, 0
-        self.with_mine = parts.recipe.distill.uses_mine
+        distill = parts.recipe.distill
+        self.with_mine = distill.uses_mine and Duration.parse(distill.mine.every) == Duration(1, "steps")
 
     def __call__(self, mixed: Mixed, answers: TeacherAnswers | None) -> None:
         self.count += 1

@@ -186,7 +186,7 @@ class TeacherSpec:
 @dataclass(frozen=True)
 class MineSpec:
     weight: float = opt(0.01, "strength of the mutual information regulariser; 0: off")
-    every: str = opt("1 step", "how often: `1 step`, `k steps`, or `1 epoch` as in the paper's Algorithm 1")
+    every: str = opt("1 epoch", "how often: `1 epoch`, in its first step, as in the paper's Algorithm 1, or `k steps`")
     lr: float = opt(1e-3, "peak learning rate of the statistics network (the paper states none)")
     width: int = opt(512, "hidden width of the statistics network")
     ema: float = opt(0.0, "rate of the moving average in the corrected gradient, e.g. 0.01; 0: uncorrected")

@@ -290,7 +290,7 @@ class Run:
                 mixed = replace(mixed, images=smaller(mixed.images, r.student.early_size))
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
             psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
-            with_mine = r.distill.uses_mine and self.step % self._mine_every == 0
+            with_mine = r.distill.uses_mine and (self.step - 1) % self._mine_every == 0
             trainer.step(mixed, answers, self.step, lr, psi_lr, with_mine)
             if self.pace is not None:
                 self.pace()

@@ -102,7 +102,11 @@ class Ground:
     def recipe(self, on: Path | None = None, name: str = "run", taught: bool = False, **sections: dict) -> Recipe:
         """See `kills.small_recipe`; on: the data; taught: by two teachers, with MINE."""
         if taught:
-            teachers = {"mode": "std", "teachers": [{"weights": str(self.teacher)}] * 2, "mine": {"ema": 0.1}}
+            teachers = {
+                "mode": "std",
+                "teachers": [{"weights": str(self.teacher)}] * 2,
+                "mine": {"every": "1 step", "ema": 0.1},
+            }
             sections["distill"] = teachers | sections.get("distill", {})
         return small_recipe(on or self.images, self.folder / name, **sections)
 

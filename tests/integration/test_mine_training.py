@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from std_fast import recipe as recipes
 from std_fast.demo import write_digits
@@ -12,6 +13,7 @@ from std_fast.train import train
 FIELDS = {
     "data.threads": "1",
     "student.options": "{patch_size: 6, dim: 32, depth: 2}",
+    "distill.mine.every": "1 step",
     "distill.mine.width": "64",
     "distill.mine.lr": "1e-2",  # so that psi keeps up in so few steps
     "optim.warmup": "10 steps",
@@ -59,3 +61,21 @@ def test_the_estimate_falls_when_the_regulariser_is_on(digits, tmp_path):
     assert late[120] < 0.5 * late[80], late
     assert off[120] > off[80], off
     assert on[120] < 0.2 * off[120], (on, off)
+
+
+@pytest.mark.parametrize("every, wanted", [("1 epoch", {1, 4, 7}), ("2 steps", {1, 3, 5, 7})])
+def test_the_statistics_network_learns_in_the_first_step_of_each_period(digits, tmp_path, every, wanted):
+    """So that all that a run will ever compile, and all the memory that it takes, is met in its first two steps."""
+    psi, learned = {}, set()
+
+    def look(training):
+        now = [p.detach().clone() for p in training.parts.trainer.psi_parameters]
+        if any(not torch.equal(a, b) for a, b in zip(now, psi.get("before", now), strict=True)):
+            learned.add(training.step)
+        psi["before"] = now
+
+    teacher = tmp_path / "teacher"
+    run("digits_teacher", digits, teacher, 1, **{"student.options": "{}"})
+    fields = {"distill.teachers.0.weights": str(teacher), "distill.mine.every": every, "optim.warmup": "0 steps"}
+    run("digits_std", digits, tmp_path / "run", 8, look, **fields, **{"run.batch": "256"})
+    assert learned == wanted - {1}  # the first look has nothing to compare with

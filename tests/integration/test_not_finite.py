@@ -43,7 +43,7 @@ def recipe_for(data, out, student=None, distill=None, **run):
 def recipe(request, image_folder, teacher, tmp_path):
     if request.param == "batch norms":
         return recipe_for(image_folder, tmp_path / "run", student={"name": "test_resnet", "options": {}})
-    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"ema": 0.1}}
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "1 step", "ema": 0.1}}
     return recipe_for(image_folder, tmp_path / "run", distill=distill)
 
 
