@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from std_fast.student import Prediction, Student, predict
 from std_fast.teachers import autocast, load_weights, read_run
 
 
+class Abandoned(Exception):
+    """An evaluation was asked to stop before its end."""
+
+
 @torch.no_grad()
 def evaluate(
     student: Student,
@@ -29,8 +34,12 @@ def evaluate(
     autocast: Callable,
     how: Prediction = "mean",
     world: World = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.
+
+    Args:
+        stop: asked before each batch whether to give up; must answer alike on all ranks.
 
     Returns:
         `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
@@ -38,27 +47,32 @@ def evaluate(
         many were left out because they are corrupt, if any.
 
     Raises:
+        Abandoned: `stop` said so.
         RuntimeError: the loader did not give each image exactly once.
         UserError: all images are corrupt.
     """
     student.eval()
     heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
     sums: dict[str, Tensor] = {}
-    for batch in loader.epoch(0):
-        with autocast():
-            out = student.outputs(normalise(batch.images))
-        valid = batch.labels >= 0
-        counts = {"images": valid.sum()}
-        there = (loader.plan.positions(batch.step) >= 0).sum()
-        counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
-        for head in heads:
-            counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
-        logits = predict(out, how).float()
-        five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-        counts["top5"] = ((five == batch.labels[:, None]).any(-1) & valid).sum()
-        counts["top1"] = counts[f"top1_{how}"]
-        counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
-        sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
+    epoch: Any = loader.epoch(0)
+    with closing(epoch) as batches:
+        for batch in batches:
+            if stop():
+                raise Abandoned
+            with autocast():
+                out = student.outputs(normalise(batch.images))
+            valid = batch.labels >= 0
+            counts = {"images": valid.sum()}
+            there = (loader.plan.positions(batch.step) >= 0).sum()
+            counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
+            for head in heads:
+                counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
+            logits = predict(out, how).float()
+            five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+            counts["top5"] = ((five == batch.labels[:, None]).any(-1) & valid).sum()
+            counts["top1"] = counts[f"top1_{how}"]
+            counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+            sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
     names = list(sums)
     values = dict(zip(names, world.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
     images, corrupt = int(values.pop("images")), int(values.pop("corrupt"))

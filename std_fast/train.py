@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from std_fast.budget import Clock, Ledger, Pace, Timed, in_words, learning_secon
 from std_fast.build import Parts, build, resolved, uses_gpu
 from std_fast.compiling import counted
 from std_fast.distributed import ALONE, Agreement, World, joined
-from std_fast.evaluate import evaluate
+from std_fast.evaluate import Abandoned, evaluate
 from std_fast.held import process_seconds
 from std_fast.losses import TeacherAnswers
 from std_fast.memory import of_the_device, ran_out
@@ -59,6 +59,7 @@ class Run:
         self.ledger = Ledger(world.size, already=process_seconds())
         self.step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
+        self.owes_evaluation = False  # a run that was stopped in an evaluation begins with it
         self.best: dict[str, float] = {}
         self._batches: Generator[tuple[Mixed, TeacherAnswers | None], None, None]
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
@@ -83,6 +84,7 @@ class Run:
             meta = self.folder.restore(self.parts.trainer)
             self.step, self.best = meta["step"], meta["best"]
             self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
+            self.owes_evaluation = meta.get("owes_evaluation", False)
         self.agree = Agreement(world)
         on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
         self.pace = Pace() if on_gpu and self.clock.hours else None
@@ -127,6 +129,7 @@ class Run:
             "best": self.best,
             "costs": self.clock.costs,
             "complete": complete,
+            "owes_evaluation": self.owes_evaluation,
             **self.bad.meta(),
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
@@ -187,7 +190,11 @@ class Run:
         self.folder.writer.wait()
 
     def evaluate(self, part: str = "evaluate", record: bool = True) -> dict[str, float]:
-        """Accuracy now, of the moving average where there is one; its time belongs to `part` of the ledger."""
+        """Accuracy now, of the moving average where there is one; its time belongs to `part` of the ledger.
+
+        Raises:
+            Abandoned: the run was asked to stop meanwhile.
+        """
         parts, trainer = self.parts, self.parts.trainer
         if parts.val_loader is None:
             return {}
@@ -204,6 +211,7 @@ class Run:
                     trainer.autocast,
                     self.recipe.distill.predict,
                     self.world,
+                    lambda: self._to_stop()[0],
                 )
             trainer.student.train()
         spent = self.world.tell(time.perf_counter() - began)
@@ -271,10 +279,15 @@ class Run:
         r, trainer = self.recipe, self.parts.trainer
         peak = peak_learning_rate(r)
         result: dict[str, float] = {}
-        if self.complete or self.clock.done(self.step):
-            return self.evaluate()
-        if self.clock.hours and "evaluate" not in self.clock.costs:
-            self.rehearse()
+        try:
+            if self.owes_evaluation or self.complete or self.clock.done(self.step):
+                result, self.owes_evaluation = self.evaluate(), False
+            if self.complete or self.clock.done(self.step):
+                return result
+            if self.clock.hours and "evaluate" not in self.clock.costs:
+                self.rehearse()
+        except Abandoned:
+            raise Stopped(f"stopped in an evaluation; continue {self.folder.path} with --resume") from None
         share = self.world.tell(self._share())
         if share >= 1:
             spent = in_words(self.ledger.read())
@@ -307,19 +320,26 @@ class Run:
             if put_aside:
                 self.bad.put_aside(self.step)
             if to_evaluate:
-                result = self.evaluate()
+                self.owes_evaluation = True
+                with suppress(Abandoned):
+                    result, self.owes_evaluation = self.evaluate(), False
             if on_step is not None:
                 on_step(self)
-            stop, share = self.agree(self.stop_wanted or bool(self.asked), self._share())
+            stop, share = self._to_stop()
+            stop = stop or self.owes_evaluation
             if last or stop:
                 if stop:
                     self.went_back()
                 self.save(complete=last)
             elif self._save_is_due():
                 self.save()
-            if stop and not last:
+            if stop and (self.owes_evaluation or not last):
                 raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
         return result
+
+    def _to_stop(self) -> tuple[bool, float]:
+        """Whether any rank was asked to stop, and rank 0's share: all ranks alike, see `Agreement`."""
+        return self.agree(self.stop_wanted or bool(self.asked), self._share())
 
     def _share(self) -> float:
         if self.folder.save_seconds is not None:

@@ -66,6 +66,14 @@ rank = dist.get_rank()
 def stop(now):
     now.stop_wanted = now.step == 4 and rank == 1
 
+def stop_evaluating(now):  # in the evaluation after step 3
+    if now.step == 2 and rank == 1:
+        kept = now.parts.val_loader.epoch
+        def begun(number):
+            now.stop_wanted = True
+            yield from kept(number)
+        now.parts.val_loader.epoch = begun
+
 def poison(now):
     if now.step == 4 and rank == 1:
         kept = now.parts.trainer.objective
@@ -88,6 +96,7 @@ def batch_norms(now):
 
 run("whole")
 run("stopped", stop)
+run("evaluating", stop_evaluating)
 run("poisoned", poison)
 run("skipped", once, run={"not_finite": "skip"})
 run("rolled_back", once, run={"not_finite": "rollback", "rollback_every": "3 steps"})
@@ -220,6 +229,15 @@ def test_one_rank_is_asked_to_stop_all_stop_and_one_process_goes_on(recipe, alon
     summary = train(at(recipe, folder / "stopped"), resume=True, quiet=True)
     assert_close(folder / "stopped", alone)
     assert summary["gpu_hours"] > held  # what two held counts twice
+
+
+def test_one_rank_is_asked_to_stop_while_all_evaluate(recipe, alone, together):
+    folder, outcomes = together
+    for rank in (0, 1):
+        assert outcomes[rank, "evaluating"].startswith("Stopped: stopped at step 3")
+    assert not figures(folder / "evaluating", "eval")
+    train(at(recipe, folder / "evaluating"), resume=True, quiet=True)
+    assert_close(folder / "evaluating", alone)
 
 
 def test_one_rank_is_not_finite_and_all_stop_with_the_weights_before(together):

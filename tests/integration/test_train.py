@@ -1,5 +1,6 @@
 """The whole run on real files: resume to the bit, exact evaluation, stopping, and what a user gets wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -77,6 +78,52 @@ def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_pat
             assert torch.equal(got[name].nan_to_num(), tensor.nan_to_num()), (stop_at, name)
         steps = [r["step"] for r in read_jsonl(tmp_path / f"part{stop_at}" / "metrics.jsonl") if r["kind"] == "train"]
         assert steps == sorted(set(steps)) and steps[-1] == 9  # nothing is logged twice
+
+
+@pytest.mark.parametrize("where", [3, 9])  # in the middle of the training, and in its last evaluation
+def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
+    """Which a scheduler's grace may be too short for; it is made up for when the run goes on."""
+    recipe = at(recipe, tmp_path / "part", recipe.data.train, eval_batch=8)
+    whole = train(at(recipe, tmp_path / "whole", recipe.data.train), quiet=True)
+    shown = []
+
+    def ask(run):
+        if run.step == where - 1:
+            loader, epoch = run.parts.val_loader, run.parts.val_loader.epoch
+
+            def begun(number):
+                with contextlib.closing(epoch(number)) as batches:
+                    for batch in batches:
+                        shown.append(batch.step)
+                        yield batch
+                        run.stop_wanted = True
+
+            loader.epoch = begun
+
+    with pytest.raises(Stopped, match="saved in"):
+        train(recipe, quiet=True, on_step=ask)
+    assert shown == [0, 1]  # the second was there when the stop was wanted
+    assert weights(tmp_path / "part")[1]["step"] == where
+    with pytest.raises(Stopped, match="in an evaluation; continue"):  # and once more
+        with stopping_at_once():
+            train(recipe, resume=True, quiet=True)
+    assert train(recipe, resume=True, quiet=True)["result"] == whole["result"]
+    expected, got = (weights(tmp_path / name)[0] for name in ("whole", "part"))
+    assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
+    kept = ("step", "top1", "loss")
+    evaluations = [
+        [{key: r[key] for key in kept} for r in read_jsonl(tmp_path / name / "metrics.jsonl") if r["kind"] == "eval"]
+        for name in ("whole", "part")
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+@contextlib.contextmanager
+def stopping_at_once():
+    """Every run finds, when it first looks, that it was asked to stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("std_fast.train.stop_on_signal", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        yield
 
 
 def test_a_run_leaves_what_a_user_needs(recipe):
