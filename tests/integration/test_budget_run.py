@@ -104,7 +104,8 @@ def test_killed_and_resumed(recipe, tmp_path):
 
 
 def test_asked_to_stop_at_any_moment_it_says_that_it_can_go_on(recipe, tmp_path):
-    """While torch is imported nothing has begun; while the run is built, it saves after its first step."""
+    """While torch is imported nothing has begun; while the run is built and rehearses its evaluation there is nothing
+    to save; the first step is saved. What the run was held for is on record in any case."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(of_hours(recipe, 1.0)))
     command = [sys.executable, "-m", "std_fast.cli", "train", str(path), "--quiet", "--resume"]
@@ -119,7 +120,8 @@ def test_asked_to_stop_at_any_moment_it_says_that_it_can_go_on(recipe, tmp_path)
             assert process.wait(60) == cli.STOPPED, seen
         finally:
             process.kill()
-        assert bool(checkpoint.listed(tmp_path / "run" / "checkpoints")) == (seen == "held")
+        assert seen == "held" or not checkpoint.listed(tmp_path / "run" / "checkpoints")
+    assert json.loads((tmp_path / "run" / "held.json").read_text())["gpu_seconds"] > 0
 
 
 def catches_sigterm(pid):
