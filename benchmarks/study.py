@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks import harness, workload
-from benchmarks.study_sizes import BOTH, PUSHED, PUSHED_ANSWERS, SETTINGS, SIZES, Overrides, Setting
+from benchmarks.study_sizes import BOTH, PUSHED, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
 from std_fast import recipe as recipes
 from std_fast import recipe_files
@@ -77,15 +77,12 @@ class Study:
                     functools.partial(self._student, Setting({}, teachers), next(iter(size.students)), seed),
                     tuple(f"teacher-{name}" for name in teachers),
                 )
-        if size.push_minutes:
-            recipe = functools.partial(self._student, SETTINGS["STD, pushed"], next(iter(size.students)), size.seeds[0])
-            yield Job(PUSHED_ANSWERS, "teach", recipe, tuple(f"teacher-{name}" for name in BOTH))
         if not size.budget:
             after = tuple(answers_name(t, size.seeds[0]) for t in sorted(stored))
             plain = tuple(name for name in size.settings if not SETTINGS[name].cost_of_std)
             yield Job("costs", "costs", dict, after, {"names": plain})
             if size.push_minutes:
-                yield Job("costs-pushed", "costs", dict, (PUSHED_ANSWERS,), {"names": PUSHED})
+                yield Job("costs-pushed", "costs", dict, after, {"names": PUSHED})
         for seed in size.seeds:
             for student in size.students:
                 for name in size.settings:
@@ -111,7 +108,7 @@ class Study:
 
     def _pushed_job(self, name: str, minutes: float) -> Job:
         setting, seed, student = SETTINGS[name], self.size.seeds[0], next(iter(self.size.students))
-        after: tuple[str, ...] = (PUSHED_ANSWERS,) if setting.teachers else ()
+        after: tuple[str, ...] = (answers_name(setting.teachers, seed),) if setting.teachers else ()
         after += () if self.size.budget else ("costs-pushed",)
         job = f"{run_name(student, name, seed)}-{minutes:g}-minutes"
 
@@ -127,7 +124,7 @@ class Study:
         """The recipe of a student but for folder and length."""
         distill = dict(setting.distill)
         if setting.teachers:
-            answers = PUSHED_ANSWERS if setting.pushed else answers_name(setting.teachers, seed)
+            answers = answers_name(setting.teachers, seed)
             distill |= {
                 "mode": "std",
                 "teachers": [{"weights": str(self.out(f"teacher-{name}"))} for name in setting.teachers],

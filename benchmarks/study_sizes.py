@@ -38,7 +38,6 @@ SETTINGS = {
     "plain, pushed": Setting({"mode": "none"}, (), pushed=True),
     "STD, pushed": Setting({"mine": {"weight": 0.0}}, pushed=True),
 }
-PUSHED_ANSWERS = "answers-pushed"  # of as many views of each image as the study has epochs
 PUSHED = tuple(name for name, setting in SETTINGS.items() if setting.pushed)
 
 
@@ -59,6 +58,7 @@ class Size:
     push_minutes: tuple[float, ...] = ()
     """budgets: minutes of a GPU, or of a processor where `budget` is not set"""
     push: Overrides = field(default_factory=dict)
+    """nothing that the teachers' answers depend on: the stored ones are cycled"""
 
 
 def mixer(dim: int, depth: int) -> Overrides:

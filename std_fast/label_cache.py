@@ -61,7 +61,8 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     """Everything that decides an answer, under the names of the recipe's fields; plain JSON values.
 
     Not among them: the batch (answers are the same in every batch, up to rounding where kernels depend on its size),
-    the number of processes, torch.compile (rounding again), and what only the student and its training use.
+    how many epochs there are and how they are cycled (`distill.views`: an epoch shows what it shows), the number of
+    processes, torch.compile (rounding again), and what only the student and its training use.
 
     Args:
         precision: of the teachers, resolved.
@@ -77,7 +78,6 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
         "run.seed": recipe.run.seed,
         "run.device": spec.device.partition(":")[0],  # which decodes, augments and rounds in its own way
         "run.precision": precision,
-        "distill.views": d.views,
         "distill.labels": d.labels,
         "distill.temperature": d.temperature,
         "distill.top_k": d.top_k,
@@ -221,7 +221,7 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
     """UserError naming the first field in which this run differs from the one that stored the answers."""
     hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
-    for name in sorted({*stored, *ours} - soft_only):
+    for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
         there, here = stored.get(name, _BEFORE.get(name.rpartition(".")[2])), ours.get(name)
         if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
             continue

@@ -46,7 +46,7 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     assert sum(study.done(job) for job in study.jobs) == len(first.commands) == 3
     rest = Forked()
     assert study.work_off(1, "*", forever, rest)
-    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 11
+    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 10
 
     report = study.collect() | {"conditions": harness.conditions(), "missing": []}
     runs = {run["job"]: run for run in report["runs"]}

@@ -188,6 +188,14 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     train(through, quiet=True)
     assert len(list((tmp_path / "written").glob("epoch-*.answers"))) == 2
     assert_same(weights(tmp_path / "through"), weights(tmp_path / "live"))
+    # more views than are stored: only the new ones are asked for; fewer: none
+    more = changed(stored, distill={"views": 3})
+    assert teach(more, quiet=True)["asked"] == 24
+    for views in (1, 3):
+        again = into(
+            changed(stored, distill={"views": views}), tmp_path / f"views-{views}", answers=str(tmp_path / "store")
+        )
+        train(again, quiet=True, on_step=lambda run: pytest.fail("teachers") if run.parts.teachers else None)
     # a budget by the clock needs them
     with pytest.raises(UserError, match="run.length: gpu-hours"):
         teach(changed(stored, run={"length": "1 gpu-hours"}, distill={"views": 0}), quiet=True)
@@ -201,7 +209,6 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
         ({"data": {"backend": "resident"}}, "data.backend"),
         ({"augment": {"mixup": 0.5}}, "augment.mixup"),
         ({"data": {"crop": recipes.CropSpec("center", fraction=0.9)}}, "data.crop.fraction"),
-        ({"distill": {"views": 1}}, "distill.views"),
         ({"distill": SOFT}, "distill.labels"),
         ({"run": {"precision": "bfloat16"}}, "run.precision"),
     ],
