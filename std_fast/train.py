@@ -40,7 +40,7 @@ log = logging.getLogger("std_fast")
 
 
 class Stopped(Exception):
-    """The run was asked to stop; it has saved and can be resumed."""
+    """The run was asked to stop; all that it had learned is saved, and it can be resumed."""
 
 
 class Run:
@@ -326,7 +326,7 @@ class Run:
             if on_step is not None:
                 on_step(self)
             stop, share = self._to_stop()
-            stop = stop or self.owes_evaluation
+            stop = stop or self.owes_evaluation  # which was given up because somebody was asked
             if last or stop:
                 if stop:
                     self.went_back()
