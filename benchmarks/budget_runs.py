@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import conditions
-from pipelines.batch import Batch, Loader
-from std_fast import build, cli
-from std_fast import recipe as recipes
-from std_fast.budget import in_words
+from pipelines.read.batch import Batch, Loader
+from std_fast import cli
 from std_fast.cli import STOPPED
-from std_fast.demo import write_digits
-from std_fast.metrics import read_jsonl
+from std_fast.commands.demo import write_digits
+from std_fast.config import recipe as recipes
+from std_fast.runtime.budget import in_words
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training import build
 
 
 @dataclass(frozen=True)

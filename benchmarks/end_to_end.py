@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks import harness, workload
-from pipelines.batch import Batch, Loader
 from pipelines.errors import UserError
-from std_fast.recipe import Recipe
-from std_fast.train import Run
+from pipelines.read.batch import Batch, Loader
+from std_fast.config.recipe import Recipe
+from std_fast.training.run import Run
 
 DISK, DEVICE = "from disk", "data on the device"
 
@@ -64,7 +64,7 @@ def as_beton(images: Path, args: argparse.Namespace) -> str:
     """The folder converted, or the folder itself where FFCV is not installed or not to be used."""
     if args.backend not in ("auto", "ffcv"):
         return str(images)
-    from pipelines.convert import ConvertSettings, convert
+    from pipelines.convert.job import ConvertSettings, convert
 
     target = images.with_suffix(".beton")
     try:

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import harness, naive, workload
 from pipelines.errors import UserError
-from std_fast.mine import MutualInformation
+from std_fast.config.recipe import MineSpec
+from std_fast.method.mine import MutualInformation
+from std_fast.method.tokens import STDModule
 from std_fast.models import build_backbone
-from std_fast.recipe import MineSpec
-from std_fast.tokens import STDModule
 
 Form = Callable[..., tuple[Tensor, ...]]
 

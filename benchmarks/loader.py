@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from pipelines.batch import LoaderSpec
-from pipelines.crops import CropSpec
 from pipelines.errors import UserError
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
 
 Epoch = Callable[[int], Iterator[int]]
 """epoch number -> sizes of the batches, each given when it is there"""
@@ -181,8 +181,8 @@ def _timm_loader(s: Settings) -> Epoch:
 
 def _decoding(s: Settings) -> Epoch:
     """Decoding alone: whole images by libturbojpeg, exact DCT, in threads; no reading order, no crop, no resizing."""
-    from pipelines.decode import decode_rgb
-    from pipelines.source import open_source
+    from pipelines.read.decode import decode_rgb
+    from pipelines.read.source import open_source
 
     source = open_source(s.data)
     pool = ThreadPoolExecutor(s.threads)
@@ -230,8 +230,8 @@ def differences(settings: Settings, names: list[str]) -> list[dict[str, Any]]:
     """Mean and largest absolute difference of the first batches' pixels, of 255, from those of the torch backend, after
     checking that boxes, labels and order are the same."""
     from pipelines import open_loader
-    from pipelines.resident_backend import decoded_bytes, free_memory
-    from pipelines.source import open_source
+    from pipelines.loaders.resident import decoded_bytes, free_memory
+    from pipelines.read.source import open_source
 
     def first_batches(name: str) -> list[Any]:
         backend, _, resample = name.partition(", ")
@@ -366,7 +366,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 def _extract(data: str, folder: str) -> tuple[int, dict[str, float]]:
     """Writes a beton's JPEGs to folder/CLASS/NUMBER.jpg; returns how many and what they are like."""
-    from pipelines.source import open_source
+    from pipelines.read.source import open_source
 
     source = open_source(data)
     everything = np.arange(source.num_samples)
@@ -421,7 +421,7 @@ def main(
     anew after the kernel has been made to forget the files, if it does. Backends that are not installed are left out,
     and said so. Returns a JSON-able report. Raises UserError.
     """
-    from pipelines.prefetch import available_cores
+    from pipelines.loaders.prefetch import available_cores
 
     for backend in backends:
         if backend not in PAIRS:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from std_fast.mine import MutualInformation, mutual_information
+from std_fast.method.mine import MutualInformation, mutual_information
 
 RHOS, DIMS = (0.5, 0.9), (1, 4)
 GOAL = 0.1

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.augment import Mixed
-from std_fast.losses import TeacherAnswers
-from std_fast.mine import MutualInformation, oppose
-from std_fast.student import Student, StudentOutput
-from std_fast.tokens import STDModule, TokenOutput, at_least_float32
+from pipelines.augment.device import Mixed
+from std_fast.method.losses import TeacherAnswers
+from std_fast.method.mine import MutualInformation, oppose
+from std_fast.method.student import Student, StudentOutput
+from std_fast.method.tokens import STDModule, TokenOutput, at_least_float32
 
 
 def std_by_concatenation(module: STDModule, z_BPC: Tensor) -> TokenOutput:

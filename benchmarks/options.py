@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks import harness, workload
-from pipelines.augment import Mixed
-from std_fast.build import Parts
-from std_fast.step import GROUP
-from std_fast.student import smaller
+from pipelines.augment.device import Mixed
+from std_fast.method.student import smaller
+from std_fast.training.build import Parts
+from std_fast.training.step import GROUP
 
 BASE = "MINE in each step"
 RATES = 0.1, 0.3

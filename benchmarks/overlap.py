@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import harness, workload
 from benchmarks.step import add_arguments, again
-from std_fast.build import Parts
-from std_fast.overlap import Overlap, taught
+from std_fast.teachers.overlap import Overlap, taught
+from std_fast.training.build import Parts
 
 SERIAL, BESIDE, STUDENT, TEACHERS = "serial", "concurrent", "student alone", "teachers alone"
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from benchmarks import harness, naive, workload
 from pipelines.errors import UserError
-from std_fast.build import Parts, build_student
-from std_fast.compiling import compiled
-from std_fast.recipe import Recipe
+from std_fast.config.recipe import Recipe
+from std_fast.runtime.compiling import compiled
+from std_fast.training.build import Parts, build_student
 
 OURS, NAIVE, OUR_PLAIN, TIMM = "STD, ours", "STD, naive", "plain, ours", "plain, timm"
 # of ResMLP-B24 timm has the patch-8 model only, which takes another patch size

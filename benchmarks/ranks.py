@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks import harness
 from pipelines.errors import UserError
-from std_fast import checkpoint
-from std_fast.demo import write_digits
-from std_fast.metrics import read_jsonl
+from std_fast.commands.demo import write_digits
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
 
 FIGURES = ("loss", "loss_class", "loss_distill", "information")
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, workload
 from benchmarks.kernels import CountBytes, inductor_count
-from std_fast.build import Parts
-from std_fast.compiling import compiled as compiled_by
+from std_fast.runtime.compiling import compiled as compiled_by
+from std_fast.training.build import Parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,9 @@
 
     std-fast bench soak --minutes 30 --out benchmarks/results
 
-Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.train`: an epoch has four steps.
-Every so often an evaluation's epoch is left after its first batch, and now and then the run is stopped in the middle of
-an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens loaders anew and
+Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.training.run`: an epoch
+has four steps. Every so often an evaluation's epoch is left after its first batch, and now and then the run is
+stopped in the middle of an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens loaders anew and
 has to leave nothing of the old ones behind. Looked at meanwhile, from outside: resident memory, threads, open files,
 what is mapped or open in /dev/shm, children and zombies. At the end: whether the process has threads left that the
 first, short run did not leave, and whether any process that it started outlives it.
@@ -119,7 +119,7 @@ def say(told: dict[str, Any]) -> None:
 
 def run_for(backend: str, data: Path, out: Path, seconds: float, told: dict[str, Any]) -> None:
     """A run into `out`, from its last checkpoint on, stopped in the middle of an epoch after so many seconds."""
-    from std_fast.train import Run, Stopped, train
+    from std_fast.training.run import Run, Stopped, train
 
     began, at_start = time.monotonic(), told["steps"]
     first: list[int] = []
@@ -146,8 +146,8 @@ def run_for(backend: str, data: Path, out: Path, seconds: float, told: dict[str,
 
 
 def recipe_of(backend: str, data: Path, out: Path) -> Any:
-    from std_fast.config import from_dict
-    from std_fast.recipe import Recipe
+    from std_fast.config.recipe import Recipe
+    from std_fast.config.schema import from_dict
 
     options = {"patch_size": 8, "dim": 16, "depth": 2, "token_dim": 8, "channel_dim": 32}
     values = {
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
     """One backend's row, its curve included."""
     from benchmarks.workload import write_images
-    from pipelines.convert import ConvertSettings, convert
+    from pipelines.convert.job import ConvertSettings, convert
 
     adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="std_fast-soak-") as name:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks import harness, workload
-from pipelines.batch import Batch
-from std_fast.build import Parts
-from std_fast.label_cache import pack
-from std_fast.losses import TeacherAnswers
-from std_fast.overlap import taught
+from pipelines.read.batch import Batch
+from std_fast.method.losses import TeacherAnswers
+from std_fast.teachers.label_cache import pack
+from std_fast.teachers.overlap import taught
+from std_fast.training.build import Parts
 
 PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, answers given", "STD, answers stored", "STD, teachers asked"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from std_fast.info import describe_model
+from std_fast.commands.info import describe_model
 from std_fast.library import create_student
 from std_fast.models import list_backbones
 

@@ -23,14 +23,14 @@ import yaml
 from benchmarks import harness, workload
 from benchmarks.study_sizes import BOTH, PUSHED, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
-from std_fast import recipe as recipes
-from std_fast import recipe_files
-from std_fast.build import Parts, build
-from std_fast.checkpoint import listed
 from std_fast.cli import STOPPED
-from std_fast.config import merge
-from std_fast.metrics import read_jsonl
-from std_fast.overlap import taught
+from std_fast.config import files as recipe_files
+from std_fast.config import recipe as recipes
+from std_fast.config.schema import merge
+from std_fast.runtime.checkpoint import listed
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.teachers.overlap import taught
+from std_fast.training.build import Parts, build
 
 
 @dataclass(frozen=True)

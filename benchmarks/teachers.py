@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, workload
-from pipelines.augment import Augment
+from pipelines.augment.device import Augment
 from pipelines.errors import UserError
-from std_fast import recipe as recipes
-from std_fast.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of
-from std_fast.recipe import Recipe, TeacherSpec
-from std_fast.teachers import Teachers, autocast
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.teachers.teacher import Teachers, autocast
+from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of
 
 PRECISIONS = ("float32", "bfloat16", "int8", "float8")
 

@@ -19,15 +19,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import best, progress
-from pipelines.augment import Mixed
-from pipelines.batch import Batch
+from pipelines.augment.device import Mixed
 from pipelines.errors import UserError
-from std_fast import recipe as recipes
-from std_fast.build import Parts, build
-from std_fast.classifiers import create_timm
-from std_fast.losses import TeacherAnswers, answers_from_logits
-from std_fast.recipe import Distill, Duration, Recipe, StudentSpec, TeacherSpec
-from std_fast.step import Objective
+from pipelines.read.batch import Batch
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Distill, Duration, Recipe, StudentSpec, TeacherSpec
+from std_fast.method.losses import TeacherAnswers, answers_from_logits
+from std_fast.teachers.classifiers import create_timm
+from std_fast.training.build import Parts, build
+from std_fast.training.step import Objective
 
 TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
 TINY_TEACHER = "test_resnet"  # timm's, 0.5 M parameters: where answers are given, any teacher will do

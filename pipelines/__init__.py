@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pipelines.errors import CorruptImage, DataError, UserError
 
 if TYPE_CHECKING:
-    from pipelines.batch import Loader, LoaderSpec
-    from pipelines.source import Source
+    from pipelines.read.batch import Loader, LoaderSpec
+    from pipelines.read.source import Source
 
 __all__ = ["BACKENDS", "DataError", "UserError", "open_loader"]
 
@@ -28,7 +28,7 @@ def open_loader(spec: LoaderSpec, backend: str = "auto") -> Loader:
     the log says which and why. Raises UserError for an unknown backend, one that is not installed, or a dataset that
     cannot be opened.
     """
-    from pipelines.source import open_source
+    from pipelines.read.source import open_source
 
     if backend not in BACKENDS:
         raise UserError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
@@ -37,25 +37,25 @@ def open_loader(spec: LoaderSpec, backend: str = "auto") -> Loader:
         backend, why = _choose(spec, source)
         log.info("%s: backend %s (%s)", source.path, backend, why)
     if backend == "ffcv":
-        from pipelines.ffcv_backend import FfcvLoader
+        from pipelines.loaders.ffcv import FfcvLoader
 
         return FfcvLoader(spec, source)
     if backend == "dali":
-        from pipelines.dali_backend import DaliLoader
+        from pipelines.loaders.dali import DaliLoader
 
         return DaliLoader(spec, source)
     if backend == "torch":
-        from pipelines.torch_backend import TorchLoader
+        from pipelines.loaders.torch import TorchLoader
 
         return TorchLoader(spec, source)
-    from pipelines.resident_backend import ResidentLoader
+    from pipelines.loaders.resident import ResidentLoader
 
     return ResidentLoader(spec, source)
 
 
 def _choose(spec: LoaderSpec, source: Source) -> tuple[str, str]:
     """The backend for "auto", and the reason."""
-    from pipelines import ffcv_backend
+    from pipelines.loaders import ffcv as ffcv_backend
 
     if spec.resample != "area" and (size := _resident_bytes(spec, source)):
         return "resident", f"{size / 2**20:.0f} MiB decoded, kept on {spec.device}"

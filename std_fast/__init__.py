@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 
 _API = {
     "std_fast.library": ("create_student", "create_teachers"),
-    "std_fast.student": ("Student", "StudentOutput", "predict"),
-    "std_fast.tokens": ("STDModule", "TokenOutput"),
-    "std_fast.mine": ("MutualInformation", "StatisticsNetwork", "mutual_information"),
-    "std_fast.losses": (
+    "std_fast.method.student": ("Student", "StudentOutput", "predict"),
+    "std_fast.method.tokens": ("STDModule", "TokenOutput"),
+    "std_fast.method.mine": ("MutualInformation", "StatisticsNetwork", "mutual_information"),
+    "std_fast.method.losses": (
         "TeacherAnswers", "answers_from_logits", "class_loss", "confidence_weights", "distillation_loss",
     ),
-    "std_fast.teachers": ("Teachers",),
-    "std_fast.recipe": ("TeacherSpec",),
-    "std_fast.export": ("export_run",),
+    "std_fast.teachers.teacher": ("Teachers",),
+    "std_fast.config.recipe": ("TeacherSpec",),
+    "std_fast.commands.export": ("export_run",),
     "pipelines.errors": ("UserError",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _API.items() for name in names}

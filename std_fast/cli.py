@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.errors import UserError
-from std_fast.memory import ran_out
+from std_fast.runtime.memory import ran_out
 
 # exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
 STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
@@ -157,8 +157,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def recipe_fields() -> str:
     """For the help of a verb that takes a recipe. Importing them takes seconds: only help that is printed does."""
-    from std_fast.config import describe
-    from std_fast.recipe import Recipe
+    from std_fast.config.recipe import Recipe
+    from std_fast.config.schema import describe
 
     rows = [f"  --{name:<28} {text} [{default}]" for name, default, text in describe(Recipe)]
     rows.append("  --budget.gpu-hours N            the same as --run.length 'N gpu-hours'")
@@ -187,7 +187,7 @@ CONVERT_HELP = {
 def add_convert(parser: argparse.ArgumentParser) -> None:
     from dataclasses import fields
 
-    from pipelines.convert import ON_ERROR, ConvertSettings
+    from pipelines.convert.job import ON_ERROR, ConvertSettings
 
     parser.add_argument(
         "src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet files or CIFAR's files"
@@ -206,10 +206,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from pipelines.convert import ConvertSettings
-    from pipelines.convert import convert as run_conversion
-    from std_fast.config import from_dict
-    from std_fast.metrics import Progress
+    from pipelines.convert.job import ConvertSettings
+    from pipelines.convert.job import convert as run_conversion
+    from std_fast.config.schema import from_dict
+    from std_fast.runtime.metrics import Progress
 
     given = {name: getattr(args, name) for name in CONVERT_HELP if getattr(args, name) is not None}
     settings = from_dict(ConvertSettings, {k: None if v == "none" else v for k, v in given.items()})
@@ -218,7 +218,7 @@ def convert(args: argparse.Namespace) -> None:
         raise UserError(f"--shard: {args.shard!r} is not I/N, such as 0/4")
     bar: list[Progress] = []
 
-    def progress(now: Any) -> None:  # of pipelines.convert
+    def progress(now: Any) -> None:  # of pipelines.convert.job
         if not bar:
             bar.append(Progress("converted", now.total, "images"))
         bar[0].update(now.done)
@@ -251,8 +251,8 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from pipelines.verify import contact_sheet
-    from pipelines.verify import inspect as look
+    from pipelines.convert.verify import contact_sheet
+    from pipelines.convert.verify import inspect as look
 
     data = look(args.path)
     if args.sheet:
@@ -267,7 +267,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from pipelines.verify import verify as check
+    from pipelines.convert.verify import verify as check
 
     faults = check(args.path, decode=args.decode)
     show(args, {"path": args.path, "faults": faults}, "\n".join(faults) or f"{args.path}: whole")
@@ -280,7 +280,7 @@ def add_warm(parser: argparse.ArgumentParser) -> None:
 
 
 def warm(args: argparse.Namespace) -> None:
-    from pipelines.verify import warm as read_through
+    from pipelines.convert.verify import warm as read_through
 
     data = read_through(args.path)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
@@ -300,20 +300,20 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    from std_fast import recipe_files
-    from std_fast.held import starting
+    from std_fast.config import files as recipe_files
+    from std_fast.runtime.held import starting
 
     with starting(recipe_files.run_folder(recipe_files.read(args.recipe, args.overrides))):
         return train_recipe(args)
 
 
 def train_recipe(args: argparse.Namespace) -> int:
-    from std_fast import recipe as recipes
-    from std_fast.budget import in_words
-    from std_fast.distributed import PeerLost, rank
-    from std_fast.not_finite import NotFinite
-    from std_fast.train import Stopped, resolved
-    from std_fast.train import train as run_training
+    from std_fast.config import recipe as recipes
+    from std_fast.runtime.budget import in_words
+    from std_fast.runtime.distributed import PeerLost, rank
+    from std_fast.training.not_finite import NotFinite
+    from std_fast.training.run import Stopped, resolved
+    from std_fast.training.run import train as run_training
 
     recipe = recipes.load(args.recipe, args.overrides)
     try:
@@ -348,8 +348,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from std_fast import plan as plans
-    from std_fast import recipe as recipes
+    from std_fast.commands import plan as plans
+    from std_fast.config import recipe as recipes
 
     made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds)
     show(args, plans.as_dict(made), plans.as_text(made))
@@ -363,7 +363,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from std_fast.report import write_report
+    from std_fast.commands.report import write_report
 
     data = write_report([Path(run) for run in args.runs], Path(args.out), args.images)
     show(args, data, data["html"])
@@ -377,9 +377,9 @@ def add_teach(parser: argparse.ArgumentParser) -> None:
 
 
 def teach(args: argparse.Namespace) -> int:
-    from std_fast import recipe as recipes
-    from std_fast.distributed import PeerLost, rank
-    from std_fast.teach import teach as ask_teachers
+    from std_fast.commands.teach import teach as ask_teachers
+    from std_fast.config import recipe as recipes
+    from std_fast.runtime.distributed import PeerLost, rank
 
     views = [("distill.views", args.views)] if args.views else []
     try:
@@ -404,7 +404,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from std_fast.evaluate import evaluate_run
+    from std_fast.training.evaluate import evaluate_run
 
     result = evaluate_run(Path(args.run), args.data, args.backend)
     show(args, result, "\n".join(f"{key} {value:.4g}" for key, value in result.items()))
@@ -420,8 +420,8 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    from std_fast.config import read_yaml
-    from std_fast.info import describe_model
+    from std_fast.commands.info import describe_model
+    from std_fast.config.schema import read_yaml
 
     options = read_yaml(args.options, "--options")
     if not isinstance(options, dict):
@@ -435,7 +435,7 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def list_recipes(args: argparse.Namespace) -> None:
-    from std_fast.recipe_files import RECIPES, read
+    from std_fast.config.files import RECIPES, read
 
     summaries = {path.stem: read(path.stem)["summary"] for path in sorted(RECIPES.glob("*.yaml"))}
     show(args, summaries, "\n".join(f"{name:<24} {summary}" for name, summary in summaries.items()))
@@ -449,8 +449,8 @@ def add_preview(parser: argparse.ArgumentParser) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
-    from std_fast import recipe as recipes
-    from std_fast.build import preview as draw
+    from std_fast.config import recipe as recipes
+    from std_fast.training.build import preview as draw
 
     draw(recipes.load(args.recipe, args.overrides), Path(args.out), args.epoch, args.images)
     print(args.out)
@@ -467,7 +467,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from std_fast.export import export_run
+    from std_fast.commands.export import export_run
 
     report = export_run(args.run, args.out, tuple(args.formats), args.predict)
     lines = [f"{args.out}/{name}  {size / 1e6:.1f} MB" for name, size in report["files"].items()]
@@ -481,7 +481,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from std_fast import doctor as look
+    from std_fast.commands import doctor as look
 
     return look.main(args.json)
 
@@ -493,7 +493,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    from std_fast.demo import run_demo
+    from std_fast.commands.demo import run_demo
 
     data, text = run_demo(Path(args.out), args.seeds)
     show(args, data, text)

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from pipelines.augment import AugmentSpec
+from pipelines.augment.device import AugmentSpec
 from pipelines.errors import UserError
+from std_fast.method.student import ModulePlan, Prediction, Student, plan_modules
+from std_fast.method.tokens import TokenKind
 from std_fast.models import Backbone, build_backbone
-from std_fast.student import ModulePlan, Prediction, Student, plan_modules
-from std_fast.tokens import TokenKind
 
 if TYPE_CHECKING:
     import torch
 
-    from std_fast.recipe import TeacherSpec
-    from std_fast.teachers import Teachers
+    from std_fast.config.recipe import TeacherSpec
+    from std_fast.teachers.teacher import Teachers
 
 Taps = Sequence[int] | None
 Assignment = Sequence[Sequence[int]] | None
@@ -119,8 +119,8 @@ def create_teachers(
     Raises:
         UserError: an unknown name, weights that are missing or do not fit, another number of classes.
     """
-    from std_fast.recipe import TeacherSpec
-    from std_fast.teachers import Teacher, Teachers, build_teacher, wrong_classes
+    from std_fast.config.recipe import TeacherSpec
+    from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, wrong_classes
 
     if not teachers:
         raise UserError("teachers: is empty; name at least one")

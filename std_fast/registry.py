@@ -20,12 +20,12 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from std_fast.library import parts_of
+from std_fast.method.student import Student, predict
 from std_fast.models import (
     BACKBONES,
     Backbone,
     timm_registry,  # noqa: F401 - CycleMLP without STD; Mixer and ResMLP without STD are timm's own
 )
-from std_fast.student import Student, predict
 
 GENERIC = ("mixer", "resmlp", "cyclemlp")
 

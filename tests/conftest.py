@@ -55,7 +55,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`image_folder` converted, its images kept at their size."""
-    from pipelines.convert import ConvertSettings, convert
+    from pipelines.convert.job import ConvertSettings, convert
 
     path = tmp_path_factory.mktemp("beton") / "images.beton"
     convert(str(image_folder), str(path), settings=ConvertSettings(size=None))

@@ -67,9 +67,9 @@ def write_all(folder: Path) -> list[str]:
 def read(path: Path, backend: str) -> str:
     """`UserError: ...` for a beton that is refused, or what else became of it."""
     from pipelines import open_loader
-    from pipelines.batch import LoaderSpec
-    from pipelines.crops import CropSpec
     from pipelines.errors import UserError
+    from pipelines.read.batch import LoaderSpec
+    from pipelines.read.crops import CropSpec
 
     spec = LoaderSpec(str(path), 16, 4, shuffle=False, drop_last=False, crop=CropSpec("full"), threads=2)
     outcome = ""

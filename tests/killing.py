@@ -24,7 +24,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120.0  # seconds that any child may take
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.killing", "std_fast.train", "std_fast.teach", "std_fast.export", "timm"])
+_forks.set_forkserver_preload(
+    ["tests.killing", "std_fast.training.run", "std_fast.commands.teach", "std_fast.commands.export", "timm"]
+)
 
 
 class Child:

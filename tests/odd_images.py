@@ -234,8 +234,8 @@ def make(folder: Path) -> list[Kind]:
 
 
 def main(folder: str) -> None:
-    from pipelines.convert import ConvertSettings, convert
-    from pipelines.source import printable
+    from pipelines.convert.job import ConvertSettings, convert
+    from pipelines.read.source import printable
 
     made = make(Path(folder))
     manifest = convert(folder, f"{folder}.beton", settings=ConvertSettings(seed=None), on_error="skip")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from benchmarks.naive import std_by_concatenation
-from std_fast.mine import MutualInformation, oppose, partner_rows
-from std_fast.student import Student, StudentOutput
+from std_fast.method.mine import MutualInformation, oppose, partner_rows
+from std_fast.method.student import Student, StudentOutput
 
 
 def released_offset(channels: int, kernel: tuple[int, int]) -> Tensor:

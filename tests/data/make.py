@@ -18,14 +18,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.convert import ConvertSettings, convert
-from pipelines.image_prep import MIN_PAGE
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.read.image_prep import MIN_PAGE
 from std_fast import __version__
-from std_fast.config import from_dict
-from std_fast.evaluate import evaluate_run
-from std_fast.recipe import Recipe
-from std_fast.teach import teach
-from std_fast.train import Run, Stopped, train
+from std_fast.commands.teach import teach
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.training.evaluate import evaluate_run
+from std_fast.training.run import Run, Stopped, train
 from tests.beton_tools import pixels
 
 STOP, STEPS = 4, 6  # an epoch has three steps

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from std_fast import checkpoint
-from std_fast.recipe import Recipe
+from std_fast.config.recipe import Recipe
+from std_fast.runtime import checkpoint
 from tests.beton_tools import encoded, pixels
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 from tests.killing import Child

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from std_fast import checkpoint
-from std_fast import recipe as recipes
-from std_fast.config import from_dict
-from std_fast.metrics import read_jsonl
-from std_fast.recipe import Recipe
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
 from tests.killing import Child, Kills, get_ready, kill_again_and_again
 
 

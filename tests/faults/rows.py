@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from std_fast import checkpoint
-from std_fast.metrics import read_jsonl
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
 from tests.faults.ground import Ground, Seen, ends, enlarge, fault, logged, small_disk, steps_saved
 from tests.faults.kills import KilledTraining, assert_same_bits, final_tensors
 from tests.killing import ROOT, Child, kill_again_and_again
@@ -428,7 +428,7 @@ def _(ground: Ground) -> Seen:
 
 
 def impatient() -> None:
-    from pipelines import convert_workers
+    from pipelines.convert import workers as convert_workers
 
     convert_workers.HANG_SECONDS = 2
 
@@ -460,7 +460,7 @@ def _(ground: Ground) -> Seen:
 
 def little_memory() -> None:
     """Room for 1 MB more than there is when the tenth step begins."""
-    from std_fast.step import Trainer
+    from std_fast.training.step import Trainer
 
     original = Trainer.step
 
@@ -568,7 +568,7 @@ def poison() -> None:
     """Steps 13 and 31 see images that are not finite."""
     from dataclasses import replace
 
-    from std_fast.step import Trainer
+    from std_fast.training.step import Trainer
 
     original = Trainer.step
 

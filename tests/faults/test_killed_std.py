@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from std_fast import checkpoint, cli
-from std_fast.metrics import read_jsonl
-from std_fast.step import Trainer
-from std_fast.train import train
+from std_fast import cli
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.run import train
+from std_fast.training.step import Trainer
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 from tests.killing import Child, get_ready, kill_again_and_again
 

@@ -123,8 +123,8 @@ class Beton(Target):
         return bytes(out)
 
     def read(self, data: bytes) -> None:
-        from pipelines.source import BetonSource
-        from pipelines.verify import inspect, verify
+        from pipelines.convert.verify import inspect, verify
+        from pipelines.read.source import BetonSource
 
         path = self.folder / "x.beton"
         path.write_bytes(data)
@@ -162,7 +162,7 @@ class Loading(Beton):
         return bytes(out)
 
     def read(self, data: bytes) -> None:
-        from pipelines.source import BetonSource
+        from pipelines.read.source import BetonSource
 
         path = self.folder / "x.beton"
         path.write_bytes(data)
@@ -181,8 +181,8 @@ class Loading(Beton):
             return None
 
     def _spec(self, path: str) -> Any:
-        from pipelines.batch import LoaderSpec
-        from pipelines.crops import CropSpec
+        from pipelines.read.batch import LoaderSpec
+        from pipelines.read.crops import CropSpec
 
         crop = CropSpec("full")  # the whole image, so that damage anywhere in it is seen by all
         return LoaderSpec(path, 8, 64, shuffle=False, drop_last=False, crop=crop, threads=1, ahead=1)
@@ -223,9 +223,9 @@ class LoadingDali(Loading):
     def _first(self, path: str, backend: str) -> float:
         if backend != self.backend:
             return super()._first(path, backend)
-        from pipelines.dali_backend import DaliLoader
-        from pipelines.intact import Intact
-        from pipelines.source import BetonSource
+        from pipelines.loaders.dali import DaliLoader
+        from pipelines.read.corrupt import Intact
+        from pipelines.read.source import BetonSource
 
         source = BetonSource(path)
         if self._loader is None:
@@ -260,8 +260,8 @@ class Manifest(Target):
         return [json.dumps(whole, indent=1).encode(), b'{"classes": ["a", "b", "\\ud800"]}', b"[[]]", b"a\nb\nc\n"]
 
     def read(self, data: bytes) -> None:
-        from pipelines.label_files import read_classes
-        from pipelines.verify import verify
+        from pipelines.convert.labels import read_classes
+        from pipelines.convert.verify import verify
 
         path = self.folder / "x.beton.json"
         path.write_bytes(data)
@@ -297,13 +297,13 @@ class RecipeFile(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from std_fast.config import describe
-        from std_fast.recipe import Recipe
+        from std_fast.config.recipe import Recipe
+        from std_fast.config.schema import describe
 
         self.fields = [(name, default) for name, default, _ in describe(Recipe)]
 
     def seeds(self) -> list[bytes]:
-        from std_fast import recipe as recipes
+        from std_fast.config import recipe as recipes
 
         small = "base: mixer_s16_std\nrun: {batch: 64, length: 3 epochs}\ndistill:\n  teachers: [{name: resnet50}]\n"
         texts = [
@@ -331,7 +331,7 @@ class RecipeFile(Target):
         return data + separator + f"\n{name} {value}".encode()
 
     def read(self, data: bytes) -> None:
-        from std_fast import recipe as recipes
+        from std_fast.config import recipe as recipes
 
         text, _, rest = data.partition(b"\n%%\n")
         path = self.folder / "recipe.yaml"
@@ -354,7 +354,7 @@ class Labels(Target):
         return [text.encode() for text in lists]
 
     def read(self, data: bytes) -> None:
-        from pipelines.label_files import read_classes
+        from pipelines.convert.labels import read_classes
 
         path = self.folder / "labels.txt"
         path.write_bytes(data)
@@ -363,7 +363,7 @@ class Labels(Target):
         self.look(path)
 
     def look(self, path: Path) -> None:
-        from pipelines.label_files import read_labels
+        from pipelines.convert.labels import read_labels
 
         labels, _ = read_labels(str(path), list(self.NAMES))
         if not all(isinstance(label, (int, str)) for label in labels.values()):
@@ -456,9 +456,9 @@ class Tar(Target):
         return bytes(out)
 
     def read(self, data: bytes) -> None:
-        from pipelines.convert_workers import Task, convert_task
-        from pipelines.image_prep import ConvertSettings
-        from pipelines.sources_in import list_source
+        from pipelines.convert.sources import list_source
+        from pipelines.convert.workers import Task, convert_task
+        from pipelines.read.image_prep import ConvertSettings
 
         path = self.folder / "x.tar"
         path.write_bytes(sealed_tar(data))
@@ -494,7 +494,7 @@ class Parquet(Target):
         return found
 
     def read(self, data: bytes) -> None:
-        from pipelines.record_sources import unpack_parquet
+        from pipelines.convert.records import unpack_parquet
 
         path = self.folder / "x.parquet"
         path.write_bytes(data)
@@ -538,9 +538,9 @@ class Image(Target):
         return [*found, *(sample.data for sample in odd_jpegs())]
 
     def read(self, data: bytes) -> None:
-        from pipelines.decode import decode_rgb
-        from pipelines.image_prep import BadImage, ConvertSettings, prepare
-        from pipelines.source import FolderSource
+        from pipelines.read.decode import decode_rgb
+        from pipelines.read.image_prep import BadImage, ConvertSettings, prepare
+        from pipelines.read.source import FolderSource
 
         settings = ConvertSettings(max_pixels=MOST_PIXELS, size=4)
         for raw in (False, True):
@@ -566,8 +566,8 @@ class Answers(Target):
     """A folder of stored answers: answers.json, byte 0, an epoch's file. A first byte of 1 asks for a right digest."""
 
     def seeds(self) -> list[bytes]:
-        from std_fast.label_cache import FORMAT, pack
-        from std_fast.losses import answers_from_logits
+        from std_fast.method.losses import answers_from_logits
+        from std_fast.teachers.label_cache import FORMAT, pack
 
         found = []
         for top_k in (0, 2):
@@ -578,7 +578,7 @@ class Answers(Target):
         return found
 
     def read(self, data: bytes) -> None:
-        from std_fast.label_cache import DIGEST_BYTES, AnswerStore, read_header, unpack
+        from std_fast.teachers.label_cache import DIGEST_BYTES, AnswerStore, read_header, unpack
 
         text, _, words = data[1:].partition(b"\0")
         (self.folder / "answers.json").write_bytes(text)
@@ -608,10 +608,10 @@ class Checkpoint(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from std_fast import recipe as recipes
-        from std_fast.build import build_student
-        from std_fast.config import from_dict
-        from std_fast.recipe import Recipe
+        from std_fast.config import recipe as recipes
+        from std_fast.config.recipe import Recipe
+        from std_fast.config.schema import from_dict
+        from std_fast.training.build import build_student
 
         options = {"patch_size": 4, "dim": 4, "depth": 1, "token_dim": 4, "channel_dim": 4}
         shape = {"data": {"image_size": 8}, "student": {"name": "mixer", "options": options}, "run": {"device": "cpu"}}
@@ -626,7 +626,7 @@ class Checkpoint(Target):
         return torch.optim.AdamW(self.student.parameters())
 
     def seeds(self) -> list[bytes]:
-        from std_fast import checkpoint
+        from std_fast.runtime import checkpoint
 
         optimizer = self._optimizer()
         sum(p.sum() for p in self.student.parameters()).backward()  # type: ignore[union-attr]
@@ -700,7 +700,7 @@ class Checkpoint(Target):
     def _sealed(self, data: bytes) -> bytes:
         import safetensors.torch
 
-        from std_fast import checkpoint
+        from std_fast.runtime import checkpoint
 
         try:
             length = int.from_bytes(data[:8], "little")
@@ -713,9 +713,9 @@ class Checkpoint(Target):
             return data
 
     def read(self, data: bytes) -> None:
-        from std_fast import checkpoint
-        from std_fast.classifiers import read_run
-        from std_fast.export import trained_student
+        from std_fast.commands.export import trained_student
+        from std_fast.runtime import checkpoint
+        from std_fast.teachers.classifiers import read_run
 
         content = self._sealed(data[1:]) if data[:1] == b"\1" else data[1:]
         (self.folder / "checkpoints" / "step-00000003.safetensors").write_bytes(content)
@@ -753,7 +753,7 @@ class Weights(Target):
         return [b"\1" + safetensors.torch.save(state), b"\0" + new.getvalue(), b"\0" + old.getvalue(), b"\0" + plain]
 
     def read(self, data: bytes) -> None:
-        from std_fast.classifiers import load_weights, read_weights
+        from std_fast.teachers.classifiers import load_weights, read_weights
 
         path = self.folder / ("w.safetensors" if data[:1] == b"\1" else "w.pth")
         path.write_bytes(data[1:])
@@ -801,8 +801,8 @@ class HubFolder(Target):
             return data
 
     def read(self, data: bytes) -> None:
-        from std_fast.recipe import TeacherSpec
-        from std_fast.teachers import build_teacher
+        from std_fast.config.recipe import TeacherSpec
+        from std_fast.teachers.teacher import build_teacher
 
         (self.folder / "config.json").write_bytes(data)
         mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -829,7 +829,7 @@ class RunFolder(Target):
         return ["\0".join((recipe, lines, json.dumps(summary))).encode()]
 
     def read(self, data: bytes) -> None:
-        from std_fast.report import read_told
+        from std_fast.commands.report import read_told
 
         parts = [*data.split(b"\0"), b"", b""]
         for name, content in zip(("recipe.yaml", "metrics.jsonl", "summary.json"), parts, strict=False):

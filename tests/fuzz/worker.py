@@ -39,8 +39,8 @@ def place(error: BaseException) -> str:
 def main() -> None:
     name, out, seed, *options = sys.argv[1:]
     with atheris.instrument_imports(include=["pipelines", "std_fast", "yaml"], enable_loader_override=False):
-        import std_fast.export
-        import std_fast.report  # noqa: F401
+        import std_fast.commands.export
+        import std_fast.commands.report  # noqa: F401
         from tests.fuzz import targets
     targets.quiet()
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None, prefix="std_fast-fuzz-"))

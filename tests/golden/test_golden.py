@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.augment import Augment, AugmentSpec
-from pipelines.batch import Batch
-from std_fast.build import build_student
-from std_fast.config import from_dict
-from std_fast.losses import answers_from_logits
-from std_fast.metrics import Meters
-from std_fast.optim import MovingAverage, build_optimizer
-from std_fast.recipe import Recipe
-from std_fast.step import Guard, Objective, Trainer
-from std_fast.teachers import autocast
+from pipelines.augment.device import Augment, AugmentSpec
+from pipelines.read.batch import Batch
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.method.losses import answers_from_logits
+from std_fast.runtime.metrics import Meters
+from std_fast.teachers.teacher import autocast
+from std_fast.training.build import build_student
+from std_fast.training.optim import MovingAverage, build_optimizer
+from std_fast.training.step import Guard, Objective, Trainer
 
 FILE = Path(__file__).with_name("losses.json")
 STUDENTS = {

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from std_fast.config import from_dict
-from std_fast.recipe import Recipe
-from std_fast.train import train
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.training.run import train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},

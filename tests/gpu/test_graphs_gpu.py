@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from std_fast import checkpoint
-from std_fast.build import build_teachers
-from std_fast.graphs import ReplayedTeachers
-from std_fast.train import train
+from std_fast.runtime import checkpoint
+from std_fast.teachers.graphs import ReplayedTeachers
+from std_fast.training.build import build_teachers
+from std_fast.training.run import train
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from pipelines import open_loader
-from pipelines.batch import LoaderSpec
-from pipelines.crops import CropSpec
 from pipelines.errors import DataError
-from pipelines.source import open_source
-from pipelines.torch_backend import TorchLoader
+from pipelines.loaders.torch import TorchLoader
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
+from pipelines.read.source import open_source
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 pytestmark = pytest.mark.gpu

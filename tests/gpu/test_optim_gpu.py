@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from std_fast import checkpoint
-from std_fast.build import build_student
-from std_fast.optim import build_optimizer, set_learning_rates
-from std_fast.optimizers import build_apex
+from std_fast.runtime import checkpoint
+from std_fast.training.build import build_student
+from std_fast.training.optim import build_optimizer, set_learning_rates
+from std_fast.training.optimizers import build_apex
 
 pytestmark = pytest.mark.gpu
 

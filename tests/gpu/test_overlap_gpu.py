@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 
-from pipelines.augment import Augment
-from std_fast import checkpoint
-from std_fast.build import build, build_teachers
-from std_fast.overlap import Overlap, Trial, taught
-from std_fast.train import Stopped, train
+from pipelines.augment.device import Augment
+from std_fast.runtime import checkpoint
+from std_fast.teachers.overlap import Overlap, Trial, taught
+from std_fast.training.build import build, build_teachers
+from std_fast.training.run import Stopped, train
 
 pytestmark = pytest.mark.gpu
 

@@ -7,10 +7,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from pipelines.augment import Augment
-from std_fast.build import build_teachers, make_fast
-from std_fast.config import from_dict
-from std_fast.recipe import Recipe
+from pipelines.augment.device import Augment
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.training.build import build_teachers, make_fast
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,9 @@ import importlib.util
 import pytest
 import torch
 
-from std_fast.metrics import read_jsonl
-from std_fast.speed import ceiling
-from std_fast.train import Run, train
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.runtime.speed import ceiling
+from std_fast.training.run import Run, train
 
 pytestmark = pytest.mark.gpu
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipelines import open_loader
-from pipelines.batch import LoaderSpec
-from pipelines.convert import ConvertSettings, convert
-from pipelines.crops import CropSpec
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="DALI is not installed")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from std_fast import checkpoint, cli, train
-from std_fast import recipe as recipes
-from std_fast.config import from_dict
-from std_fast.metrics import read_jsonl
-from std_fast.recipe import Recipe
+from std_fast import cli
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training import run as train
 
 # Kills itself as soon as the heartbeat says more than the newest checkpoint. The time of interpreter and imports is
 # left out, here and in the child: it depends on who else uses the machine.
@@ -22,7 +24,9 @@ CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
-from std_fast import checkpoint, recipe, train
+from std_fast.runtime import checkpoint
+from std_fast.config import recipe
+from std_fast.training import run as train
 torch.set_num_threads(1)
 train.process_seconds = lambda: 0.0
 began = time.perf_counter()

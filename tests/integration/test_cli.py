@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from std_fast import cli, recipe_files
-from std_fast import recipe as recipes
+from std_fast import cli
+from std_fast.config import files as recipe_files
+from std_fast.config import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 

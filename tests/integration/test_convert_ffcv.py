@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.convert import ConvertSettings, convert
-from pipelines.source import BetonSource
-from pipelines.verify import decode_sample
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.verify import decode_sample
+from pipelines.read.source import BetonSource
 from tests.beton_tools import encoded, pixels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")

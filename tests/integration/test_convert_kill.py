@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert import ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, convert
 from tests.beton_tools import encoded, pixels
 
 CODE = """
 import sys
-from pipelines import convert_journal
-from pipelines.convert import ConvertSettings, convert
+from pipelines.convert import journal as convert_journal
+from pipelines.convert.job import ConvertSettings, convert
 convert_journal.COMMIT_SECONDS = 0.05  # small steps, since the whole takes a few seconds
 convert(sys.argv[1], sys.argv[2], settings=ConvertSettings(size=100, seed=None), workers=2)
 """

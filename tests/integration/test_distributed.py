@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
-from std_fast import checkpoint, cli
-from std_fast import recipe as recipes
-from std_fast.build import build
-from std_fast.config import from_dict
-from std_fast.distributed import World, joined
-from std_fast.metrics import read_jsonl
-from std_fast.mine import across_ranks, donsker_varadhan, log_mean_exp
-from std_fast.recipe import Recipe
-from std_fast.step import Trainer
-from std_fast.teach import teach
-from std_fast.train import train
+from std_fast import cli
+from std_fast.commands.teach import teach
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.method.mine import across_ranks, donsker_varadhan, log_mean_exp
+from std_fast.runtime import checkpoint
+from std_fast.runtime.distributed import World, joined
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.build import build
+from std_fast.training.run import train
+from std_fast.training.step import Trainer
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
@@ -43,10 +44,11 @@ DRIVER = """
 import json, os, sys
 from dataclasses import replace
 import torch, torch.distributed as dist
-from std_fast import cli, recipe as recipes
-from std_fast.distributed import PeerLost
-from std_fast.not_finite import NotFinite
-from std_fast.train import Stopped, train
+from std_fast import cli
+from std_fast.config import recipe as recipes
+from std_fast.runtime.distributed import PeerLost
+from std_fast.training.not_finite import NotFinite
+from std_fast.training.run import Stopped, train
 
 def run(name, on_step=None, **sections):
     sections["run"] = {"out": f"{folder}/{name}", **sections.get("run", {})}
@@ -114,8 +116,9 @@ os._exit(0)
 
 HANG = """
 import sys, threading
-from std_fast import cli, train
-from std_fast.distributed import rank
+from std_fast import cli
+from std_fast.training import run as train
+from std_fast.runtime.distributed import rank
 
 def hang(run):
     if rank() == 1 and run.step == 2:
@@ -128,7 +131,7 @@ sys.exit(cli.main(["train", sys.argv[1], "--quiet"]))
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(recipes.__file__).parents[1])}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(recipes.__file__).parents[2])}
 
 
 def torchrun(*args):

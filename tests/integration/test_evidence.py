@@ -81,7 +81,7 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
 
 def test_every_size_names_recipes_that_are_valid(tmp_path):
     """What a GPU is to run without anyone looking on: each recipe is built, and each job can begin one day."""
-    from std_fast import recipe as recipes
+    from std_fast.config import recipe as recipes
 
     for name in study_sizes.SIZES:
         study = studies.Study(name, tmp_path / name, ("train.beton", "test.beton"))

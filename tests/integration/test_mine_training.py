@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from std_fast import recipe as recipes
-from std_fast.demo import write_digits
-from std_fast.metrics import read_jsonl
-from std_fast.train import train
+from std_fast.commands.demo import write_digits
+from std_fast.config import recipe as recipes
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.run import train
 
 FIELDS = {
     "data.threads": "1",

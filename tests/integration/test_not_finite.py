@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import checkpoint
-from std_fast.config import from_dict
-from std_fast.metrics import read_jsonl
-from std_fast.not_finite import NotFinite
-from std_fast.recipe import Recipe
-from std_fast.step import Trainer
-from std_fast.train import Stopped, train
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.not_finite import NotFinite
+from std_fast.training.run import Stopped, train
+from std_fast.training.step import Trainer
 
 STEPS = 9  # of three epochs
 

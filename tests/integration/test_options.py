@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import build, cli, plan
-from std_fast import recipe as recipes
-from std_fast.step import GROUP, Trainer
-from std_fast.teachers import Teachers
-from std_fast.train import Stopped, train
+from std_fast import cli
+from std_fast.commands import plan
+from std_fast.config import recipe as recipes
+from std_fast.teachers.teacher import Teachers
+from std_fast.training import build
+from std_fast.training.run import Stopped, train
+from std_fast.training.step import GROUP, Trainer
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 
 CYCLE = {"layers": [1, 1, 2], "embed_dims": [8, 8, 16], "mlp_ratios": [2, 2, 2], "stem_stride": 1}

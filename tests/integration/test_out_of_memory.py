@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import cli, largest_batch
-from std_fast import recipe as recipes
-from std_fast.step import Trainer
-from std_fast.train import train
+from std_fast import cli
+from std_fast.config import recipe as recipes
+from std_fast.training import largest_batch
+from std_fast.training.run import train
+from std_fast.training.step import Trainer
 from tests.faults.kills import small_recipe
 
 

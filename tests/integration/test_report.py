@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import UserError
-from std_fast import cli, report
-from std_fast.config import from_dict
-from std_fast.recipe import Recipe
-from std_fast.train import Stopped, train
+from std_fast import cli
+from std_fast.commands import report
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.training.run import Stopped, train
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import build, checkpoint, cli
-from std_fast import recipe as recipes
-from std_fast.config import from_dict
-from std_fast.label_cache import EpochWriter, bytes_per_epoch
-from std_fast.recipe import Recipe
-from std_fast.step import Trainer
-from std_fast.teach import teach
-from std_fast.train import Stopped, train
+from std_fast import cli
+from std_fast.commands.teach import teach
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.teachers.label_cache import EpochWriter, bytes_per_epoch
+from std_fast.training import build
+from std_fast.training.run import Stopped, train
+from std_fast.training.step import Trainer
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},

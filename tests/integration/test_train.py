@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import checkpoint, cli
-from std_fast import recipe as recipes
-from std_fast.config import from_dict, to_dict
-from std_fast.evaluate import evaluate_run
-from std_fast.metrics import read_jsonl
-from std_fast.not_finite import NotFinite
-from std_fast.recipe import Recipe
-from std_fast.train import Stopped, train
+from std_fast import cli
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict, to_dict
+from std_fast.runtime import checkpoint
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.evaluate import evaluate_run
+from std_fast.training.not_finite import NotFinite
+from std_fast.training.run import Stopped, train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
@@ -122,7 +123,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
 def stopping_at_once():
     """Every run finds, when it first looks, that it was asked to stop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("std_fast.train.stop_on_signal", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        patch.setattr("std_fast.training.run.stop_on_signal", lambda: contextlib.nullcontext([signal.SIGTERM]))
         yield
 
 
@@ -190,7 +191,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys):
 
 def cli_train_with(on_step):
     """The CLI gives no hook: put one in, and return what takes it out again."""
-    from std_fast import train as module
+    from std_fast.training import run as module
 
     kept = module.train
     module.train = lambda *args, **kw: kept(*args, **kw, on_step=on_step)

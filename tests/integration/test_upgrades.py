@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.source import BetonSource
-from pipelines.verify import verify
-from std_fast import __version__, checkpoint
-from std_fast import recipe as recipes
-from std_fast.evaluate import evaluate_run
-from std_fast.export import trained_student
-from std_fast.label_cache import AnswerStore, read_header
+from pipelines.convert.verify import verify
+from pipelines.read.source import BetonSource
+from std_fast import __version__
+from std_fast.commands.export import trained_student
+from std_fast.config import recipe as recipes
+from std_fast.runtime import checkpoint
+from std_fast.teachers.label_cache import AnswerStore, read_header
+from std_fast.training.evaluate import evaluate_run
 from tests.data.make import STEPS, STOP, go_on
 
 DATA = Path(__file__).resolve().parents[1] / "data"

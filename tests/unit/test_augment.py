@@ -12,9 +12,17 @@ from scipy.special import betaincinv
 from torch._dynamo.testing import CompileCounter
 
 from pipelines import rng
-from pipelines.augment import Augment, AugmentSpec, beta_table, cutmix_boxes, erase_boxes, inverse_cdf, noise_pool
-from pipelines.batch import Batch
+from pipelines.augment.device import (
+    Augment,
+    AugmentSpec,
+    beta_table,
+    cutmix_boxes,
+    erase_boxes,
+    inverse_cdf,
+    noise_pool,
+)
 from pipelines.errors import UserError
+from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
 
 SEED = 2**40 + 17

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.errors import UserError
-from std_fast.flops import count_macs
 from std_fast.models import BACKBONES, Backbone, build_backbone, list_backbones
+from std_fast.runtime.flops import count_macs
 
 TINY = {
     "mixer": dict(patch_size=8, dim=12, depth=3),

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite, harness, kernels, naive, peers, workload
-from pipelines.augment import Mixed
+from pipelines.augment.device import Mixed
 from pipelines.errors import UserError
 from std_fast import cli
-from std_fast.config import from_dict
-from std_fast.flops import count_macs
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
 from std_fast.library import create_student
-from std_fast.losses import answers_from_logits, class_loss
-from std_fast.mine import MutualInformation
-from std_fast.recipe import Recipe
-from std_fast.step import Objective
-from std_fast.tokens import STDModule
+from std_fast.method.losses import answers_from_logits, class_loss
+from std_fast.method.mine import MutualInformation
+from std_fast.method.tokens import STDModule
+from std_fast.runtime.flops import count_macs
+from std_fast.training.step import Objective
 
 ARGS = SimpleNamespace(device="cpu", repeats=4, turn_seconds=0.0)
 

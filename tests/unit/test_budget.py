@@ -7,8 +7,10 @@ import time
 import pytest
 
 from pipelines.errors import UserError
-from std_fast import recipe as recipes
-from std_fast.budget import (
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime.budget import (
     CLOSING,
     PARTS,
     Clock,
@@ -19,9 +21,7 @@ from std_fast.budget import (
     in_words,
     learning_seconds,
 )
-from std_fast.config import from_dict
-from std_fast.optim import schedule
-from std_fast.recipe import Recipe
+from std_fast.training.optim import schedule
 
 
 class Time:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
-from std_fast import checkpoint
+from std_fast.runtime import checkpoint
 
 TENSORS = {
     "model.a": torch.randn(3, 4),

@@ -9,12 +9,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from pipelines.errors import UserError
-from std_fast import compiling
-from std_fast.budget import Ledger
-from std_fast.config import from_dict
-from std_fast.metrics import read_jsonl
-from std_fast.recipe import Recipe
-from std_fast.train import Run, train
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import compiling
+from std_fast.runtime.budget import Ledger
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.training.run import Run, train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},

@@ -16,13 +16,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from pipelines import convert as convert_module
-from pipelines import convert_workers, image_prep
-from pipelines.convert import ConvertSettings, Progress, convert
-from pipelines.convert_journal import WorkFolder
+from pipelines.convert import job as convert_module
+from pipelines.convert import workers as convert_workers
+from pipelines.convert.job import ConvertSettings, Progress, convert
+from pipelines.convert.journal import WorkFolder
+from pipelines.convert.verify import decode_sample, verify
 from pipelines.errors import DataError, UserError
-from pipelines.source import BetonSource, open_source, printable
-from pipelines.verify import decode_sample, verify
+from pipelines.read import image_prep
+from pipelines.read.source import BetonSource, open_source, printable
 from tests import odd_images
 
 KEEP = ConvertSettings(seed=None)
@@ -502,8 +503,8 @@ def test_a_worker_that_stands_still_is_noticed(images: Path, tmp_path: Path, mon
 
 def test_workers_start_light() -> None:
     """They must not pay for torch."""
-    code = "import sys, pipelines.convert_workers; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
-    root = str(Path(convert_workers.__file__).parents[1])
+    code = "import sys, pipelines.convert.workers; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    root = str(Path(convert_workers.__file__).parents[2])
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from pipelines import open_loader
-from pipelines.batch import LoaderSpec
-from pipelines.crops import CropSpec
 from pipelines.errors import CorruptImage, DataError, UserError
-from pipelines.image_prep import turbojpeg
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
+from pipelines.read.image_prep import turbojpeg
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 from tests.unit.test_loaders import BACKENDS, THREADED, batches, evaluation, training
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_gone_is_no_corrupt_image(tmp_path, backend):
 @needs_turbojpeg
 def test_a_remark_about_the_header_hides_no_damage():
     """libjpeg tells the first of its warnings alone."""
-    from pipelines.image_prep import BadImage
+    from pipelines.read.image_prep import BadImage
 
     decoder = turbojpeg()
     strange = of_unknown_revision(GOOD)
@@ -213,10 +213,10 @@ def test_the_fields_are_checked():
 @needs_turbojpeg
 def test_a_run_passes_over_them_and_says_so(betons, tmp_path):
     """Trained and evaluated on the damaged set: the weights are those of the set that holds the others instead."""
-    from std_fast import checkpoint
-    from std_fast.config import from_dict
-    from std_fast.recipe import Recipe
-    from std_fast.train import train
+    from std_fast.config.recipe import Recipe
+    from std_fast.config.schema import from_dict
+    from std_fast.runtime import checkpoint
+    from std_fast.training.run import train
 
     tensors = {}
     for name, path in zip(("found", "shown"), betons, strict=True):

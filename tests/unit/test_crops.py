@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines import rng
-from pipelines.crops import CropSpec, center_crop, full_image, random_resized_crop
 from pipelines.errors import UserError
+from pipelines.read.crops import CropSpec, center_crop, full_image, random_resized_crop
 
 SIDES = st.integers(1, 3000) | st.sampled_from([1, 2, 3, 20, 20000, 65500])
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=6)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from std_fast import doctor
+from std_fast.commands import doctor
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipelines.errors import UserError
-from std_fast import checkpoint, create_teachers, export, export_run
-from std_fast.build import build_student
-from std_fast.config import from_dict
-from std_fast.recipe import Recipe, dump
+from std_fast import create_teachers, export_run
+from std_fast.commands import export
+from std_fast.config.recipe import Recipe, dump
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.training.build import build_student
 
 K = 3
 NAMES = ["ant", "bee", "cat"]

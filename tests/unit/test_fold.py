@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from std_fast.classifiers import use_small_stem
-from std_fast.fold import fold_batch_norms
+from std_fast.teachers.classifiers import use_small_stem
+from std_fast.teachers.fold import fold_batch_norms
 
 TINY_RESNET = dict(layers=(1, 1, 1, 1), channels=(8, 16, 24, 32))
 # name, options, image size, whether all norms go

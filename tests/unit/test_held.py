@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from std_fast import held
-from std_fast.budget import Heartbeat, Ledger, earlier
+from std_fast.runtime import held
+from std_fast.runtime.budget import Heartbeat, Ledger, earlier
 
-ROOT = Path(held.__file__).parents[1]
+ROOT = Path(held.__file__).parents[2]
 WAITS = """
 import sys, threading
 from pathlib import Path
-from std_fast.held import starting
+from std_fast.runtime.held import starting
 with starting(Path(sys.argv[1])):
     threading.Event().wait()
 """

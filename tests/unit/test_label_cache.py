@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
-from std_fast.label_cache import AnswerStore, Header, bytes_per_epoch, check_same, pack, read_header, unpack
-from std_fast.losses import answers_from_logits, top_k_kl
+from std_fast.method.losses import answers_from_logits, top_k_kl
+from std_fast.teachers.label_cache import AnswerStore, Header, bytes_per_epoch, check_same, pack, read_header, unpack
 
 CLASSES, TEACHERS, BATCH = 300, 2, 8
 KEYS = ("format", "fingerprint", "classes", "teachers", "top_k")

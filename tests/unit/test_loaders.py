@@ -16,12 +16,12 @@ from PIL import Image
 
 import pipelines
 from pipelines import open_loader
-from pipelines.batch import LoaderSpec
-from pipelines.crops import CropSpec
 from pipelines.errors import DataError, UserError
-from pipelines.order import Shard
-from pipelines.source import open_source
-from pipelines.torch_backend import TorchLoader
+from pipelines.loaders.torch import TorchLoader
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
+from pipelines.read.order import Shard
+from pipelines.read.source import open_source
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
@@ -188,7 +188,7 @@ def test_without_libturbojpeg_and_numba_the_pixels_are_the_same(tmp_path, backen
     expected = batches(evaluation(path, 8), backend)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
-    monkeypatch.setattr("pipelines.decode.turbojpeg", lambda: None)
+    monkeypatch.setattr("pipelines.read.decode.turbojpeg", lambda: None)
     for batch, other in zip(batches(evaluation(path, 8), backend), expected, strict=True):
         assert (batch.images.int() - other.images.int()).abs().max() <= (1 if backend == "dali" else 0)
 
@@ -214,7 +214,7 @@ class Counting:
 def counting_loader(spec, backend, monkeypatch):
     """A loader and its source, which counts. (Of a source that is no BetonSource, ffcv too reads one by one.)"""
     source = Counting(open_source(spec.path))
-    monkeypatch.setattr("pipelines.source.open_source", lambda path: source)
+    monkeypatch.setattr("pipelines.read.source.open_source", lambda path: source)
     return open_loader(spec, backend), source
 
 
@@ -359,7 +359,7 @@ def test_without_dali_a_line_that_installs_it(beton, monkeypatch):
 
 @needs_dali
 def test_sweep_measures_each_load_and_names_the_best(beton):
-    from pipelines.dali_backend import sweep
+    from pipelines.loaders.dali import sweep
 
     best, rows = sweep(training(beton), open_source(beton), loads=(0.0, 1.0), steps=3)
     assert [row["hw_decoder_load"] for row in rows] == [0.0, 1.0]
@@ -460,7 +460,7 @@ def test_decoding_together_leaves_odd_files_to_the_host(tmp_path):
 
 
 def test_resident_refuses_what_does_not_fit(beton, monkeypatch):
-    monkeypatch.setattr("pipelines.resident_backend.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("pipelines.loaders.resident.free_memory", lambda device: 100_000)
     with pytest.raises(UserError, match="backend: resident would keep"):
         open_loader(training(beton), "resident")
 
@@ -480,7 +480,8 @@ def test_resident_keeps_whole_images_of_the_right_size_exactly(tmp_path):
 @pytest.mark.parametrize("height", [48, 61])
 def test_decoding_only_the_needed_rows_changes_no_pixel(options, height):
     """Against PIL's decoding of the whole image, for every last row."""
-    from pipelines import ffcv_backend, native
+    from pipelines.loaders import ffcv as ffcv_backend
+    from pipelines.loaders import native
 
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, 37, 3), np.uint8)).resize((37, height))
     options = dict(options)
@@ -506,8 +507,9 @@ def test_decoding_only_the_needed_rows_changes_no_pixel(options, height):
 @needs_ffcv
 def test_area_is_ffcv_s_own_resize(beton):
     """The path of FFCV's decoder operation, with our boxes: its library's resize of the decoded image."""
-    from pipelines import ffcv_backend, native
-    from pipelines.decode import decode_rgb
+    from pipelines.loaders import ffcv as ffcv_backend
+    from pipelines.loaders import native
+    from pipelines.read.decode import decode_rgb
 
     native.load(ffcv_backend.library())
     resize = ctypes.CDLL(ffcv_backend.library()).resize
@@ -528,7 +530,7 @@ def test_area_is_ffcv_s_own_resize(beton):
 @pytest.mark.parametrize("cubic", [False, True])
 def test_native_resize_is_pil_s(cubic):
     """Every scale from 8 times smaller to 20 times larger; hard edges, for the cubic's overshoot."""
-    from pipelines import native
+    from pipelines.loaders import native
 
     rng = np.random.default_rng(2)
     kind = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
@@ -547,7 +549,8 @@ def test_native_resize_is_pil_s(cubic):
 @needs_ffcv
 def test_mutated_jpegs_never_write_outside(beton):
     """Whatever the bytes, the decoder stays within its buffer and returns a code."""
-    from pipelines import ffcv_backend, native
+    from pipelines.loaders import ffcv as ffcv_backend
+    from pipelines.loaders import native
 
     native.load(ffcv_backend.library())
     rng = np.random.default_rng(3)

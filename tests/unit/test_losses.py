@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from std_fast.losses import TeacherAnswers, answers_from_logits, class_loss, confidence_weights, distillation_loss
+from std_fast.method.losses import (
+    TeacherAnswers,
+    answers_from_logits,
+    class_loss,
+    confidence_weights,
+    distillation_loss,
+)
 
 
 def test_class_loss_is_cross_entropy_with_the_mixed_smoothed_target():

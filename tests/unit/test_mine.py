@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from std_fast.mine import MutualInformation, StatisticsNetwork, donsker_varadhan, mutual_information, partner_rows
+from std_fast.method.mine import (
+    MutualInformation,
+    StatisticsNetwork,
+    donsker_varadhan,
+    mutual_information,
+    partner_rows,
+)
 
 
 def tokens(B=8, M=2, C=6, P=5, dtype=torch.float64):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from std_fast import checkpoint
-from std_fast.build import build_student
-from std_fast.config import from_dict
-from std_fast.optim import build_optimizer, parameter_groups, set_learning_rates
-from std_fast.optimizers import Muon, orthogonal
-from std_fast.recipe import Recipe
-from std_fast.train import Stopped, train
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.training.build import build_student
+from std_fast.training.optim import build_optimizer, parameter_groups, set_learning_rates
+from std_fast.training.optimizers import Muon, orthogonal
+from std_fast.training.run import Stopped, train
 
 CPU = torch.device("cpu")
 STUDENTS = {

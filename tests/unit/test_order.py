@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import rng
-from pipelines.batch import LoaderSpec
-from pipelines.crops import CropSpec
 from pipelines.errors import UserError
-from pipelines.order import Plan, Shard, epoch_order, indices_at
+from pipelines.read.batch import LoaderSpec
+from pipelines.read.crops import CropSpec
+from pipelines.read.order import Plan, Shard, epoch_order, indices_at
 
 
 def plans(n, local, world, *, shuffle, drop_last):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.augment import Augment, AugmentSpec, Mixed
-from pipelines.batch import Batch
-from std_fast.losses import TeacherAnswers
-from std_fast.overlap import Overlap, Trial, taught, tensors_of
-from std_fast.speed import SpeedMeter, Stopwatch, ceiling, flops_per_image, speed_in_words
-from std_fast.teachers import Teacher, Teachers
+from pipelines.augment.device import Augment, AugmentSpec, Mixed
+from pipelines.read.batch import Batch
+from std_fast.method.losses import TeacherAnswers
+from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words
+from std_fast.teachers.overlap import Overlap, Trial, taught, tensors_of
+from std_fast.teachers.teacher import Teacher, Teachers
+from std_fast.training.build import flops_per_image
 
 CPU = torch.device("cpu")
 B, S = 4, 8

@@ -9,10 +9,11 @@ import timm
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
-from std_fast import cli, plan
-from std_fast import recipe as recipes
-from std_fast.config import from_dict
-from std_fast.recipe import Recipe
+from std_fast import cli
+from std_fast.commands import plan
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
 
 PLAIN = {
     "student": {"name": "mixer", "options": {"patch_size": 4, "dim": 8, "depth": 3}},

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.augment import Augment, AugmentSpec, Mixed
+from pipelines.augment.device import Augment, AugmentSpec, Mixed
+from pipelines.augment.preview import CELL, GAP, LINE, contact_sheet, denormalise
 from pipelines.errors import UserError
-from pipelines.preview import CELL, GAP, LINE, contact_sheet, denormalise
 
 
 def images(count, size):

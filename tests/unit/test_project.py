@@ -30,7 +30,7 @@ FILES = {module_name(path): path for package in OURS for path in sorted((ROOT / 
 
 
 def imports_of(module: str) -> set[str]:
-    """Full names of what the file imports, also inside functions; `from std_fast import step` is std_fast.step."""
+    """Full names of what the file imports, also inside functions; `from std_fast import cli` is std_fast.cli."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,20 +68,40 @@ def test_lower_packages_never_import_upper_ones(package, forbidden):
     assert any(m.split(".")[0] == package for m in IMPORTS)
 
 
-def test_layers_of_std_fast():
-    layers = [{"models", "tokens", "mine", "losses"}, {"student"}, {"step"}, {"train"}, {"cli"}]
-    rank = {name: level for level, names in enumerate(layers) for name in names}
+ROOMS = (
+    {"pipelines.errors", "pipelines.rng"},
+    {"pipelines.untrusted"},
+    {"pipelines.read", "std_fast.models"},
+    {"pipelines.augment", "pipelines.convert", "pipelines.loaders", "std_fast.method"},
+    {"pipelines"},
+    {"std_fast.config"},
+    {"std_fast.runtime"},
+    {"std_fast.teachers"},
+    {"std_fast.training", "std_fast.library"},
+    {"std_fast.registry"},
+    {"std_fast.commands"},
+    {"std_fast.cli"},
+    {"benchmarks"},
+)
+"""from the lowest to the highest: a module imports from its own room and from lower ones"""
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
-    def level(module):
-        parts = module.split(".")
-        return rank.get(parts[1]) if parts[0] == "std_fast" and len(parts) > 1 else None
 
-    assert set(rank) <= {module.split(".")[1] for module in FILES if module.startswith("std_fast.")}
+def room_of(module):
+    parts = module.split(".")
+    return parts[0] if module == "pipelines" or parts[0] == "benchmarks" else ".".join(parts[:2])
+
+
+def test_rooms_import_one_way():
+    rooms = {room_of(module) for module in FILES} - {"std_fast"}  # loads lazily
+    assert rooms == set(LEVEL)
     wrong = [
-        (m, n)
-        for m, names in IMPORTS.items()
-        for n in names
-        if None not in (level(m), level(n)) and level(n) > level(m)
+        (importer, imported)
+        for importer, names in IMPORTS.items()
+        for imported in names
+        if {room_of(importer), room_of(imported)} <= set(LEVEL)
+        and room_of(importer) != room_of(imported)
+        and LEVEL[room_of(imported)] >= LEVEL[room_of(importer)]
     ]
     assert not wrong
 
@@ -96,7 +116,7 @@ def test_no_import_cycle():
 def test_import_does_no_work():
     """Importing the package and the CLI loads nothing heavy: `std-fast --help` must answer at once."""
     heavy = {"torch", "numpy", "ffcv", "rich", "timm"}
-    code = f"import sys, std_fast.cli, std_fast.doctor; print(*sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, std_fast.cli, std_fast.commands.doctor; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -10,14 +10,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from pipelines.augment import Augment
+from pipelines.augment.device import Augment
 from pipelines.errors import UserError
-from std_fast.build import build_teachers, make_fast, teacher_dtype
-from std_fast.classifiers import build_classifier
-from std_fast.config import from_dict
-from std_fast.fold import random_image
-from std_fast.quantize import quantize
-from std_fast.recipe import Recipe
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.teachers.classifiers import build_classifier
+from std_fast.teachers.fold import random_image
+from std_fast.teachers.quantize import quantize
+from std_fast.training.build import build_teachers, make_fast, teacher_dtype
 
 CPU = torch.device("cpu")
 MIXER = dict(patch_size=8, dim=32, depth=2, token_dim=16, channel_dim=64)

@@ -10,16 +10,16 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from timm.data import auto_augment
 
-from pipelines import randaugment as ra
 from pipelines import rng
-from pipelines.augment import Augment, AugmentSpec
-from pipelines.batch import Batch
-from pipelines.randaugment import Op
+from pipelines.augment import randaugment as ra
+from pipelines.augment.device import Augment, AugmentSpec
+from pipelines.augment.randaugment import Op
+from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
 
 FILL = (124, 116, 104)
 TIMM = auto_augment._RAND_INCREASING_TRANSFORMS
-# Largest difference of a value and largest share of values that differ: the table in pipelines/randaugment.py.
+# Largest difference of a value and largest share of values that differ: the table in pipelines/augment/randaugment.py.
 EXACT, ROUNDED, BLENDED, RESAMPLED = (0, 0.0), (1, 0.01), (1, 0.003), (1, 0.03)
 TOLERANCE = dict.fromkeys(Op, EXACT)
 TOLERANCE |= {Op.AUTO_CONTRAST: ROUNDED}

@@ -3,10 +3,10 @@
 import pytest
 
 from pipelines.errors import UserError
-from std_fast import recipe as recipes
-from std_fast import recipe_files
-from std_fast.config import describe, difference, from_dict, merge, to_dict
-from std_fast.recipe import Duration, Recipe, parse_seconds, parse_warmup
+from std_fast.config import files as recipe_files
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup
+from std_fast.config.schema import describe, difference, from_dict, merge, to_dict
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))

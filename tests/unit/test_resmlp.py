@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
-from std_fast.flops import count_macs
 from std_fast.models import build_backbone
+from std_fast.runtime.flops import count_macs
 
 
 def test_weights_travel_to_timm_and_back() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipelines.errors import DataError, UserError
-from pipelines.source import EXTENSIONS, MAX_PIXELS, FolderSource, open_source, orientation, printable, upright
+from pipelines.read.source import EXTENSIONS, MAX_PIXELS, FolderSource, open_source, orientation, printable, upright
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 SAMPLES = [jpeg_sample(20, 31, 1, 0), raw_sample(5, 4, 0, 1), jpeg_sample(17, 9, 2, 2), jpeg_sample(8, 8, 1, 3)]

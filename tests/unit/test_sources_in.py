@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.convert import ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.sources import list_source
+from pipelines.convert.tar_index import TarDamaged, members
+from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
-from pipelines.source import BetonSource
-from pipelines.sources_in import list_source
-from pipelines.tar_index import TarDamaged, members
-from pipelines.verify import decode_sample
+from pipelines.read.source import BetonSource
 from tests.beton_tools import encoded, pixels
 
 CLASSES = ("n01", "n02", "n07")

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from pipelines.augment import Mixed
+from pipelines.augment.device import Mixed
 from pipelines.errors import UserError
-from std_fast.build import build_student
-from std_fast.config import from_dict
-from std_fast.info import describe_model
-from std_fast.losses import answers_from_logits
-from std_fast.optim import build_optimizer, parameter_groups
-from std_fast.recipe import Recipe
-from std_fast.step import Objective
-from std_fast.student import ModulePlan, StudentOutput, plan_modules, predict
+from std_fast.commands.info import describe_model
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.method.losses import answers_from_logits
+from std_fast.method.student import ModulePlan, StudentOutput, plan_modules, predict
+from std_fast.training.build import build_student
+from std_fast.training.optim import build_optimizer, parameter_groups
+from std_fast.training.step import Objective
 
 K, SIZE = 5, 16
 MIXER = {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}}

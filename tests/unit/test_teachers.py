@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.errors import UserError
-from std_fast import checkpoint
-from std_fast import recipe as recipes
-from std_fast.classifiers import build_classifier, read_weights
-from std_fast.recipe import TeacherSpec
-from std_fast.teachers import Teacher, Teachers, build_teacher, in_precision
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import TeacherSpec
+from std_fast.runtime import checkpoint
+from std_fast.teachers.classifiers import build_classifier, read_weights
+from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, in_precision
 
 K = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)  # the student's

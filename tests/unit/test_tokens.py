@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from std_fast.tokens import STDModule
+from std_fast.method.tokens import STDModule
 
 
 def reference(module: STDModule, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,21 +20,22 @@ import pytest
 import torch
 import yaml
 
-from pipelines.convert import ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.labels import read_labels
+from pipelines.convert.sources import list_source
+from pipelines.convert.tar_index import TarDamaged, members
+from pipelines.convert.verify import verify
 from pipelines.errors import LONGEST, DataError, UserError
-from pipelines.label_files import read_labels
-from pipelines.source import BetonSource, FolderSource, open_source
-from pipelines.sources_in import list_source
-from pipelines.tar_index import TarDamaged, members
+from pipelines.read.source import BetonSource, FolderSource, open_source
 from pipelines.untrusted import Refused, confined, read_bytes, read_json
-from pipelines.verify import verify
-from std_fast import checkpoint, cli
-from std_fast import recipe as recipes
-from std_fast.classifiers import build_classifier, read_run, read_weights
-from std_fast.config import read_yaml
-from std_fast.label_cache import AnswerStore, read_header
-from std_fast.recipe import StudentSpec, TeacherSpec
-from std_fast.teachers import build_teacher
+from std_fast import cli
+from std_fast.config import recipe as recipes
+from std_fast.config.recipe import StudentSpec, TeacherSpec
+from std_fast.config.schema import read_yaml
+from std_fast.runtime import checkpoint
+from std_fast.teachers.classifiers import build_classifier, read_run, read_weights
+from std_fast.teachers.label_cache import AnswerStore, read_header
+from std_fast.teachers.teacher import build_teacher
 from tests import crafted
 from tests.beton_tools import encoded, jpeg_sample, pixels, write_beton
 from tests.unit.test_source import FAULTS, SAMPLES, poke

@@ -7,10 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from pipelines.convert import ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.verify import contact_sheet, inspect, verify, warm
 from pipelines.errors import UserError
-from pipelines.source import BetonSource
-from pipelines.verify import contact_sheet, inspect, verify, warm
+from pipelines.read.source import BetonSource
 from tests.beton_tools import encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 

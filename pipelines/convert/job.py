@@ -1,0 +1,380 @@
+"""Converts a dataset to a `.beton` that any FFCV reads, and a manifest X.beton.json beside it.
+
+    list the source (sources_in) and put it in order
+    -> convert tasks of 32 images in processes (convert_workers, image_prep)
+    -> lay their bytes out in that order (beton_writer), recording what is done (convert_journal)
+    -> header, checksum, rename
+
+The bytes depend on the source, the settings and the versions of the JPEG libraries, which the manifest names; not on
+the number of processes, nor on how often the conversion was killed and started again. Nothing is visible under the
+final name before it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.convert.beton_writer import ROW_TYPE, Packer, data_start, finish, write_payload
+from pipelines.convert.journal import Journal, WorkFolder
+from pipelines.convert.listing import DISK_FULL, Listing
+from pipelines.convert.sources import list_source
+from pipelines.convert.workers import SAMPLE_TYPE, Done, Task, Workers
+from pipelines.errors import DataError, UserError
+from pipelines.read.image_prep import ConvertSettings, library_versions
+from pipelines.read.source import TABLE_TYPE, printable
+from pipelines.untrusted import read_json
+
+__all__ = ["ConvertSettings", "Progress", "convert"]
+
+log = logging.getLogger("std_fast")
+
+MANIFEST_VERSION = 1
+TASK = 32  # images; the bytes of a beton do not depend on it
+PROBES = 256  # images, at most, that are converted beforehand to estimate the size
+MARGIN = 1.1  # of the estimate, before the disk is said to hold it
+SHOWN_FAULTS = 5
+ON_ERROR = ("stop", "skip")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is."""
+
+    phase: str
+    """"converting", then "checksum" """
+    done: int
+    """images, those of earlier runs included"""
+    total: int
+    bytes: int
+    """of data written"""
+    rate: float
+    """images per second in this run"""
+    seconds_left: float
+    estimated_bytes: int
+    """of the finished file"""
+
+
+def convert(
+    src: str,
+    dst: str,
+    *,
+    settings: ConvertSettings | None = None,
+    workers: int = 0,
+    on_error: str = "stop",
+    shard: tuple[int, int] = (0, 1),
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Converts `src` (see sources_in) to the beton `dst` and returns its manifest. Run again after an interruption, it
+    goes on where it was; run again after its end, it finds the work done.
+
+    workers: processes; 0 = one per core this process may use.  on_error: with "stop", all images are tried, and if any
+    cannot be converted there is an error that names them, and no beton; with "skip" they are left out and listed in the
+    manifest.  shard: (i, n) converts part i of n, 0 <= i < n; open all parts together as one dataset.
+    Raises UserError for mistakes in the arguments or the source, a full disk, a second writer of `dst`, or a converting
+    process that dies; DataError for images that cannot be converted.
+    """
+    settings = settings or ConvertSettings()
+    if on_error not in ON_ERROR:
+        raise UserError(f"on_error {on_error!r} is unknown: choose one of {', '.join(ON_ERROR)}")
+    if not 0 <= shard[0] < shard[1]:
+        raise UserError(f"shard {shard[0]}/{shard[1]}: must be i/n with 0 <= i < n")
+    if workers < 0:
+        raise UserError(f"workers {workers} must be 0 (one per core) or more")
+    if os.path.isdir(dst) or not os.path.basename(dst):
+        raise UserError(f"{printable(dst)}: is a folder; name the file to write, X.beton say")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
+        raise UserError(f"{printable(os.path.dirname(dst))}: no such folder; make it first")
+    folder = WorkFolder(dst)
+    try:
+        listing = list_source(src, settings, folder.path)
+        conversion = _Conversion(listing, dst, settings, shard, folder)
+        finished = conversion.finished(on_error)
+        if finished is not None:
+            folder.remove()
+            return finished
+        with contextlib.closing(Journal(folder, conversion.identity)) as journal:
+            conversion.run(journal, workers or len(os.sched_getaffinity(0)), progress)
+            return conversion.complete(journal, on_error, progress)
+    except OSError as error:
+        free = shutil.disk_usage(folder.path if os.path.isdir(folder.path) else os.path.dirname(folder.path)).free
+        mend = "free some space" if error.errno in DISK_FULL else "mend that"
+        raise UserError(
+            f"{printable(dst)}: writing failed ({error.strerror}; {_size(free)} are free); {mend} and run the same "
+            "command: it goes on where it was"
+        ) from error
+    finally:
+        folder.close()
+
+
+class _Conversion:
+    """One call of `convert`, from a listing to the finished file."""
+
+    def __init__(
+        self, listing: Listing, dst: str, settings: ConvertSettings, shard: tuple[int, int], folder: WorkFolder
+    ) -> None:
+        self.listing, self.dst, self.settings, self.shard, self.folder = listing, dst, settings, shard, folder
+        self.order = _order(len(listing), settings.seed)[shard[0] :: shard[1]]
+        self.total = len(self.order)
+        if not self.total and len(listing):
+            raise UserError(
+                f"shard {shard[0]}/{shard[1]}: no image falls to it; make fewer shards of {len(listing)} images"
+            )
+        self.raw = _stored_raw(len(listing), settings)
+        self.tasks = -(-self.total // TASK)
+        self.start = data_start(self.total, settings.page_size)
+        self.packer = Packer(self.start, settings.page_size)
+        self.done: list[Done] = []
+        shown = asdict(settings)
+        for name in ("labels", "classes", "split"):  # what they do to the samples shows in the listing
+            del shown[name]
+        self.settings_shown = shown
+        basis = [shown, library_versions(), listing.kind, self.total, shard, TASK, MANIFEST_VERSION]
+        self.identity = hashlib.sha256(json.dumps(basis).encode()).hexdigest()
+        request = [self.identity, listing.digest(self.order), listing.classes, listing.faults]
+        self.request = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+
+    def finished(self, on_error: str) -> dict[str, Any] | None:
+        """The manifest, when an earlier run has made just this file. Raises UserError when `dst` is something else."""
+        if not os.path.lexists(self.dst):
+            return None
+        try:
+            manifest = read_json(f"{self.dst}.json")
+            same = manifest["request"] == self.request and manifest["bytes"] == os.path.getsize(self.dst)
+            if same and (on_error == "skip" or not manifest["faults"]):
+                return manifest
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        raise UserError(f"{printable(self.dst)}: exists, made from something else; remove it or choose another name")
+
+    def sources(self, task: int) -> npt.NDArray[np.int64]:
+        """Numbers in the listing of a task's images."""
+        return self.order[task * TASK : (task + 1) * TASK]
+
+    def _task(self, number: int, sources: npt.NDArray[np.int64]) -> Task:
+        indices = sources.tolist()
+        return Task(number, indices, [self.listing.place(i) for i in indices], self.raw[sources].tolist())
+
+    def run(self, journal: Journal, count: int, progress: Callable[[Progress], None] | None) -> None:
+        """Converts what earlier runs have not."""
+        digests = [self.listing.digest(self.sources(task)) for task in range(self.tasks)]
+        self.done = journal.resume(digests, self.packer)
+        first = len(self.done)
+        if first:
+            log.info("%s: %d of %d tasks were done by an earlier run", self.dst, first, self.tasks)
+        if first == self.tasks:
+            return
+        listing = self.listing
+        count = min(count, self.tasks - first)
+        with Workers(
+            count, self.settings, listing.files, listing.kind == "cifar", listing.names, self.folder.path
+        ) as workers:
+            estimate = self._estimate(workers)
+            self._refuse_if_too_large(estimate)
+            meter = _Meter(self, estimate, progress)
+            try:
+                for done in workers.run(self._task(k, self.sources(k)) for k in range(first, self.tasks)):
+                    addresses = self.packer.place(done.samples["size"])
+                    write_payload(journal.data_fd, done.payload, addresses, done.samples["size"])
+                    journal.add(done, digests[done.number])
+                    self.done.append(done._replace(payload=b""))
+                    meter.show()
+            finally:
+                journal.commit()
+        meter.show(last=True)
+
+    def _estimate(self, workers: Workers) -> float:
+        """Bytes per image, from what is converted already, or from images spread over the source."""
+        sizes = [done.samples["size"] for done in self.done]
+        if not sum(map(len, sizes)):
+            number = min(PROBES, max(1, self.total // 64))
+            probes = self.order[np.linspace(0, self.total - 1, number).astype(np.int64)]
+            sizes = [done.samples["size"] for done in workers.run(self._task(-1, part) for part in _chunks(probes, 4))]
+        found = np.concatenate(sizes)
+        if not len(found):  # none of them could be converted
+            sizes_in = self.listing.sizes
+            found = sizes_in[sizes_in <= self.settings.max_bytes]
+        return float(found.mean()) if len(found) else 0.0
+
+    def final_bytes(self, per_image: float) -> int:
+        """Estimated size of the finished file."""
+        left = self.total - sum(len(done.samples) + len(done.faults) for done in self.done)
+        return self.packer.end + int(left * per_image) + self.total * TABLE_TYPE.itemsize
+
+    def _refuse_if_too_large(self, per_image: float) -> None:
+        written = self.packer.end - self.start
+        needed = int((self.final_bytes(per_image) - self.start - written) * MARGIN) + self.total * ROW_TYPE.itemsize
+        free = shutil.disk_usage(self.folder.path).free
+        if needed > free:
+            raise UserError(
+                f"{printable(self.dst)}: needs about {_size(needed)} more, but {_size(free)} are free on that disk; "
+                "free some, choose another disk, or lower `size` or `quality`"
+            )
+
+    def complete(self, journal: Journal, on_error: str, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+        """Checks the whole, writes header and manifest, and gives both files their names."""
+        faults = self.listing.faults + sorted(
+            (printable(self.listing.names[source]), reason) for done in self.done for source, reason in done.faults
+        )
+        samples = np.concatenate([np.zeros(0, SAMPLE_TYPE), *(done.samples for done in self.done)])
+        self._report(faults, len(samples), on_error)
+        labels = self.listing.labels[samples["source"]]
+        packer = Packer(self.start, self.settings.page_size)
+        finish(journal.data_fd, samples, packer.place(samples["size"]), labels, packer.end, self.settings.page_size)
+        os.fsync(journal.data_fd)
+        if progress is not None:
+            progress(Progress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
+        manifest = {
+            "format": MANIFEST_VERSION,
+            "samples": len(samples),
+            "bytes": os.fstat(journal.data_fd).st_size,
+            "sha256": _sha256(journal.data_fd),
+            "source": {"kind": self.listing.kind, "sha256": self._source_digest(samples)},
+            "settings": self.settings_shown,
+            "shard": list(self.shard),
+            "versions": library_versions(),
+            "counts": {"samples": len(samples), "faults": len(faults), "ignored": len(self.listing.ignored)}
+            | dict(sorted(sum((Counter(done.how) for done in self.done), Counter()).items())),
+            "faults": [{"name": name, "reason": reason} for name, reason in faults],
+            "ignored": self.listing.ignored,
+            "request": self.request,
+            "samples_per_class": np.bincount(labels, minlength=len(self.listing.classes)).tolist(),
+            "classes": self.listing.classes,
+        }
+        with open(self.folder.file("manifest"), "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        # The manifest first: where there is a beton, its manifest is there too.
+        os.rename(self.folder.file("manifest"), f"{self.dst}.json")
+        os.rename(self.folder.file("data"), self.dst)
+        _sync_folder(os.path.dirname(os.path.abspath(self.dst)))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(_faults_file(self.dst))
+        self.folder.remove()
+        return manifest
+
+    def _report(self, faults: list[tuple[str, str]], good: int, on_error: str) -> None:
+        """Raises DataError when the faults forbid a beton."""
+        if faults and on_error == "stop" or not good:
+            with open(_faults_file(self.dst), "w", encoding="utf-8") as file:
+                file.writelines(f"{name}\t{reason}\n" for name, reason in faults)
+            shown = "; ".join(f"{name} ({reason})" for name, reason in faults[:SHOWN_FAULTS])
+            if len(faults) > SHOWN_FAULTS:
+                shown += f"; and {len(faults) - SHOWN_FAULTS} more"
+            mend = "mend or remove them"
+            if good:
+                mend += f", or pass --on-error skip; what is converted is kept in {printable(self.folder.path)}"
+            raise DataError(
+                f"{len(faults)} of {good + len(faults)} images cannot be converted: {shown}; "
+                f"all are listed in {printable(_faults_file(self.dst))}; {mend}"
+            )
+        for name, reason in faults:
+            log.warning("%s: left out: %s", name, reason)
+
+    def _source_digest(self, samples: npt.NDArray[Any]) -> str:
+        """Digest of the stored images' names, labels and original bytes, in the source's order: that of the data alone,
+        wherever and in whichever order it is stored."""
+        digest = hashlib.sha256()
+        for sample in samples[np.argsort(samples["source"])]:
+            source = int(sample["source"])
+            name = self.listing.names[source].encode("utf-8", "surrogateescape")
+            digest.update(b"%s\0%d\0%s" % (name, self.listing.labels[source], sample["digest"].tobytes()))
+        return digest.hexdigest()
+
+
+class _Meter:
+    """Calls `progress` a few times a second."""
+
+    def __init__(self, run: _Conversion, per_image: float, progress: Callable[[Progress], None] | None) -> None:
+        self._run, self._per_image, self._progress = run, per_image, progress
+        self._began = self._shown = time.monotonic()
+        self._counted = 0
+        self._done = self._before = self._count()
+
+    def _count(self) -> int:
+        """Images done; counts what is new since the last call."""
+        new = self._run.done[self._counted :]
+        self._counted += len(new)
+        return sum(len(done.samples) + len(done.faults) for done in new)
+
+    def show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        self._done += self._count()
+        if self._progress is None or (now - self._shown < 0.2 and not last):
+            return
+        self._shown = now
+        run = self._run
+        written = run.packer.end - run.start
+        rate = (self._done - self._before) / max(now - self._began, 1e-9)
+        left = (run.total - self._done) / max(rate, 1e-9)
+        per_image = written / self._done if self._done > TASK else self._per_image
+        final = run.packer.end + int((run.total - self._done) * per_image) + run.total * TABLE_TYPE.itemsize
+        self._progress(Progress("converting", self._done, run.total, written, rate, left, final))
+
+
+def _order(n: int, seed: int | None) -> npt.NDArray[np.int64]:
+    """Numbers in the listing in the order in which samples are stored, int64 [n]."""
+    if seed is None:
+        return np.arange(n, dtype=np.int64)
+    from pipelines import rng  # imports torch, which takes seconds: only where it is needed
+
+    words = rng.bits(seed, 0, np.arange(n, dtype=np.int64), rng.Purpose.CONVERT_ORDER)
+    keys = words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+def _stored_raw(n: int, settings: ConvertSettings) -> npt.NDArray[np.bool_]:
+    """Which images of the listing are stored raw, bool [n]."""
+    if settings.mode != "proportion":
+        return np.full(n, settings.mode == "raw")
+    from pipelines import rng
+
+    draws = rng.uniform(settings.seed or 0, 0, np.arange(n, dtype=np.int64), rng.Purpose.CONVERT_MODE)
+    return draws[:, 0] < settings.raw_share
+
+
+def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _sha256(fd: int) -> str:
+    digest = hashlib.sha256()
+    at = 0
+    while block := os.pread(fd, 1 << 24, at):
+        digest.update(block)
+        at += len(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _faults_file(dst: str) -> str:
+    return f"{dst}.faults.txt"
+
+
+def _size(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -1,0 +1,163 @@
+"""The form in which every source of images is listed for conversion: where each image's bytes lie, and its label.
+
+Any process can read any image from that without unpacking anything; names inside archives are labels in messages and
+never paths. What cannot be listed as an image is kept with its name and the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import UserError, printable
+from pipelines.read.source import MAX_CLASSES
+from pipelines.untrusted import read_bytes
+
+CLUTTER = ("thumbs.db", "desktop.ini")
+"""what file managers leave, besides hidden files"""
+MAX_TEXT = 1 << 28
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SOURCES = (
+    "an image folder (SRC/CLASS/*), a tar or a folder of tars, parquet files, or CIFAR's binary files "
+    "(images without classes need `labels`)"
+)
+
+
+@dataclass
+class Listing:
+    """The images of a source, in its order; N of them."""
+
+    kind: str
+    names: list[str] = field(default_factory=list)
+    """paths from the source's root"""
+    files: list[str] = field(default_factory=list)
+    """the files that hold the images' bytes; for a folder, the class folders"""
+    classes: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    """name and reason of what should be an image and cannot be listed as one"""
+    ignored: list[str] = field(default_factory=list)
+    """entries that were passed over because they are no images of a class"""
+    labels: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    file_numbers: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    offsets: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """-1: the image is a file of its own, called by its name within files[file_numbers]"""
+    sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    stamps: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """modification time, ns, of the file that holds the image"""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def place(self, index: int) -> tuple[int, str, int, int]:
+        """Where an image's bytes lie: number in `files`, name within that folder ("" for a file), offset, length."""
+        offset = int(self.offsets[index])
+        name = os.path.basename(self.names[index]) if offset < 0 else ""
+        return int(self.file_numbers[index]), name, max(0, offset), int(self.sizes[index])
+
+    def digest(self, indices: npt.NDArray[np.int64]) -> str:
+        """Identity of these images as far as it shows without reading them: names, labels, places, lengths, times."""
+        digest = hashlib.sha256("\n".join(self.names[i] for i in indices).encode("utf-8", "surrogateescape"))
+        for column in (self.labels, self.offsets, self.sizes, self.stamps):
+            digest.update(column[indices].astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+class Builder:
+    """Collects a listing row by row. Labels are class names or, all of them, numbers."""
+
+    def __init__(self, kind: str, fixed_classes: list[str] | None) -> None:
+        """fixed_classes: all class names in order, where the user gave them."""
+        self.listing = Listing(kind)
+        self._fixed_classes = fixed_classes
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._labels: list[int | str] = []
+
+    def file(self, path: str) -> int:
+        self.listing.files.append(path)
+        return len(self.listing.files) - 1
+
+    def add(self, name: str, label: int | str, file: int, offset: int, size: int, stamp: int) -> None:
+        self.listing.names.append(name)
+        self._labels.append(label)
+        self._rows.append((file, offset, size, stamp))
+
+    def fault(self, name: str, reason: str) -> None:
+        self.listing.faults.append((printable(name), reason))
+
+    def done(self, src: str, classes: list[str] | None = None) -> Listing:
+        """The listing; classes: names that the source itself has. Raises UserError for labels outside the classes."""
+        listing = self.listing
+        if not listing.names and not listing.faults:
+            raise UserError(f"{printable(src)}: no images found in it; give {SOURCES}")
+        columns = np.array(self._rows, np.int64).reshape(-1, 4)
+        listing.file_numbers, listing.offsets, listing.sizes, listing.stamps = columns.T.copy()
+        classes = self._fixed_classes or classes
+        if any(isinstance(label, str) for label in self._labels):
+            names = [printable(str(label)) for label in self._labels]
+            classes = [printable(name) for name in classes] if classes else sorted(set(names))
+            number = {name: i for i, name in enumerate(classes)}
+            unknown = sorted(set(names) - number.keys())
+            if unknown:
+                raise UserError(
+                    f"{printable(src)}: class {printable(unknown[0])!r} ({len(unknown)} such) is not among the "
+                    f"{len(classes)} classes given; mend the list of classes or the source"
+                )
+            listing.labels = np.array([number[name] for name in names], np.int64)
+        else:
+            listing.labels = np.array(self._labels, np.int64)
+            highest = int(listing.labels.max(initial=0))
+            if not 0 <= int(listing.labels.min(initial=0)) <= highest < MAX_CLASSES:
+                raise UserError(f"{printable(src)}: labels must lie in 0..{MAX_CLASSES - 1}; mend them")
+            if classes is None:
+                classes = [str(i) for i in range(highest + 1)]
+            if highest >= len(classes):
+                raise UserError(
+                    f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
+                    "mend the labels or give `classes` with all names"
+                )
+        listing.classes = [printable(name) for name in classes]
+        return listing
+
+
+def is_clutter(name: str) -> bool:
+    """Hidden files and what file managers leave."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def scan(path: str) -> list[os.DirEntry[str]]:
+    """Entries of a folder, by name. Raises UserError."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be listed ({error.strerror}); mend its permissions") from None
+
+
+def regular(path: str) -> os.stat_result | str:
+    """The status of a regular file, links followed, or why there is none."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder where an image should be: move its images up, or remove it"
+    return status if stat.S_ISREG(status.st_mode) else "neither a file nor a folder"
+
+
+def read_text(path: str) -> str:
+    """A list that the user gave. Raises UserError."""
+    status = regular(path)
+    if isinstance(status, str):
+        raise UserError(f"{printable(path)}: {status}")
+    if status.st_size > MAX_TEXT:
+        raise UserError(f"{printable(path)}: {status.st_size} bytes are too many for a list of labels")
+    try:
+        return read_bytes(path, MAX_TEXT).decode("utf-8").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{printable(path)}: cannot be read as text ({error}); give a text file") from None

@@ -1,0 +1,213 @@
+"""Looks into a converted dataset: what it holds (inspect, contact_sheet), whether it is whole (verify), and brings it
+into the page cache (warm)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import PIL.ImageDraw
+
+from pipelines.errors import UserError, one_line
+from pipelines.read.image_prep import BadImage, turbojpeg
+from pipelines.read.source import HEADER_TYPE, BetonSource, printable
+from pipelines.untrusted import read_json
+
+EDGES = (1, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 65536)
+"""of the histograms, pixels"""
+THUMBNAIL = 128
+_BLOCK = 1 << 24
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """What a beton holds, ready for JSON: counts, bytes, sizes in pixels (histograms over EDGES), classes, and what its
+    manifest says of its making (None where there is none). Raises UserError when it is no beton."""
+    source = BetonSource(path)
+    sides = np.sort(np.stack([source.heights, source.widths]).astype(np.int64), axis=0)
+    per_class = np.bincount(source.labels, minlength=source.num_classes)
+    manifest = _manifest(path)
+    jpegs = int(source.jpeg.sum())
+    return {
+        "path": path,
+        "bytes": int(source.data.size),
+        "samples": source.num_samples,
+        "jpeg": jpegs,
+        "raw": source.num_samples - jpegs,
+        "data_bytes": int(source.byte_sizes.sum()),
+        "bytes_per_sample": _statistics(source.byte_sizes),
+        "shortest_side": _sides(sides[0]),
+        "longest_side": _sides(sides[1]),
+        "page_size": _page_size(source),
+        "classes": source.num_classes,
+        "class_names": source.class_names,
+        "samples_per_class": _statistics(per_class),
+        "empty_classes": int((per_class == 0).sum()),
+        "manifest": None
+        if manifest is None
+        else {key: value for key, value in manifest.items() if key not in ("classes", "samples_per_class")},
+    }
+
+
+def _statistics(values: npt.NDArray[Any]) -> dict[str, float]:
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "max": float(values.max()),
+    }
+
+
+def _sides(pixels: npt.NDArray[np.int64]) -> dict[str, Any]:
+    counts, _ = np.histogram(pixels, EDGES)
+    ranges = [f"{low}-{high - 1}" for low, high in zip(EDGES, EDGES[1:], strict=False)]
+    histogram = {name: int(count) for name, count in zip(ranges, counts, strict=True) if count}
+    return {**_statistics(pixels), "histogram": histogram}
+
+
+def _page_size(source: BetonSource) -> int:
+    return int(source.data[: HEADER_TYPE.itemsize].view(HEADER_TYPE)["page_size"][0])
+
+
+def _manifest(path: str) -> dict[str, Any] | None:
+    """Raises UserError when there is one that cannot be read."""
+    try:
+        manifest = read_json(f"{path}.json")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(path)}.json: not a manifest ({error}); delete it, or convert again") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{printable(path)}.json: not a manifest; delete it, or convert again")
+    return manifest
+
+
+def contact_sheet(path: str, out_png: str, n: int = 32) -> None:
+    """Draws `n` samples, evenly spread over the beton, with their class names, as one PNG. Raises UserError when it is
+    no beton, a sample does not decode or the picture cannot be written."""
+    source = BetonSource(path)
+    chosen = np.unique(np.linspace(0, source.num_samples - 1, max(1, min(n, source.num_samples))).astype(int))
+    columns = min(8, len(chosen))
+    caption = 14
+    sheet = PIL.Image.new(
+        "RGB", (columns * THUMBNAIL, -(-len(chosen) // columns) * (THUMBNAIL + caption)), (255, 255, 255)
+    )
+    draw = PIL.ImageDraw.Draw(sheet)
+    for place, index in enumerate(chosen.tolist()):
+        try:
+            image = PIL.Image.fromarray(decode_sample(source, index))
+        except BadImage as error:
+            raise UserError(f"{source.name(index)}: {error}; run `std-fast verify --decode`") from None
+        image.thumbnail((THUMBNAIL - 2, THUMBNAIL - 2))
+        x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + caption)
+        sheet.paste(image, (x + (THUMBNAIL - image.width) // 2, y + (THUMBNAIL - image.height) // 2))
+        label = int(source.labels[index])
+        name = source.class_names[label] if source.class_names else str(label)
+        draw.text((x + 2, y + THUMBNAIL), name[:20].encode("latin-1", "replace").decode("latin-1"), fill=(0, 0, 0))
+    try:
+        sheet.save(out_png, "PNG")
+    except OSError as error:
+        raise UserError(f"{printable(out_png)}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def decode_sample(source: BetonSource, index: int) -> npt.NDArray[np.uint8]:
+    """A sample's pixels, RGB uint8 [H, W, 3]. Raises BadImage when it is damaged or not of the size in the metadata."""
+    height, width = int(source.heights[index]), int(source.widths[index])
+    data = source.read(index)
+    if not source.is_jpeg(index):
+        return data.reshape(height, width, 3)
+    encoded = data.tobytes()
+    decoder = turbojpeg()
+    known = decoder.header(encoded) if decoder is not None else None
+    if decoder is not None and known is not None:
+        if (known.width, known.height) != (width, height):
+            raise BadImage(f"is {known.width}x{known.height} pixels, not {width}x{height} as the metadata says")
+        if known.is_cmyk:
+            raise BadImage("is CMYK, which loaders take for RGB")
+        pixels = np.empty((height, width, 3), np.uint8)
+        decoder.decode(encoded, known, 1, pixels)
+        return pixels
+    try:
+        with PIL.Image.open(io.BytesIO(encoded), formats=("JPEG",)) as image:
+            if image.size != (width, height):
+                raise BadImage(f"is {image.width}x{image.height} pixels, not {width}x{height} as the metadata says")
+            return np.asarray(image.convert("RGB"))
+    except BadImage:
+        raise
+    except Exception as error:  # PIL's readers raise errors of every kind on damaged files
+        raise BadImage(f"is no JPEG that can be decoded ({' '.join(str(error).split())})") from None
+
+
+def verify(path: str, decode: bool = False, threads: int = 0) -> list[str]:
+    """Faults of a beton, one line each, none if it is whole: its structure, its manifest's counts and checksum, and
+    with `decode` every image. threads: for decoding; 0 = one per core this process may use."""
+    try:
+        source = BetonSource(path)
+        manifest = _manifest(path)
+    except UserError as error:
+        return [str(error)]
+    name = printable(path)
+    faults = []
+    page = _page_size(source)
+    first = source.pointers // np.uint64(page)
+    last = (source.pointers + source.byte_sizes.astype(np.uint64) - np.uint64(1)) // np.uint64(page)
+    crossing = int((first != last).sum())
+    if crossing:
+        faults.append(f"{name}: {crossing} samples cross a page of {page} bytes: FFCV's process cache cannot read them")
+    if manifest is None:
+        faults.append(f"{name}: has no manifest {name}.json, so its checksum cannot be checked")
+    else:
+        faults += _against_manifest(name, source, manifest)
+    if not decode:
+        return faults
+
+    def fault(index: int) -> str | None:
+        try:
+            decode_sample(source, index)
+        except BadImage as error:
+            return f"{source.name(index)}: {error}"
+        return None
+
+    # Decoding leaves Python's lock; pieces keep the list of futures short.
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        for start in range(0, source.num_samples, 1024):
+            found = pool.map(fault, range(start, min(start + 1024, source.num_samples)))
+            faults += [line for line in found if line]
+    return faults
+
+
+def _against_manifest(name: str, source: BetonSource, manifest: dict[str, Any]) -> list[str]:
+    faults = []
+    for key, found in (("samples", source.num_samples), ("bytes", int(source.data.size))):
+        if manifest.get(key) != found:
+            faults.append(one_line(f"{name}: {key} is {found}, the manifest says {manifest.get(key)}"))
+    if manifest.get("samples_per_class") != np.bincount(source.labels, minlength=source.num_classes).tolist():
+        faults.append(f"{name}: its labels are not those that the manifest counts")
+    digest = hashlib.sha256()
+    for start in range(0, source.data.size, _BLOCK):
+        digest.update(source.data[start : start + _BLOCK].data)
+    if manifest.get("sha256") != digest.hexdigest():
+        faults.append(f"{name}: its checksum is not the manifest's: the file was changed or damaged; convert it again")
+    return faults
+
+
+def warm(path: str) -> dict[str, float]:
+    """Reads the file once, so that the operating system holds it in memory as far as there is room. Returns bytes and
+    seconds. Raises UserError when it cannot be read."""
+    began = time.monotonic()
+    total = 0
+    block = bytearray(_BLOCK)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while count := file.readinto(block):
+                total += count
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read ({error.strerror}); give a beton") from None
+    return {"bytes": total, "seconds": time.monotonic() - began}

@@ -1,0 +1,393 @@
+"""One encoded image of any kind -> what a beton stores of it. Imported by every converting process: numpy and PIL only.
+
+How pixels become 8-bit RGB:
+    EXIF orientation is applied. Gray, palette, YCbCr and CMYK go through PIL's `convert("RGB")` (no colour profile is
+    used). Alpha, of any kind, is laid over white. 16-bit gray becomes round(v * 255 / 65535); 16-bit colour keeps its
+    high byte (PIL reads it so). Of several frames or pages the first is taken. Float and 32-bit images are refused:
+    their range is not known.
+How they are resized: never enlarged; antialiased bicubic (PIL), after a reduction in the DCT domain (JPEG) or by a box
+    (others) while that leaves at least twice the target, where the difference cannot be seen.
+JPEGs are decoded by the system's libturbojpeg where there is one, since it says when the data is damaged; PIL, which
+    stands in for it with the same pixels, keeps silent about all but missing data.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from pipelines.errors import UserError
+from pipelines.read.source import JPEG_MODE, MAX_PIXELS, MAX_SIDE, RAW_MODE, orientation, upright
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""the readers of PIL that are let near a file ("JPEG" opens MPO too): none that starts a program, as EPS does"""
+REDUCING_GAP = 2
+ORIENTATION_TAG = 0x0112
+MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB to below 4 GiB
+
+SIDES = ("shortest", "longest")
+MODES = ("jpg", "raw", "proportion")
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """What the bytes of a converted dataset depend on, besides its source. Raises UserError for a value out of range.
+
+    side, size: images larger than `size` pixels on their shortest (or longest) side are reduced to it; None keeps all.
+    mode: "jpg" stores JPEGs of `quality`, and as it is any JPEG that already fits; "raw" stores RGB values;
+    "proportion" stores `raw_share` of the samples raw, chosen by a hash of their number in the source.
+    seed: the samples are stored in an order shuffled by it; None keeps the source's order (by class and name).
+    labels: label file of a source without labels: `NAME LABEL` or `LABEL` on each line, or ImageNet's devkit.
+    classes: file with the class names in order: a manifest, or text with one on each line. None: as the source says.
+    split: part of a source that holds several (parquet, CIFAR), "train" or "test", say.
+    page_size: bytes, a power of two; no sample may be larger.  max_pixels, max_bytes: limits on a source image.
+    """
+
+    side: str = "shortest"
+    size: int | None = None
+    quality: int = 90
+    mode: str = "jpg"
+    raw_share: float = 0.5
+    seed: int | None = 0
+    labels: str | None = None
+    classes: str | None = None
+    split: str | None = None
+    page_size: int = 1 << 23
+    max_pixels: int = 100_000_000
+    max_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        for name, known in (("side", SIDES), ("mode", MODES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        limits = {"quality": (1, 100), "raw_share": (0, 1), "max_pixels": (1, MAX_PIXELS), "max_bytes": (1, 1 << 31)}
+        if self.size is not None:
+            limits["size"] = (1, MAX_SIDE)
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} {getattr(self, name)} must lie in {low}..{high}")
+        if not MIN_PAGE <= self.page_size <= MAX_PAGE or self.page_size & (self.page_size - 1):
+            raise UserError(f"page_size {self.page_size} must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
+
+
+class BadImage(Exception):
+    """The image cannot be stored; the message is the reason, one line."""
+
+
+class Prepared(NamedTuple):
+    """A sample as the beton stores it."""
+
+    payload: bytes
+    mode: int
+    """JPEG_MODE or RAW_MODE"""
+    width: int
+    height: int
+    how: tuple[str, ...]
+    """what was done to it, for the manifest's counts"""
+
+
+def prepare(data: bytes, settings: ConvertSettings, raw: bool) -> Prepared:
+    """The image in `data` (an encoded file) as it is to be stored, raw or as JPEG. Raises BadImage."""
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of odd metadata; sizes are checked below
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _prepare(image, data, settings, raw)
+    except BadImage:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise BadImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
+    except PIL.Image.DecompressionBombError:
+        raise BadImage(f"claims more than {settings.max_pixels} pixels (max_pixels)") from None
+    except MemoryError:
+        raise BadImage("decoding needs more memory than there is") from None
+    except Exception as error:  # PIL's readers raise errors of every kind on damaged files
+        raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def prepare_cifar(data: bytes, settings: ConvertSettings, raw: bool) -> Prepared:
+    """The same for an image of CIFAR's binary files: uint8 [3, 32, 32]."""
+    image = PIL.Image.fromarray(np.frombuffer(data, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0).copy())
+    return _store(image, _target(*image.size, settings), 1, settings, raw, ())
+
+
+def _prepare(image: PIL.Image.Image, data: bytes, settings: ConvertSettings, raw: bool) -> Prepared:
+    width, height = image.size
+    if width * height > settings.max_pixels:
+        raise BadImage(f"claims {width}x{height} pixels, more than {settings.max_pixels} (max_pixels)")
+    if width < 1 or height < 1:
+        raise BadImage(f"claims {width}x{height} pixels")
+    # Both rules treat the two sides alike, so the target can be computed before the image is turned.
+    target = _target(width, height, settings)
+    how: tuple[str, ...] = ()
+    if image.format in ("JPEG", "MPO"):
+        turn = orientation(image)
+        if not raw and image.size == target and turn == 1 and _fits(image, data):
+            return Prepared(data, JPEG_MODE, width, height, ("kept",))
+        if image.mode != "RGB":
+            how = (f"from {image.mode}",)
+        image = _decode_jpeg(image, data, target)
+    else:
+        image.load()
+        turn = orientation(image)  # after loading: PIL turns TIFFs by itself then
+        if image.size != (width, height):
+            target = _target(*image.size, settings)
+        if image.mode != "RGB" or image.has_transparency_data:
+            how = (f"from {image.mode}{' with alpha' if image.has_transparency_data else ''}",)
+    return _store(_to_rgb(image), target, turn, settings, raw, how)
+
+
+def _target(width: int, height: int, settings: ConvertSettings) -> tuple[int, int]:
+    """Width and height to store."""
+    side = min(width, height) if settings.side == "shortest" else max(width, height)
+    if settings.size is None or side <= settings.size:
+        return width, height
+    scale = settings.size / side
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _store(
+    image: PIL.Image.Image,
+    target: tuple[int, int],
+    turn: int,
+    settings: ConvertSettings,
+    raw: bool,
+    how: tuple[str, ...],
+) -> Prepared:
+    """Resizes, turns and encodes an RGB image."""
+    if max(target) > MAX_SIDE:
+        raise BadImage(f"{target[0]}x{target[1]} pixels: a side is over {MAX_SIDE}; convert with `side: longest`")
+    if image.size != target:
+        image = image.resize(target, PIL.Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+        how += ("resized",)
+    if turn != 1:
+        image.getexif()[ORIENTATION_TAG] = turn
+        image = upright(image)
+        how += ("turned",)
+    if raw:
+        payload, mode = image.tobytes(), RAW_MODE
+    else:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=settings.quality, comment=b"")  # PIL would copy the source's
+        payload, mode = file.getvalue(), JPEG_MODE
+    return Prepared(payload, mode, *image.size, ("raw" if raw else "encoded", *how))
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "F":
+        raise BadImage("holds floating-point values, whose range is not known; convert it to 8 bits first")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise BadImage("holds 32-bit values, whose range is not known; convert it to 8 bits first")
+        return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", layer.size, "white")
+        return PIL.Image.alpha_composite(white, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# JPEG
+
+
+def _frame_marker(data: bytes) -> int:
+    """The marker that says how a JPEG is coded: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare; 0 if there
+    is none."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
+
+
+def _fits(image: PIL.Image.Image, data: bytes) -> bool:
+    """Whether a JPEG of the right size and position can be stored as it is: one that FFCV, DALI and PIL all read,
+    without a word of warning. Raises BadImage when it does not decode wholly."""
+    if image.format != "JPEG" or image.mode != "RGB" or data[-2:] != b"\xff\xd9":
+        return False
+    if _frame_marker(data) not in (0xC0, 0xC1, 0xC2):
+        return False
+    decoder = turbojpeg()
+    if decoder is None:
+        image.load()
+        return True
+    known = decoder.header(data)
+    return known is not None and (known.width, known.height) == image.size and decoder.decode(data, known, 8) == ""
+
+
+def _decode_jpeg(image: PIL.Image.Image, data: bytes, target: tuple[int, int]) -> PIL.Image.Image:
+    """Pixels of an opened JPEG, reduced in the DCT domain by 2, 4 or 8 while both sides stay REDUCING_GAP times the
+    target. Raises BadImage when data is damaged or missing."""
+    divisor = 1
+    while divisor < 8 and all(x // (2 * divisor) >= REDUCING_GAP * t for x, t in zip(image.size, target, strict=True)):
+        divisor *= 2
+    decoder = turbojpeg()
+    known = None if decoder is None else decoder.header(data)
+    if decoder is not None and known is not None and (known.width, known.height) == image.size:
+        if known.is_cmyk:
+            decoder.decode(data, known, 8)  # looks for damage only: PIL knows Adobe's inverted CMYK
+        else:
+            pixels = np.empty((-(-known.height // divisor), -(-known.width // divisor), 3), np.uint8)
+            decoder.decode(data, known, divisor, pixels)
+            return PIL.Image.fromarray(pixels)
+    if divisor > 1:
+        image.draft(None, (image.size[0] // divisor, image.size[1] // divisor))
+    image.load()
+    return image
+
+
+def with_usual_header(data: bytes) -> bytes:
+    """A JPEG with the JFIF revision and Adobe transform that libjpeg assumes where it does not know the given ones."""
+    changed, at, components = bytearray(data), 2, 3
+    places = []
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, body = data[at + 1], data[at + 4 : at + 16]
+        if marker == 0xE0 and body[:5] == b"JFIF\0":
+            changed[at + 9] = 1
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) == 12:
+            places.append(at + 15)
+        elif 0xC0 <= marker <= 0xC2 and len(body) > 5:
+            components = body[5]
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    for place in places:
+        changed[place] = 2 if components == 4 else 1
+    return bytes(changed)
+
+
+class JpegHeader(NamedTuple):
+    width: int
+    height: int
+    is_rgb: bool
+    is_cmyk: bool
+
+
+class TurboJpeg:
+    """The part of libturbojpeg (TurboJPEG API 2, which 3 keeps) that finds damage: libjpeg warns of it and decodes on,
+    and TurboJPEG passes the first warning on. One instance per thread."""
+
+    _PF_RGB, _PF_GRAY, _PF_CMYK = 0, 6, 11
+    _CS_RGB, _CS_CMYK, _CS_YCCK = 0, 3, 4
+    _LIMIT_SCANS = 32768  # refuses progressive files of absurdly many scans
+    _WARNING = 0
+    # Warnings after which the picture is whole: about bytes after its last line, or of the header. Of many warnings
+    # the library tells the first alone, so behind one of the header there may be others.
+    _AT_THE_END, _OF_THE_HEADER = "before marker 0xd9", ("JFIF revision", "Adobe color transform")
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, long, integer = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
+        known = ctypes.POINTER(integer)
+        library.tjInitDecompress.restype = pointer
+        library.tjGetErrorStr2.restype = ctypes.c_char_p
+        library.tjGetErrorStr2.argtypes = library.tjGetErrorCode.argtypes = library.tjDestroy.argtypes = [pointer]
+        library.tjDecompressHeader3.argtypes = [pointer, ctypes.c_char_p, long, known, known, known, known]
+        sizes_and_flags = (integer, integer, integer, integer, integer)
+        library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, long, pointer, *sizes_and_flags]
+        self._library = library
+        self._handle = None
+        self._renew()
+
+    def _renew(self) -> None:
+        """A fresh handle, for each image. TurboJPEG 2.1 keeps what it read of the one before: after a header that
+        failed half-read, a good image has size 0x0, and decoding it writes outside its buffer; an image without
+        quantization tables is decoded with the tables of another."""
+        self.__del__()
+        self._handle = self._library.tjInitDecompress()
+        if not self._handle:
+            raise MemoryError("tjInitDecompress")
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._library.tjDestroy(self._handle)
+
+    def header(self, data: bytes) -> JpegHeader | None:
+        """None where TurboJPEG does not know the kind of JPEG, which may still be a good one."""
+        self._renew()
+        width, height, sampling, space = (ctypes.c_int() for _ in range(4))
+        outputs = [ctypes.byref(value) for value in (width, height, sampling, space)]
+        failed = self._library.tjDecompressHeader3(self._handle, data, len(data), *outputs)
+        if failed:
+            usual = with_usual_header(data)  # a warning fails too
+            return None if usual == data else self.header(usual)
+        if width.value < 1 or height.value < 1:
+            return None
+        is_cmyk = space.value in (self._CS_CMYK, self._CS_YCCK)
+        return JpegHeader(width.value, height.value, space.value == self._CS_RGB, is_cmyk)
+
+    def decode(self, data: bytes, known: JpegHeader, divisor: int, pixels: npt.NDArray[np.uint8] | None = None) -> str:
+        """Decodes at 1/divisor of the size into `pixels`, uint8 RGB [H, W, 3] of the sides divided and rounded up, or
+        away, when only damage is looked for. Returns "" or the library's harmless remark. Raises BadImage."""
+        width, height = -(-known.width // divisor), -(-known.height // divisor)
+        kind = self._PF_CMYK if known.is_cmyk else self._PF_RGB if known.is_rgb or pixels is not None else self._PF_GRAY
+        out = pixels
+        if out is None:
+            out = np.empty((height, width, {self._PF_CMYK: 4, self._PF_RGB: 3, self._PF_GRAY: 1}[kind]), np.uint8)
+        status = self._library.tjDecompress2(
+            self._handle, data, len(data), out.ctypes.data, width, 0, height, kind, self._LIMIT_SCANS
+        )
+        if not status:
+            return ""
+        remark = self._library.tjGetErrorStr2(self._handle).decode("ascii", "replace")
+        is_warning = self._library.tjGetErrorCode(self._handle) == self._WARNING
+        if is_warning and self._AT_THE_END in remark:
+            return remark
+        if is_warning and any(text in remark for text in self._OF_THE_HEADER):
+            usual = with_usual_header(data)
+            if usual == data:
+                raise BadImage(f"damaged JPEG: {remark}")
+            self._renew()
+            return self.decode(usual, known, divisor, pixels) or remark
+        raise BadImage(f"damaged JPEG: {remark}")
+
+
+@functools.cache
+def _turbojpeg_library() -> ctypes.CDLL | None:
+    for name in ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"):  # find_library would start a compiler
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        if hasattr(library, "tjDecompressHeader3"):
+            return library
+    return None
+
+
+_per_thread = threading.local()
+
+
+def turbojpeg() -> TurboJpeg | None:
+    """This thread's decoder, None where the library is not installed."""
+    library = _turbojpeg_library()
+    if library is None:
+        return None
+    if not hasattr(_per_thread, "decoder"):
+        _per_thread.decoder = TurboJpeg(library)
+    return _per_thread.decoder
+
+
+def library_versions() -> dict[str, str]:
+    """What the bytes of a converted image depend on besides its settings."""
+    from PIL import features
+
+    library = _turbojpeg_library()
+    return {
+        "pillow": PIL.__version__,
+        "libjpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),
+        "jpeg decoder": "pillow" if library is None else library._name,
+    }

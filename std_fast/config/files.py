@@ -1,0 +1,85 @@
+"""Recipe files as plain values: which file a name means, what its `base` adds, and what the command line changes.
+
+Imports nothing heavy, so that the run's folder is known before torch is imported (held.py); recipe.py validates.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.untrusted import read_bytes
+from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+OUT = "runs/{name}"
+"""default of run.out"""
+
+
+def find(name: str, beside: Path | None = None) -> Path:
+    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
+    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
+
+
+def read_text(path: Path) -> str:
+    """A recipe's text. UserError for a file that cannot be read, or is far larger than any recipe."""
+    try:
+        return read_bytes(path, MAX_YAML).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error})") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    data = read_yaml(read_text(path), str(path))
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    base_path = find(str(base), path.parent).resolve()
+    if base_path in seen:
+        raise UserError(f"{path}: base {base!r} leads back to itself")
+    return merge(_read(base_path, (*seen, path.resolve())), data)
+
+
+def read(name: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """A recipe by path or built-in name, with `(dotted key, text)` overrides; nothing is validated.
+
+    Raises:
+        UserError: the file is missing or no YAML.
+    """
+    path = find(name)
+    data = _read(path)
+    for dotted, text in overrides:
+        if dotted == "budget.gpu_hours":  # how one says it
+            dotted, text = "run.length", f"{text} gpu-hours"
+        set_dotted(data, dotted, text)
+    data.setdefault("name", path.stem)
+    return data
+
+
+def filled_in(out: str, name: str, seed: object) -> Path:
+    """`run.out` with the run's name and seed. UserError when it holds other braces."""
+    try:
+        return Path(out.format(name=name or "run", seed=seed))
+    except (AttributeError, KeyError, IndexError, ValueError):
+        raise UserError(f"run.out: {out!r} may hold {{name}} and {{seed}}, and no other braces") from None
+
+
+def run_folder(data: dict[str, Any]) -> Path | None:
+    """The folder of the run that `read` gave; None where its values make no sense (recipe.py says why)."""
+    try:
+        run = data.get("run") or {}
+        return filled_in(run.get("out", OUT), data["name"], run.get("seed", 0))
+    except (AttributeError, UserError):
+        return None

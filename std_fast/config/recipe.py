@@ -1,0 +1,398 @@
+"""The recipe: typed, validated on construction, written as YAML, overridden from the command line.
+
+Defaults < recipe file < command line. Unknown keys are refused with the nearest known one. A recipe file may name
+another one as its `base` (a path beside it, or the name of a built-in recipe) and then holds only what differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from pipelines.augment.device import AugmentSpec
+from pipelines.errors import UserError
+from pipelines.read.crops import CropSpec
+from std_fast.config.files import OUT, read, read_text
+from std_fast.config.schema import from_dict, opt, read_yaml, require, to_dict
+
+LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
+LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
+
+
+def refuse_loaders(options: dict, where: str) -> None:
+    """UserError if a builder's options would have it load something by itself."""
+    for key in LOADERS:
+        require(
+            key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: a number and `epochs`, `steps`, `samples` or `gpu-hours`."""
+
+    amount: float
+    unit: str
+
+    UNITS = ("epochs", "steps", "samples", "gpu-hours")
+
+    @classmethod
+    def parse(cls, text: str | Duration, where: str = "duration") -> Duration:
+        """`"300 epochs"`, `"1 epoch"`, `"5e6 samples"`, `"8 gpu-hours"` -> Duration. UserError otherwise."""
+        if isinstance(text, Duration):
+            return text
+        words = str(text).split()
+        unit = words[1].rstrip("s") + "s" if len(words) == 2 else ""
+        try:
+            amount = float(words[0])
+        except (ValueError, IndexError):
+            amount = -1.0
+        if unit not in cls.UNITS or not 0 <= amount <= LONGEST:
+            raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
+        return cls(amount, unit)
+
+    def steps(self, steps_per_epoch: int, global_batch: int) -> int:
+        """Whole steps, rounded to the nearest. Not defined for gpu-hours: the budget's clock decides there."""
+        per_step = {"epochs": 1 / steps_per_epoch, "steps": 1.0, "samples": float(global_batch)}[self.unit]
+        return round(self.amount / per_step)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+
+def parse_seconds(text: str, where: str) -> float:
+    """`"10 minutes"` -> 600.0. UserError for anything but a number and seconds, minutes or hours."""
+    words = str(text).split()
+    scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
+    try:
+        seconds = float(words[0]) * scale  # type: ignore[operator]
+        if 0 <= seconds <= LONGEST:
+            return seconds
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
+
+
+def parse_warmup(text: str) -> Duration | float:
+    """A duration, or a share such as `"5 %"` as a float in [0, 1)."""
+    words = str(text).replace("%", " %").split()
+    if len(words) == 2 and words[1] == "%":
+        try:
+            share = float(words[0]) / 100
+        except ValueError:
+            share = -1.0
+        require(0 <= share < 1, "optim.warmup", f"{text!r} must be from 0 % to under 100 %")
+        return share
+    duration = Duration.parse(text, "optim.warmup")
+    require(duration.unit != "gpu-hours", "optim.warmup", "write a share of the training such as `5 %` instead")
+    return duration
+
+
+Resample = Literal["auto", "area", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
+    val: str = opt("", "validation data, likewise; empty: no evaluation")
+    image_size: int = opt(224, "side of the images that the student sees, in pixels")
+    crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
+    eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
+    backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
+    resample: Resample = opt(
+        "auto", "how training crops are resized; auto: bilinear, antialiased; area: as FFCV's own loader"
+    )
+    eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
+    threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
+    ahead: int = opt(2, "batches prepared ahead")
+    on_corrupt: Literal["stop", "skip"] = opt(
+        "stop",
+        "when an image cannot be decoded: `stop`; or `skip` it: in training the next good one of the dataset is shown "
+        "in its place, in evaluation it is not counted",
+    )
+    corrupt_limit: int = opt(100, "so many different images are skipped by a process, at one more it stops")
+    hw_decoder_load: float | None = opt(
+        None, "dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; default: a short sweep decides"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 8, "data.image_size", f"{self.image_size} is too small; use 8 or more")
+        require(self.threads >= 0, "data.threads", "cannot be negative; 0 means all cores")
+        require(self.ahead >= 1, "data.ahead", "must be 1 or more")
+        require(self.corrupt_limit >= 1, "data.corrupt_limit", "must be 1 or more; for none, data.on_corrupt stop")
+        load = self.hw_decoder_load
+        require(load is None or 0 <= load <= 1, "data.hw_decoder_load", f"{load} must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    name: str = opt("mixer_s16", "a backbone of this project, or any timm name when distill.mode is none")
+    options: dict = opt(
+        {},
+        "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
+    )
+    drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    drop_path_mode: Literal["scale", "subset"] = opt(
+        "scale", "`scale` computes what it drops; `subset` skips it, the same number of every 32 images in each step"
+    )
+    early_size: int = opt(
+        0,
+        "side of the smaller images that the student alone sees early, the teachers the whole ones; CycleMLP; 0: never",
+    )
+    early_share: float = opt(0.5, "share of the training that is early, with early_size")
+    weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
+        refuse_loaders(self.options, "student.options")
+        require(
+            self.drop_path_mode == "scale" or self.drop_path > 0,
+            "student.drop_path_mode",
+            "subset has no effect with student.drop_path 0; set that, or leave it out",
+        )
+        require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
+        require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    name: str = opt("", "timm name, or a backbone of this project; left out when weights is a folder, which knows it")
+    weights: str = opt(
+        "",
+        "a run folder, a Hugging Face folder (config.json and weights), a .safetensors or timm checkpoint file, or "
+        "`pretrained` (needs a network)",
+    )
+    options: dict = opt({}, "arguments of the model's builder, as in student.options")
+    image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
+    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = opt(
+        "auto",
+        "auto: as run.precision; `int8`, `float8`: of its linear layers, by torchao, see `std-fast bench teachers`",
+    )
+    mean: tuple[float, float, float] | None = opt(None, "normalisation mean of its training; default: its own config")
+    std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
+
+    def __post_init__(self) -> None:
+        for key in ("num_classes", "image_size", "drop_path", "name"):
+            require(key not in self.options, f"distill.teachers.options.{key}", "has its own place; leave it out here")
+        refuse_loaders(self.options, "distill.teachers.options")
+        require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
+        object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
+
+
+@dataclass(frozen=True)
+class MineSpec:
+    weight: float = opt(0.01, "strength of the mutual information regulariser; 0: off")
+    every: str = opt("1 epoch", "how often: `1 epoch`, in its first step, as in the paper's Algorithm 1, or `k steps`")
+    lr: float = opt(1e-3, "peak learning rate of the statistics network (the paper states none)")
+    width: int = opt(512, "hidden width of the statistics network")
+    ema: float = opt(0.0, "rate of the moving average in the corrected gradient, e.g. 0.01; 0: uncorrected")
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "distill.mine.weight", "cannot be negative; 0 turns MINE off")
+        require(self.lr >= 0, "distill.mine.lr", "cannot be negative")
+        require(0 <= self.ema < 1, "distill.mine.ema", "must be in [0, 1)")
+        require(self.width >= 1, "distill.mine.width", "must be 1 or more")
+        every = Duration.parse(self.every, "distill.mine.every")
+        require(
+            every.unit in ("steps", "epochs") and every.amount >= 1 and every.amount == int(every.amount),
+            "distill.mine.every",
+            "must be a whole number of steps or epochs",
+        )
+
+
+@dataclass(frozen=True)
+class Distill:
+    mode: Literal["std", "none"] = opt("std", "`none` trains the student plainly, without teachers")
+    teachers: tuple[TeacherSpec, ...] = opt((), "the teachers; with two, the small one first")
+    tokens: Literal["both", "spatial", "channel", "none", "deit"] = opt(
+        "both", "STD tokens; `none`: heads on pooled features; `deit`: one token through all blocks"
+    )
+    taps: tuple[int, ...] | None = opt(None, "blocks after which the STD modules read, from 1; default: 2/3 and last")
+    assign: tuple[tuple[int, ...], ...] | None = opt(None, "for each module the teachers it serves; default: its own")
+    alpha: float = opt(0.5, "weight of the distillation loss; the class loss has 1 - alpha")
+    labels: Literal["hard", "soft"] = opt("hard", "teachers' argmax, or their distribution at `temperature`")
+    temperature: float = opt(1.0, "of soft labels")
+    top_k: int = opt(0, "soft labels keep this many of the largest probabilities, the rest is spread evenly; 0: all")
+    reweight: bool = opt(True, "weigh the teachers by their confidence, per image")
+    mine: MineSpec = opt(MineSpec(), "mutual information regularisation")
+    predict: Literal["mean", "class", "distill"] = opt("mean", "which heads answer in evaluation")
+    answers: str = opt("", "folder of stored teacher answers: epochs that it holds are read, others are added to it")
+    views: int = opt(
+        0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones"
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
+        require(self.temperature > 0, "distill.temperature", "must be positive")
+        require(
+            self.labels == "soft" or self.temperature == 1.0,
+            "distill.temperature",
+            "has no effect on hard labels; leave it at 1 or set distill.labels to soft",
+        )
+        require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
+        require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")
+        require(
+            self.labels == "soft" or not self.top_k,
+            "distill.top_k",
+            "has no effect on hard labels; leave it at 0 or set distill.labels to soft",
+        )
+        require(
+            not self.answers or self.labels == "hard" or self.top_k > 0,
+            "distill.top_k",
+            "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.answers out",
+        )
+        require(
+            not self.answers or self.mode == "std", "distill.answers", "has no effect with mode: none; leave it out"
+        )
+        if self.mode == "std":
+            require(len(self.teachers) > 0, "distill.teachers", "is empty; name a teacher or set distill.mode to none")
+            for i, teacher in enumerate(self.teachers):
+                require(bool(teacher.name or teacher.weights), f"distill.teachers.{i}", "needs a name or weights")
+            require(
+                self.tokens != "deit" or (self.taps is None and self.assign is None),
+                "distill.taps",
+                "has no effect with tokens: deit; leave taps and assign out",
+            )
+        else:
+            require(not self.teachers, "distill.teachers", "has no effect with mode: none; leave it out")
+
+    @property
+    def uses_mine(self) -> bool:
+        return self.mode == "std" and self.tokens == "both" and self.mine.weight > 0
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "muon", "lamb", "apex_adam"] = opt(
+        "adamw",
+        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`, `apex_adam`: apex's "
+        "FusedLAMB and FusedAdam, on GPUs",
+    )
+    lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
+    lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
+    min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
+    warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
+    weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
+    betas: tuple[float, float] = opt((0.9, 0.999), "of Adam and LAMB")
+    eps: float = opt(1e-8, "of Adam and LAMB")
+    momentum: float = opt(0.95, "of Muon")
+    clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
+    ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
+    ema_batch: int = opt(1024, "the batch for which `ema` is meant; the decay is raised to batch / ema_batch")
+    smoothing: float = opt(0.1, "label smoothing of the class loss")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", "must be positive")
+        require(self.min_lr >= 0 and self.lr_batch >= 0, "optim.min_lr", "min_lr and lr_batch cannot be negative")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", f"{self.betas} must be in [0, 1)")
+        require(self.eps > 0 and self.ema_batch >= 1, "optim.eps", "eps and ema_batch must be positive")
+        require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
+        require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
+        require(0 <= self.momentum < 1, "optim.momentum", "must be in [0, 1)")
+        require(self.name == "muon" or self.momentum == 0.95, "optim.momentum", "is Muon's; leave it out, or set betas")
+        require(self.clip >= 0 and self.weight_decay >= 0, "optim.clip", "clip and weight_decay cannot be negative")
+        parse_warmup(self.warmup)
+
+
+@dataclass(frozen=True)
+class Run:
+    out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
+    seed: int = opt(0, "of everything random")
+    batch: int = opt(1024, "images per step over all GPUs")
+    length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
+    device: Literal["auto", "cuda", "cpu"] = opt("auto", "auto: a GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU, where bfloat16 pays with AMX only"
+    )
+    compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
+    timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
+    compile: Literal["auto", "off", "inductor", "max-autotune", "aot_eager", "eager"] = opt(
+        "auto", "torch.compile's backend; auto: inductor on a GPU, off on a CPU; aot_eager needs neither Triton nor C++"
+    )
+    overlap: Literal["auto", "on", "off"] = opt(
+        "auto", "teachers answer the next batch beside the student, on a GPU; auto: where a trial shows a gain"
+    )
+    cuda_graphs: Literal["off", "teachers"] = opt("off", "capture the teachers as a CUDA graph, for small batches")
+    eval_every: str = opt("1 epoch", "between evaluations; there is always one at the end")
+    eval_batch: int = opt(0, "images per evaluation step; 0: as in training")
+    save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")
+    keep_checkpoints: int = opt(2, "how many of the newest stay on disk")
+    log_every: int = opt(50, "steps between lines of the log; the only moments at which metrics are read")
+    not_finite: Literal["stop", "skip", "rollback"] = opt(
+        "stop",
+        "when a loss or gradient is not finite: `stop` and save what was before; `skip` that step, which then changes "
+        "nothing; `rollback` to the last multiple of `rollback_every` and go on behind the bad batch",
+    )
+    not_finite_limit: int = opt(10, "so many such steps are skipped or rolled back over, at one more the run stops")
+    rollback_every: str = opt(
+        "500 steps", "with rollback: how often the state to go back to is put aside, on the device"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
+        require(self.log_every >= 1, "run.log_every", "must be 1 or more")
+        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
+        require(self.not_finite_limit >= 1, "run.not_finite_limit", "must be 1 or more; to stop at the first, stop")
+        back = Duration.parse(self.rollback_every, "run.rollback_every")
+        require(
+            back.unit != "gpu-hours" and back.amount > 0,
+            "run.rollback_every",
+            "write epochs, steps or samples, more than nothing",
+        )
+        require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
+        require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
+        every = Duration.parse(self.eval_every, "run.eval_every")
+        require(
+            every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end"
+        )
+        parse_seconds(self.save_every, "run.save_every")
+        require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. See the sections for the fields."""
+
+    summary: str = opt("", "one line that `std-fast recipes` shows")
+    data: Data = opt(Data(), "")
+    augment: AugmentSpec = opt(AugmentSpec(), "")
+    student: StudentSpec = opt(StudentSpec(), "")
+    distill: Distill = opt(Distill(mode="none"), "")
+    optim: Optim = opt(Optim(), "")
+    run: Run = opt(Run(), "")
+    name: str = opt("", "filled in from the file's name")
+
+
+def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
+    """A recipe by path or built-in name, with `(dotted key, text)` overrides, resolved and validated.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    return from_dict(Recipe, read(name, overrides))
+
+
+def loads(text: str, where: str = "recipe") -> Recipe:
+    """A resolved recipe as it was saved with a run. UserError, which names `where` it was, for anything else."""
+    data = read_yaml(text, where)
+    try:
+        return from_dict(Recipe, data)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_saved(folder: Path) -> Recipe:
+    """The resolved recipe in a run's folder. UserError when there is none, or none that can be read."""
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+    return loads(read_text(path), str(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `loads` reads it back to an equal recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,159 @@
+"""Mutual information between the spatial and the channel token, estimated by a statistics network (MINE).
+
+Sources: Belghazi et al., "Mutual Information Neural Estimation", ICML 2018 (the Donsker-Varadhan bound and, in
+section 3.2, the correction of its gradient); METHOD.md section 5.
+Shapes: B batch, M teachers of a module, C channels, P patches, D width of the statistics network, N = B x M pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from std_fast.method.tokens import at_least_float32
+
+
+def partner_rows(x_BD: Tensor) -> Tensor:
+    """Row i of the result is row i XOR 2: another image for every row, and its own inverse.
+
+    XOR 2 and not XOR 1, because rows i and i XOR 1 are mixed with each other by mixup and cutmix and so share their
+    content: as a marginal pair they would not be independent. The rows stay within an aligned group of four, so that
+    the estimate does not depend on how a batch is cut into shards. A batch that is no multiple of four (a caller's
+    own loop) is rolled by one row instead.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    B = len(x_BD)
+    if B < 2:
+        raise ValueError("a marginal pair needs another image: the batch has fewer than two rows")
+    if B % 4:
+        return x_BD.roll(1, 0)
+    return x_BD.unflatten(0, (B // 4, 2, 2)).flip(1).flatten(0, 2)
+
+
+class StatisticsNetwork(nn.Module):
+    """psi: a 3-layer perceptron `C+P -> D -> D -> 1` with GELU that scores a pair (T_S', T_C').
+
+    The first layer is linear in the pair, so that the marginal pass permutes its channel half instead of
+    multiplying again.
+    """
+
+    def __init__(self, dim_s: int, dim_c: int, width: int = 512) -> None:
+        super().__init__()
+        self.fc1_s = nn.Linear(dim_s, width)
+        self.fc1_c = nn.Linear(dim_c, width, bias=False)
+        self.fc2 = nn.Linear(width, width)
+        self.fc3 = nn.Linear(width, 1)
+
+    def score(self, hidden_ND: Tensor) -> Tensor:
+        """First-layer sums `[..., D]` -> scores `[...]`."""
+        return self.fc3(F.gelu(self.fc2(F.gelu(hidden_ND)))).squeeze(-1)
+
+    def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of one batch -> scores of joint pairs `[B, M]` and of marginal pairs `[B, M]`."""
+        s_BMD, c_BMD = self.fc1_s(ts_BMC), self.fc1_c(tc_BMP)
+        return self.score(s_BMD + c_BMD), self.score(s_BMD + partner_rows(c_BMD))
+
+
+class _Oppose(torch.autograd.Function):
+    """Identity forward; the gradient is multiplied by -weight on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grad, None
+
+
+def oppose(x: Tensor, weight: float) -> Tensor:
+    """`x`, whose gradient arrives multiplied by `-weight`: what psi ascends, the owner of `x` descends."""
+    return _Oppose.apply(x, weight)
+
+
+def donsker_varadhan(joint: Tensor, marginal: Tensor) -> Tensor:
+    """`mean(joint) - log mean exp(marginal)`, a lower bound of the mutual information in nats (a scalar)."""
+    return joint.mean() - log_mean_exp(marginal)
+
+
+def log_mean_exp(scores: Tensor) -> Tensor:
+    """`log mean exp` of all scores (a scalar)."""
+    return torch.logsumexp(scores.flatten(), 0) - math.log(scores.numel())
+
+
+def across_ranks(joint_mean: Tensor, log_mean_exp: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Both terms of the bound over the batches of all ranks, which are equally large.
+
+    The gradients are such that their mean over the ranks, as DistributedDataParallel takes it, is that of one process
+    with the whole batch: the mean's is the local mean's; that of log-mean-exp is the local one, scaled by the share
+    that this rank has in the mean of exp (W times its part of the sum). Nothing is sent on the way back.
+
+    Args:
+        joint_mean, log_mean_exp: of this rank, scalars.
+        gather: `[1, 2]` of each rank -> `[W, 2]`, in one collective.
+    """
+    local = torch.stack([joint_mean, log_mean_exp]).detach()
+    joint_W, log_W = gather(local[None]).unbind(1)
+    all_joint, all_log = joint_W.mean(), torch.logsumexp(log_W, 0) - math.log(len(log_W))
+    share = torch.exp(local[1] - all_log)
+    return joint_mean - local[0] + all_joint, share * (log_mean_exp - local[1]) + all_log
+
+
+class MutualInformation(nn.Module):
+    """The bound V of METHOD.md section 5 for the tokens of one STD module.
+
+    `forward` returns V so arranged that one optimizer descending `-V` trains both players: psi ascends V, while the
+    tokens receive the gradient of `+weight * V` and so descend it.
+
+    Args:
+        dim_s, dim_c: lengths of the two tokens (C and P).
+        width: hidden width D of psi.
+        weight: strength of the regulariser on the tokens.
+        ema: rate of the moving average in the corrected gradient of the second term (Belghazi et al., section 3.2,
+            equation 12); 0 uses the plain, biased gradient. The value of V is the same either way.
+    """
+
+    log_average: Tensor
+
+    def __init__(self, dim_s: int, dim_c: int, width: int = 512, weight: float = 1.0, ema: float = 0.0) -> None:
+        super().__init__()
+        self.psi = StatisticsNetwork(dim_s, dim_c, width)
+        self.weight, self.ema = weight, ema
+        self.gather: Callable[[Tensor], Tensor] | None = None  # of many processes: see across_ranks
+        # log of the moving average of mean exp(marginal); NaN until the first batch
+        self.register_buffer("log_average", torch.full((), math.nan))
+
+    def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
+        """Tokens `[B, M, C]` and `[B, M, P]` -> V, a scalar, computed at least in float32 under autocast too."""
+        with torch.autocast(ts_BMC.device.type, enabled=False):
+            joint, marginal = self.psi(
+                oppose(at_least_float32(ts_BMC), self.weight), oppose(at_least_float32(tc_BMP), self.weight)
+            )
+            joint_mean, log_mean = joint.mean(), log_mean_exp(marginal)
+            if self.gather is not None:
+                joint_mean, log_mean = across_ranks(joint_mean, log_mean, self.gather)
+            if not (self.ema and self.training):
+                return joint_mean - log_mean
+            with torch.no_grad():
+                now = log_mean.detach()
+                mixed = torch.logaddexp(self.log_average + math.log1p(-self.ema), now + math.log(self.ema))
+                self.log_average.copy_(torch.where(self.log_average.isnan(), now, mixed))
+            # value of log mean exp, gradient of (mean exp) / (moving average)
+            surrogate = torch.exp(log_mean - self.log_average)
+            return joint_mean - (surrogate - surrogate.detach() + now)
+
+
+def mutual_information(psi: StatisticsNetwork, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
+    """V of one batch in nats, for a training loop of your own: psi should ascend it and the tokens descend it.
+
+    `MutualInformation` does both in one backward pass.
+    """
+    return donsker_varadhan(*psi(at_least_float32(ts_BMC), at_least_float32(tc_BMP)))

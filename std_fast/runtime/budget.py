@@ -1,0 +1,319 @@
+"""GPU-hours: the ledger of where they went, and the clock by which a training knows how far it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.untrusted import read_json
+from std_fast.config.recipe import Duration, Recipe, parse_warmup
+from std_fast.runtime import held
+
+PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
+LEARNING = ("train", "teacher", "data")  # while these run, images are learned from
+UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
+CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
+HELD = "held.json"
+log = logging.getLogger("std_fast")
+
+
+def learning_seconds(seconds: Mapping[str, float]) -> float:
+    """Of a ledger's seconds those in which images were learned from."""
+    return sum(seconds.get(part, 0.0) for part in LEARNING)
+
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """`train 61.2 s (80 %), start 9.1 s (12 %), ...`, the largest part first; parts that took nothing are left out."""
+    total = sum(seconds.values()) or 1.0
+    parts = sorted(((value, part) for part, value in seconds.items() if value >= 0.05), reverse=True)
+    return ", ".join(f"{part} {value:.1f} s ({100 * value / total:.0f} %)" for value, part in parts)
+
+
+class Ledger:
+    """Seconds held, by part; every second since the start belongs to exactly one part.
+
+    Parts: "start" (until the first step: imports, building, the rehearsal of the last evaluation), "compile", "train",
+    "teacher", "data" (waiting for the loader), "evaluate", "checkpoint", and "lost" (held after the last save of a run
+    that was then killed).
+
+    Args:
+        devices: GPUs held (1 on a CPU, where an hour is an hour of the process).
+        already: seconds that this process was held before the ledger began.
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, devices: int = 1, already: float = 0.0, now: Callable[[], float] = time.perf_counter) -> None:
+        self.devices, self._now = devices, now
+        self.seconds = dict.fromkeys(PARTS, 0.0) | {"start": already}
+        self._part, self._since = "start", now()
+        self._zero = self._since - already
+
+    def carry(self, gpu_seconds: Mapping[str, float]) -> None:
+        """Adds what earlier processes of the run held, on whatever number of GPUs."""
+        for part, value in gpu_seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + value / self.devices
+            self._zero -= value / self.devices
+
+    def switch(self, part: str) -> str:
+        """From now on the time belongs to `part`; returns the part that it belonged to."""
+        now = self._now()
+        self.seconds[self._part] += now - self._since
+        before, self._part, self._since = self._part, part, now
+        return before
+
+    def move(self, seconds: float, one: str, other: str) -> None:
+        """Books `seconds` of part `one`, at most all of it, as `other`."""
+        seconds = min(seconds, self.read()[one])
+        self.seconds[one] -= seconds
+        self.seconds[other] += seconds
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Time inside belongs to `part`, afterwards to the part before."""
+        before = self.switch(part)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def waiting(self, items: Iterator) -> Iterator:
+        """`items`, with the time spent waiting for each counted as "data"."""
+        while True:
+            with self.during("data"):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part up to now."""
+        self.switch(self._part)
+        return dict(self.seconds)
+
+    @property
+    def held(self) -> float:
+        """Seconds held up to now, over all parts. May be asked from another thread."""
+        return self._now() - self._zero
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.held * self.devices / 3600
+
+
+class Heartbeat:
+    """Keeps on disk how long a run has been held, by a thread: what is known of it after a `kill -9`.
+
+    The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
+    It is replaced whole and not flushed: it outlives the process, and of a machine that loses power the last seconds
+    may be missing. It takes over from `held.starting`.
+    """
+
+    def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:
+        self.path, self.ledger, self.every = folder / HELD, ledger, every
+        self._end = threading.Event()
+        self._write({})
+        held.take_over(folder)
+        self._thread = threading.Thread(target=self._beat, name="std_fast-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._end.wait(self.every):
+            try:
+                self._write({})
+            except OSError as error:  # a full disk must not end the training
+                log.debug("%s: %s", self.path, error)
+
+    def _write(self, more: dict[str, Any]) -> None:
+        draft = self.path.with_suffix(".partial")
+        record = {"gpu_seconds": self.ledger.held * self.ledger.devices, **more}
+        draft.write_text(json.dumps(record), encoding="ascii")
+        os.replace(draft, self.path)
+
+    def stop(self, step: int | None) -> None:
+        """The last beat. `step`: all steps up to it are saved, so nothing is lost; None: the run ends otherwise."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        self._thread.join()
+        parts = {part: value * self.ledger.devices for part, value in self.ledger.read().items()}
+        try:
+            self._write({} if step is None else {"step": step, "parts": parts})
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); a resumed run will not know of its last seconds", self.path, error)
+
+
+def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
+    """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost", and so
+    does what was held by processes that died while they started.
+
+    Args:
+        step: of the checkpoint that the run goes on from, 0 without one.
+        saved: GPU-seconds by part in that checkpoint.
+    """
+    parts = _heard(folder, step, saved)
+    return parts | {"lost": parts["lost"] + held.unheard(folder)}
+
+
+def _heard(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
+    try:
+        beat = read_json(folder / HELD)
+        seconds = float(beat["gpu_seconds"])
+        if beat.get("step") == step:
+            return {part: float(beat["parts"][part]) for part in PARTS}
+    except FileNotFoundError:
+        seconds = 0.0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: cannot be read (%r): time after the last save is not counted", folder / HELD, error)
+        seconds = 0.0
+    parts = dict.fromkeys(PARTS, 0.0) | dict(saved)
+    lost = max(0.0, seconds - sum(parts.values()))
+    return parts | {"lost": parts["lost"] + lost}
+
+
+class Timed:
+    """`call`, its time booked as `part` instead of "train".
+
+    On a GPU it is the device's time from the first to the last kernel of the call, known at the next `settle`: a call
+    that runs beside other work is counted whole.
+    """
+
+    def __init__(self, call: Callable, part: str, ledger: Ledger, on_gpu: bool) -> None:
+        self.call, self.part, self.ledger, self.on_gpu = call, part, ledger, on_gpu
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.on_gpu:
+            with self.ledger.during(self.part):
+                return self.call(*args)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        result = self.call(*args)
+        end.record()
+        self._events.append((begin, end))
+        return result
+
+    def settle(self) -> None:
+        """Books the calls that the device has finished; ask after it was waited for. Does not wait itself."""
+        seconds = 0.0
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            seconds += begin.elapsed_time(end) / 1000
+        if seconds:
+            self.ledger.move(seconds, "train", self.part)
+
+
+class Pace:
+    """Keeps the host at most two steps ahead of the GPU, so that a budget's clock is the device's.
+
+    The device always has a whole step left to do while the host waits.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > 2:
+            self._events.popleft().synchronize()
+
+
+class Clock:
+    """How far a training is: by steps, or by the share of a GPU-hour budget that is spent.
+
+    With a budget, the learning rate follows the hours and not the steps: a slow disk shortens the training but leaves
+    it annealed. What the last evaluation and save will cost is kept in reserve. Start, compilation and time lost to a
+    crash do not move the learning rate; they leave less to be shared, so that warm-up and decay are always whole:
+
+        share = (spent - unplanned) / (budget - reserve - unplanned)
+
+    On many GPUs rank 0's clock decides: `share` and `fits` of the others are not to be used.
+    """
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int, ledger: Ledger) -> None:
+        length = Duration.parse(recipe.run.length, "run.length")
+        self.ledger = ledger
+        self.hours = length.amount if length.unit == "gpu-hours" else None
+        self.steps = None if self.hours else max(1, length.steps(steps_per_epoch, recipe.run.batch))
+        self.costs: dict[str, float] = {}
+        """GPU-hours that the last evaluation and save took"""
+        self._last_step: int | None = None
+        self._share = 0.0
+        self._step_seconds = 0.0
+        self._timed_steps = 0
+        self._before = learning_seconds(ledger.read())
+        warmup = parse_warmup(recipe.optim.warmup)
+        if isinstance(warmup, float):
+            self.warmup = warmup
+        elif self.steps:
+            self.warmup = min(1.0, warmup.steps(steps_per_epoch, recipe.run.batch) / self.steps)
+        else:
+            self.warmup = 0.05
+            log.info("optim.warmup: %s of a training in gpu-hours: the first 5 %% of it are taken", warmup)
+
+    def cost(self, part: str, seconds: float) -> None:
+        """The last one took this long: so will the one at the end."""
+        self.costs[part] = seconds * self.ledger.devices / 3600
+
+    @property
+    def reserve(self) -> float:
+        """GPU-hours kept for the end: evaluation and save, a quarter more for luck (at most 1 % of all), closing."""
+        known = sum(self.costs.values())
+        return known + min(0.25 * known, 0.01 * (self.hours or 0.0)) + CLOSING * self.ledger.devices / 3600
+
+    def share(self) -> float:
+        """Share of the budget spent when two more steps will be; at 1 the next step is the last. Ask once a step.
+
+        0 for a training that has no budget.
+        """
+        if self.hours is None:
+            return 0.0
+        seconds = self.ledger.read()
+        learned = learning_seconds(seconds)
+        if learned > self._before:  # the mean, then a moving one
+            self._timed_steps += 1
+            rate = max(0.1, 1 / self._timed_steps)
+            self._step_seconds += rate * (learned - self._before - self._step_seconds)
+            self._before = learned
+        per_hour = self.ledger.devices / 3600
+        unplanned = sum(seconds[part] for part in UNPLANNED) * per_hour
+        spent = sum(seconds.values()) * per_hour + 2 * self._step_seconds * per_hour
+        end = self.hours - self.reserve
+        now = (spent - unplanned) / (end - unplanned) if spent < end else 1.0
+        self._share = max(self._share, now)  # the outlook may shrink, the learning rate must not go back
+        return self._share
+
+    def fits(self, part: str) -> bool:
+        """Whether one more evaluation or save, before those at the end, leaves time for these."""
+        if self.hours is None:
+            return True
+        after = self.ledger.gpu_hours + self.costs.get(part, 0.0)
+        return after + 2 * self._step_seconds * self.ledger.devices / 3600 < self.hours - self.reserve
+
+    def progress(self, step: int, share: float) -> float:
+        """Share of the training that is done when step number `step` (from 1) is, in (0, 1].
+
+        Args:
+            share: `share()` of the clock that decides for all ranks, asked before this step.
+        """
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        if share >= 1:
+            self._last_step = step
+        return min(1.0, share)
+
+    def done(self, step: int) -> bool:
+        """Whether `step` steps are the whole training."""
+        return step >= self.steps if self.steps is not None else self._last_step is not None

@@ -1,0 +1,204 @@
+"""Many processes as one: torchrun's environment, the process group, and what all ranks agree on.
+
+Started by torchrun, each process trains on its shard of every batch (pipelines/read/order.py); DistributedDataParallel
+averages the gradients, NCCL between GPUs, gloo between CPUs. What the hosts tell each other goes through a gloo group
+of its own, so that it neither waits for the device nor gets between its collectives.
+
+A process that hangs or dies: every collective has the time limit `run.timeout`, after which the others end with
+`PeerLost` (or NCCL's watchdog ends them), and torchrun then ends the process that hung.
+
+Shapes: B rows of this rank, W ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+from pipelines.read.order import Shard
+
+T = TypeVar("T")
+log = logging.getLogger("std_fast")
+# what gloo says of a peer that left or does not answer
+_LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|peer", re.IGNORECASE)
+
+
+class PeerLost(Exception):
+    """Another process of the run has died or has not answered within the time limit."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together; one process alone is a world of one, where nothing is sent."""
+
+    rank: int = 0
+    size: int = 1
+    host: Any = None
+    """process group between the hosts"""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.rank, self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place; on a GPU the host does not wait."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows `[B, ...]` of every rank, in the order of the ranks: `[W B, ...]`, without gradients."""
+        if self.size == 1:
+            return rows
+        flat = rows.detach().contiguous().view(torch.uint8)  # gloo knows no 16-bit integers
+        everyone = flat.new_empty((self.size * len(flat), *flat.shape[1:]))
+        dist.all_gather_into_tensor(everyone, flat)
+        return everyone.view(rows.dtype)
+
+    def tell(self, value: T) -> T:
+        """Rank 0's value of something small, on every rank; the hosts wait for each other."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host)
+        return box[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Rank 0's buffers (the running statistics of batch norms, which each rank keeps of its own shard) for all."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def wait_for_all(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.host)
+
+
+ALONE = World()
+
+
+def rank() -> int:
+    """This process's rank as torchrun says, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+
+
+@contextmanager
+def joined(on_gpu: bool, timeout: float) -> Iterator[World]:
+    """The world that torchrun started this process in; `ALONE` without torchrun.
+
+    A process group that is there already is used and left as it is.
+
+    Args:
+        on_gpu: NCCL, and this process's GPU is the one of its local rank.
+        timeout: seconds after which a collective that another rank does not join is an error.
+
+    Raises:
+        UserError: the environment is incomplete, or there are fewer GPUs than processes on this machine.
+        PeerLost: another process has died or hangs.
+    """
+    there = dist.is_initialized()
+    if not there and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    limit = timedelta(seconds=timeout)
+    if not there:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"{missing[0]}: is not set, but WORLD_SIZE is; start many processes with torchrun")
+        device = None
+        if on_gpu:
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise UserError(
+                    f"run.device: process {local} of this machine has no GPU; torchrun --nproc-per-node {gpus}"
+                )
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+    ended, host = False, None
+    try:
+        if not there:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device)
+        host = dist.new_group(backend="gloo", timeout=limit)
+        world = World(dist.get_rank(), dist.get_world_size(), host)
+        if not world.main:
+            log.setLevel(max(log.level, logging.WARNING))  # rank 0 speaks for all
+        yield world
+        ended = True
+    except RuntimeError as error:
+        if _LOST.search(str(error)):
+            raise PeerLost(
+                f"rank {rank()}: another process has died, or has not answered for {timeout:g} seconds "
+                f"(run.timeout); continue with --resume"
+            ) from error
+        raise
+    finally:
+        if not there and dist.is_initialized():
+            # after an error NCCL would wait for the others; gloo's threads must end before the interpreter
+            dist.destroy_process_group(None if ended or not on_gpu else host)
+
+
+class Agreement:
+    """What all ranks must know alike at each step: whether any was asked to stop, and figures that rank 0 decides.
+
+    The hosts exchange it while a step runs and use it in the next, so that nobody waits: all stop after the same step,
+    one later than the first that was asked.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._sent: tuple[Any, Tensor] | None = None
+
+    def __call__(self, stop: bool, *figures: float) -> tuple:
+        """This rank's own stop flag and figures -> whether any is to stop, and rank 0's figures; as of the call before.
+
+        With one process, of this call.
+        """
+        if self.world.size == 1:
+            return stop, *figures
+        values = torch.tensor([stop, *(figures if self.world.main else [0.0] * len(figures))], dtype=torch.float64)
+        before, self._sent = self._sent, (dist.all_reduce(values, group=self.world.host, async_op=True), values)
+        work, agreed = before or self._sent
+        work.wait()
+        return bool(agreed[0] > 0), *agreed[1:].tolist()
+
+
+def replicate(module: Callable, world: World, device: torch.device, compress: bool) -> Callable:
+    """`module` (compiled already, if at all) in DistributedDataParallel.
+
+    Every parameter must get a gradient in every step; step.py sees to it where MINE pauses. Gradients are views into
+    DDP's buckets. Running statistics of batch norms stay each rank's own until `World.share_buffers`.
+
+    Args:
+        compress: send gradients as bfloat16.
+    """
+    if world.size == 1:
+        return module
+    assert isinstance(module, nn.Module)
+    ddp = nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+    if compress:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp

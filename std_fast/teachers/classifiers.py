@@ -1,0 +1,181 @@
+"""Classifiers by name, of this project or timm's, and their weights from files and runs.
+
+Shapes: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+from std_fast.config.recipe import Recipe, loads, refuse_loaders
+from std_fast.models import BACKBONES, build_backbone
+from std_fast.runtime import checkpoint
+
+
+def build_classifier(name: str, num_classes: int, image_size: int, drop_path: float = 0.0, **options: Any) -> nn.Module:
+    """A backbone of this project or any timm classifier, with fresh weights.
+
+    Args:
+        options: the builder's own. timm's ResNets also take `small_stem: true`, see `use_small_stem`.
+
+    Raises:
+        UserError: nobody knows the name, or timm refuses the options.
+    """
+    refuse_loaders(options, "options")
+    if name in BACKBONES:
+        return build_backbone(name, num_classes, image_size, drop_path, **options)
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    return create_timm(name, image_size, num_classes=num_classes, **options)
+
+
+def create_timm(name: str, image_size: int, small_stem: bool = False, **options: Any) -> nn.Module:
+    """`timm.create_model` with the image size where the model wants to know it; see `build_classifier`."""
+    import timm
+
+    timm_config(name)
+    refused: Exception | None = None
+    # models with a fixed number of positions need to be told the image size; convolutional ones refuse it
+    extra: dict[str, Any]
+    for extra in ({"img_size": image_size}, {}):
+        try:
+            model = timm.create_model(name, **{**extra, **options})
+        except TypeError as error:
+            refused = error
+        except Exception as error:  # each family has its own way of refusing
+            if options.get("pretrained"):  # more likely because of the weights
+                raise
+            refused = error
+            break
+        else:
+            return use_small_stem(model, name) if small_stem else model
+    reason = " ".join(str(refused).split())
+    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); mend its options")
+
+
+def timm_config(name: str) -> Any:
+    """timm's `PretrainedCfg` of a model. UserError with the nearest name unless timm knows it."""
+    import timm
+
+    try:
+        if timm.is_model(name):
+            return timm.get_pretrained_cfg(name)
+        known = [*BACKBONES, *timm.list_models()]
+    except RuntimeError:  # the model is known, its tag is not
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise UserError(f"{name}: no such model here or in timm {timm.__version__}; did you mean {near[0]!r}?")
+
+
+def use_small_stem(model: nn.Module, name: str) -> nn.Module:
+    """Adapts a timm ResNet, in place, to images of about 32 px: features leave its stem as large as the image came.
+
+    The first convolution gets kernel 3 and stride 1, the pooling after it goes (as He et al. 2016, section 4.2, had it
+    for CIFAR-10); the rest and its names stay. timm has no argument for it.
+
+    Raises:
+        UserError: the model is no timm ResNet.
+    """
+    from timm.models.resnet import ResNet
+
+    if not isinstance(model, ResNet):
+        raise UserError(f"options.small_stem: is for timm's ResNets, and {name} is none; leave it out")
+    deep = isinstance(model.conv1, nn.Sequential)
+    first: Any = model.conv1[0] if deep else model.conv1
+    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+    model.set_submodule("conv1.0" if deep else "conv1", conv)
+    model.set_submodule("maxpool", nn.Identity())
+    info: Any
+    for info in model.feature_info:  # strides of the feature maps: 2 4 8 16 32 become 1 1 2 4 8
+        info["reduction"] = max(1, info["reduction"] // 4)
+    return model
+
+
+def last_layers(model: Any) -> list[nn.Module]:
+    """The layer that gives the logits, or the layers: some models have several heads."""
+    heads = model.get_classifier()
+    return list(heads) if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of a .safetensors or timm checkpoint file, as tensors only: nothing in the file can run.
+
+    A checkpoint's `state_dict_ema`, `model_ema`, `state_dict` or `model` entry is taken where there is one, in this
+    order. The arguments that timm saves with it, an argparse.Namespace, are let through: plain attributes.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; put a .safetensors or timm .pth file there, or name another")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
+            raise UserError(f"{path}: is no whole safetensors file ({error}); fetch it again") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file, all of which mean this
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as tensors only ({reason}); convert it to safetensors first") from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+            break
+    fits = isinstance(data, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
+    if not fits or not data:
+        raise UserError(f"{path}: holds no state dict of tensors; give a checkpoint of the model's weights")
+    # names as DistributedDataParallel and torch.compile leave them
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Strictly; UserError names the first key or shape that does not fit."""
+    own = model.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(own[name].shape)}: "
+                "other classes, image size or options than those it was trained with"
+            )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"{where}: does not fit the model: {' '.join(lines)[:300]}") from None
+
+
+class StoredRun(NamedTuple):
+    """What a run's folder holds: enough to build its model again."""
+
+    recipe: Recipe
+    state: dict[str, Tensor]  # the moving average where the run has one
+    num_classes: int
+
+
+def read_run(folder: Path) -> StoredRun:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        UserError: the folder holds no run, or no whole checkpoint.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+    found = checkpoint.newest(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"{folder}: holds no whole checkpoint; train it with `std-fast train` first")
+    path, tensors, meta = found
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"])

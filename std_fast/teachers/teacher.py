@@ -1,0 +1,356 @@
+"""Frozen teachers: classifiers from timm's names, files and folders of weights, or runs of this project.
+
+Shapes: B batch, K classes, M teachers, S side of a teacher's input in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+from pipelines.untrusted import read_json
+from std_fast.config.recipe import TeacherSpec
+from std_fast.method.losses import TeacherAnswers, answers_from_logits
+from std_fast.models import BACKBONES
+from std_fast.teachers.classifiers import (
+    build_classifier,
+    create_timm,
+    last_layers,
+    load_weights,
+    read_run,
+    read_weights,
+    timm_config,
+)
+from std_fast.teachers.fold import fold_batch_norms, random_image
+
+LARGEST_INPUT = 4096  # pixels of a side, as a folder may ask for it
+log = logging.getLogger("std_fast")
+Triple = tuple[float, ...]  # a number for each of the three colours
+
+
+class Teacher(nn.Module):
+    """One frozen classifier that sees the student's images in its own normalisation and input size.
+
+    It computes in the type of its weights, whatever autocast surrounds it: casting the weights once is faster than
+    autocast's cast at each call. Normalisation and resizing are done in the images' own type before.
+
+    Args:
+        model: images `[B, 3, S, S]` -> logits `[B, K]`.
+        mean, std: normalisation that the model was trained with, for pixels in [0, 1].
+        student_mean, student_std: normalisation of the images that it is given.
+        image_size: side S of its input; None takes the images as they are.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Triple,
+        std: Triple,
+        student_mean: Triple,
+        student_std: Triple,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.image_size = model, image_size
+        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)  # of the first layer
+        self.same = tuple(mean) == tuple(student_mean) and tuple(std) == tuple(student_std)
+        # (x * s_std + s_mean - mean) / std as one multiplication and one addition
+        numbers = torch.tensor([mean, std, student_mean, student_std], dtype=torch.float64)
+        m, s, sm, ss = numbers.view(4, 1, 3, 1, 1)
+        self.register_buffer("scale", (ss / s).float(), persistent=False)
+        self.register_buffer("shift", ((sm - m) / s).float(), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode, whatever a surrounding module does."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in the student's normalisation `[B, 3, H, W]` -> logits `[B, K]`."""
+        with torch.autocast(images.device.type, enabled=False):
+            if not self.same:
+                images = torch.addcmul(self.shift, images, self.scale)
+            if self.image_size is not None and images.shape[-1] != self.image_size:
+                size = (self.image_size, self.image_size)
+                images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+            return self.model(images.to(self.dtype))
+
+
+class Teachers(nn.Module):
+    """All teachers of a run, in the recipe's order: images -> `TeacherAnswers`, without gradients."""
+
+    def __init__(self, teachers: list[Teacher], temperature: float | None = None, top_k: int = 0) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.temperature, self.top_k = temperature, top_k
+
+    def forward(self, images: Tensor) -> TeacherAnswers:
+        """Images `[B, 3, H, W]`, mixed and normalised as the student sees them."""
+        with torch.no_grad():
+            logits = torch.stack([teacher(images) for teacher in self.teachers], dim=1)
+            return answers_from_logits(logits, self.temperature, self.top_k)
+
+
+class Trained(NamedTuple):
+    """A classifier as it was found, and what is known of its training."""
+
+    model: nn.Module
+    name: str
+    mean: Triple | None = None
+    std: Triple | None = None
+    image_size: int | None = None  # the side that it is built for; None: it takes any
+
+
+def build_teacher(
+    spec: TeacherSpec,
+    num_classes: int,
+    image_size: int,
+    mean: Triple,
+    std: Triple,
+    where: str,
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """A teacher as its recipe entry says, in inference form: frozen, batch norms folded, channels-last, in `dtype`.
+
+    Args:
+        num_classes, image_size, mean, std: of the student.
+        where: the recipe's name of the entry, for messages, e.g. `distill.teachers.0`.
+
+    Raises:
+        UserError: unknown name, weights that are missing or do not fit, another number of classes, images of a size
+            that the model cannot take.
+    """
+    if not spec.weights:
+        raise UserError(f"{where}.weights: is empty, and a teacher without training teaches nothing; give a file")
+    path = Path(spec.weights)
+    if spec.weights == "pretrained":
+        found = from_hub(spec, num_classes, image_size, where)
+    elif path.is_dir():
+        read = from_folder if (path / "config.json").is_file() else from_run
+        found = read(path, spec, num_classes, image_size, where)
+        if spec.name and spec.name != found.name:
+            raise UserError(f"{where}.name: {spec.name} but {path} is a {found.name}; leave the name out")
+        if spec.options:
+            raise UserError(f"{where}.options: have no effect, {path} brings its own; leave them out")
+    else:
+        found = from_file(path, spec, num_classes, image_size, where)
+    size = spec.image_size or found.image_size or image_size
+    try_out(found.model, num_classes, size, where)
+    folded = fold_batch_norms(found.model, size)
+    model = in_precision(found.model, dtype, size, where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    own_mean, own_std = spec.mean or found.mean or mean, spec.std or found.std or std
+    teacher = Teacher(model, own_mean, own_std, mean, std, spec.image_size or found.image_size)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    text = "%s: %s (%s), %.1f M parameters, %d batch norms folded, %d px, %s"
+    log.info(text, where, found.name, spec.weights, millions, folded, size, str(teacher.dtype).removeprefix("torch."))
+    return teacher
+
+
+def try_out(model: nn.Module, num_classes: int, image_size: int, where: str) -> None:
+    """UserError unless a random image of this size is answered by `num_classes` finite logits."""
+    try:
+        with torch.no_grad():
+            logits = model.eval()(random_image(image_size))
+    except Exception as error:  # each family has its own way of refusing an image
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{where}.image_size: the model cannot take {image_size} px ({reason}); set the size that it was trained at"
+        ) from None
+    if logits.shape != (1, num_classes):
+        raise UserError(wrong_classes(where, logits.shape[-1], num_classes))
+    if not logits.isfinite().all():
+        raise UserError(f"{where}.weights: a random image gets logits that are not finite; the weights are damaged")
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: str) -> nn.Module:
+    """The model in `dtype`, except for its last layer, which stays in float32; or as it is, where it cannot compute so.
+
+    In bfloat16 the two largest of many logits are often equal, and argmax would then choose the class with the smaller
+    number. The last layer costs next to nothing.
+    """
+    if dtype == torch.float32:
+        return model
+    low = copy.deepcopy(model).to(dtype)
+    for head in last_layers(low):
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+    try:
+        with torch.no_grad():
+            low(random_image(image_size).to(dtype))
+    except RuntimeError as error:
+        log.warning("%s: stays in float32, it cannot compute in %s (%s)", where, dtype, str(error).splitlines()[0])
+        return model
+    return low
+
+
+def wrong_classes(where: str, found: int, needed: int) -> str:
+    return f"{where}: a teacher of {found} classes, but the data has {needed}; take one that was trained on this data"
+
+
+# -- where teachers come from -----------------------------------------------------------------------------------------
+
+
+def from_hub(spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+    """timm's pretrained weights. UserError says which file to put where when they cannot be had."""
+    import timm
+
+    name = spec.name
+    if not name:
+        raise UserError(f"{where}.name: is needed with weights: pretrained; name a timm model")
+    config = timm_config(name)
+    if spec.options.get("small_stem"):
+        raise UserError(f"{where}.options: small_stem makes a layer that no pretrained weights fit; leave it out")
+    if not timm.is_model_pretrained(name):
+        raise UserError(f"{where}.weights: timm has no pretrained weights for {name!r}; give a file")
+    if config.num_classes != num_classes:
+        raise UserError(wrong_classes(f"{where} ({name})", config.num_classes, num_classes))
+    fixed = spec.image_size or fixed_size(config, spec.options)
+    try:
+        model = create_timm(name, fixed or image_size, pretrained=True, **spec.options)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds, all of which mean that it could not be had
+        log.debug("download of %s failed", name, exc_info=True)
+        file = config.hf_hub_filename or "model.safetensors"
+        source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
+        here = f"weights/{name}{Path(str(source)).suffix}"
+        raise UserError(
+            f"{where}.weights: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine "
+            f"with a network, put it here as {here}, and set {where}.weights to {here}"
+        ) from None
+    return Trained(model, name, config.mean, config.std, fixed)
+
+
+def from_file(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+    """A file of weights for the model that the recipe names: a backbone of this project, or timm's."""
+    if not spec.name:
+        raise UserError(f"{where}.name: is needed, because {spec.weights!r} is not a folder that says what it holds")
+    state = read_weights(path)
+    if spec.name not in BACKBONES:
+        return load_timm(path, state, spec, num_classes, image_size, where)
+    size = spec.image_size or image_size
+    model = build_classifier(spec.name, num_classes, size, **spec.options)
+    check_classes(model, state, num_classes, f"{where} ({path})")
+    load_weights(model, state, f"{where}.weights ({path})")
+    return Trained(model, spec.name, image_size=size)
+
+
+def from_folder(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+    """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
+    try:
+        config = read_json(path / "config.json")
+        name, options = str(config["architecture"]), dict(config.get("model_args") or {})
+        own = dict(config.get("pretrained_cfg") or config)
+        classes = int(config.get("num_classes", own.get("num_classes")))
+        options.pop("num_classes", None)
+        fixed = int(own["input_size"][-1]) if own.get("fixed_input_size") else None
+        if fixed is not None and not 1 <= fixed <= LARGEST_INPUT:
+            raise ValueError(f"input_size {fixed}")
+        own_mean, own_std = (_triple(own.get(key)) for key in ("mean", "std"))
+        if own_std is not None and min(own_std) <= 0:
+            raise ValueError(f"std {own_std}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}/config.json: describes no timm model ({error!r}); export the teacher again") from None
+    if classes != num_classes:
+        raise UserError(wrong_classes(f"{where} ({path})", classes, num_classes))
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / n for n in names if (path / n).is_file()), path / names[0])
+    full = replace(spec, name=name, options=options, image_size=spec.image_size or fixed)
+    found = load_timm(file, read_weights(file), full, num_classes, image_size, where)
+    return found._replace(mean=own_mean or found.mean, std=own_std or found.std)
+
+
+def _triple(value: Any) -> Triple | None:
+    """Three finite numbers, or None where there is nothing. Raises ValueError or TypeError for anything else."""
+    if value is None:
+        return None
+    numbers = tuple(float(number) for number in value)
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{value} where three numbers are due")
+    return numbers
+
+
+def from_run(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+    """The newest whole checkpoint of a plain run of this project."""
+    recipe, state, classes = read_run(path)
+    if recipe.distill.mode != "none":
+        raise UserError(f"{where}.weights: {path} is a distilled student; a teacher is a plain run (distill: none)")
+    if classes != num_classes:
+        raise UserError(wrong_classes(f"{where} ({path})", classes, num_classes))
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    model = build_classifier(recipe.student.name, num_classes, recipe.data.image_size, **recipe.student.options)
+    load_weights(model, state, f"{where}.weights ({path})")
+    return Trained(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, recipe.data.image_size)
+
+
+def load_timm(
+    file: Path, state: dict[str, Tensor], spec: TeacherSpec, num_classes: int, image_size: int, where: str
+) -> Trained:
+    """timm's `spec.name` with the weights of a file."""
+    name, place = spec.name, f"{where}.weights ({file})"
+    config = timm_config(name)
+    fixed = spec.image_size or fixed_size(config, spec.options)
+    model: Any = create_timm(name, fixed or image_size, num_classes=num_classes, **spec.options)
+    check_classes(model, state, num_classes, place)
+    try:
+        load_weights(model, state, place)
+    except UserError:
+        # Names of another release, or positions of another size: timm can convert those of many models. But it shall
+        # interpolate positions only where the recipe asks for a size.
+        own = model.state_dict()
+        if not spec.image_size and any(key in own and own[key].shape != tensor.shape for key, tensor in state.items()):
+            raise
+        model = converted(name, state, fixed or image_size, num_classes, spec.options)
+        if model is None:
+            raise
+    return Trained(model, name, config.mean, config.std, fixed)
+
+
+def converted(name: str, state: dict[str, Tensor], image_size: int, num_classes: int, options: dict) -> Any:
+    """The model with weights that timm knows how to convert; None where it does not."""
+    overlay = {"state_dict": state, "num_classes": num_classes}  # with the right number of classes timm loads strictly
+    options = {**options, "num_classes": num_classes, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        model: Any = create_timm(name, image_size, **options)
+    except Exception:  # its converters raise many kinds, all of which mean that the weights are of something else
+        log.debug("timm cannot convert these weights to %s", name, exc_info=True)
+        return None
+    model.pretrained_cfg.pop("state_dict")  # timm would keep a copy of all weights there
+    return model
+
+
+def fixed_size(config: Any, options: dict) -> int | None:
+    """The only side that a timm model takes, by its `PretrainedCfg` and its options; None when it takes any."""
+    if "img_size" in options:
+        size = options["img_size"]
+        return int(size if isinstance(size, int) else size[-1])
+    return int(config.input_size[-1]) if config.fixed_input_size else None
+
+
+def check_classes(model: nn.Module, state: dict[str, Tensor], num_classes: int, where: str) -> None:
+    """UserError when the stored classifier has another number of classes than the data."""
+    heads = last_layers(model)
+    for owner, module in model.named_modules():
+        for name, own in module.named_parameters(owner) if any(module is head for head in heads) else ():
+            if name in state and own.shape[0] == num_classes != state[name].shape[0]:
+                raise UserError(wrong_classes(where, state[name].shape[0], num_classes))
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 autocast, or nothing at float32."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

@@ -1,0 +1,113 @@
+"""Accuracy on a validation set, each image counted exactly once, by each head and their mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.augment.device import Augment
+from pipelines.errors import UserError
+from pipelines.read.batch import Loader
+from std_fast.method.student import Prediction, Student, predict
+from std_fast.runtime.distributed import ALONE, World
+from std_fast.teachers.teacher import autocast, load_weights, read_run
+from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
+
+
+class Abandoned(Exception):
+    """An evaluation was asked to stop before its end."""
+
+
+@torch.no_grad()
+def evaluate(
+    student: Student,
+    loader: Loader,
+    normalise: Callable[[Tensor], Tensor],
+    autocast: Callable,
+    how: Prediction = "mean",
+    world: World = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.
+
+    Args:
+        stop: asked before each batch whether to give up; must answer alike on all ranks.
+
+    Returns:
+        `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
+        `top1_class`, `top1_distill`, `top1_mean` of each head; `images`, how many were counted; `corrupt_images`, how
+        many were left out because they are corrupt, if any.
+
+    Raises:
+        Abandoned: `stop` said so.
+        RuntimeError: the loader did not give each image exactly once.
+        UserError: all images are corrupt.
+    """
+    student.eval()
+    heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
+    sums: dict[str, Tensor] = {}
+    epoch: Any = loader.epoch(0)
+    with closing(epoch) as batches:
+        for batch in batches:
+            if stop():
+                raise Abandoned
+            with autocast():
+                out = student.outputs(normalise(batch.images))
+            valid = batch.labels >= 0
+            counts = {"images": valid.sum()}
+            there = (loader.plan.positions(batch.step) >= 0).sum()
+            counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
+            for head in heads:
+                counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
+            logits = predict(out, how).float()
+            five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+            counts["top5"] = ((five == batch.labels[:, None]).any(-1) & valid).sum()
+            counts["top1"] = counts[f"top1_{how}"]
+            counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+            sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
+    names = list(sums)
+    values = dict(zip(names, world.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+    images, corrupt = int(values.pop("images")), int(values.pop("corrupt"))
+    if images + corrupt != loader.source.num_samples:
+        raise RuntimeError(f"{loader.source.path}: {images} images were counted of {loader.source.num_samples}")
+    if not images:
+        raise UserError(f"{loader.source.path}: no image in it can be decoded; convert it again")
+    result = {name: value / images * (1 if name == "loss" else 100) for name, value in values.items()}
+    if len(heads) == 1:
+        result.pop(f"top1_{how}")
+    return {**result, "images": images} | ({"corrupt_images": corrupt} if corrupt else {})
+
+
+def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:
+    """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
+
+    Raises:
+        UserError: the folder holds no run, the data cannot be read or has other classes.
+    """
+    stored = read_run(folder)
+    recipe = stored.recipe
+    if backend:
+        recipe = replace(recipe, data=replace(recipe.data, backend=backend))
+    device = pick_device(recipe)
+    loader = open_val_loader(recipe, device, data)
+    if loader is None:
+        raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
+    with loader:
+        if loader.num_classes > stored.num_classes:
+            raise UserError(
+                f"{data}: has {loader.num_classes} classes, the model {stored.num_classes}; use data of its classes"
+            )
+        student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
+        load_weights(student, stored.state, str(folder))
+        student.to(device)
+        augment = Augment(recipe.augment, recipe.run.seed).to(device)
+        cast = functools.partial(autocast, device, precision_of(recipe, device))
+        return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)

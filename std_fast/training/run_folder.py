@@ -1,0 +1,192 @@
+"""A run's folder: one owner at a time, its checkpoints, and word of how long the run was held."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import UserError
+from std_fast import __version__
+from std_fast.config.recipe import Duration, Recipe, dump, loads
+from std_fast.config.schema import difference
+from std_fast.runtime import checkpoint
+from std_fast.runtime.budget import Heartbeat, Ledger, earlier
+from std_fast.runtime.distributed import ALONE, World
+from std_fast.training.step import Trainer
+
+log = logging.getLogger("std_fast")
+
+# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
+# becomes of a run that would otherwise end
+FREE = (
+    "run.out",
+    "run.log_every",
+    "run.save_every",
+    "run.keep_checkpoints",
+    "run.timeout",
+    "data.on_corrupt",
+    "data.corrupt_limit",
+    "run.not_finite",
+    "run.not_finite_limit",
+    "run.rollback_every",
+    "data.threads",
+    "data.ahead",
+    "data.hw_decoder_load",
+    "distill.answers",
+    "summary",
+    "name",
+    "run.overlap",
+    "run.cuda_graphs",
+)
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is whole."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one run. Of many processes only rank 0 writes; all read the same checkpoint.
+
+    From its construction until `close` a thread keeps on disk how long the run has been held.
+
+    Args:
+        recipe: resolved, so that `run.out` is a path.
+        ledger: takes over what earlier processes of a resumed run were held, also where nothing of them was saved.
+        resume: go on from `found`, the newest whole checkpoint, if there is one.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is not asked for, or a run that cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, ledger: Ledger, resume: bool) -> None:
+        self.recipe, self.world, self.ledger = recipe, world, ledger
+        self.path = Path(recipe.run.out)
+        self.writer = checkpoint.Writer(self.path / "checkpoints", recipe.run.keep_checkpoints)
+        if not resume and checkpoint.listed(self.path / "checkpoints"):
+            raise UserError(f"{self.path}: already holds a run; add --resume to continue it, or give another --run.out")
+        self.found = self._newest() if resume else None
+        self._saved_step, self.copy_seconds = 0, 0.0
+        self._heartbeat: Heartbeat | None = None
+        if world.main:
+            checkpoint.remove_drafts(self.path / "checkpoints")
+            if resume:
+                if self.found is not None:
+                    checkpoint.set_aside(self.path / "checkpoints", self.found.meta["step"])
+                self._carry()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
+
+    def _newest(self) -> Saved | None:
+        folder = self.path / "checkpoints"
+        found = checkpoint.newest(folder) if self.world.main else None
+        name = self.world.tell(found and found[0].name)
+        if name and not self.world.main:
+            found = (folder / name, *checkpoint.load(folder / name))
+        if found is None and (there := checkpoint.listed(folder)):
+            raise UserError(
+                f"{folder}: none of its {len(there)} checkpoints can be read (see above); use the version of std-fast "
+                "that wrote them, or begin anew with another --run.out"
+            )
+        if found is None:
+            log.info("%s holds no checkpoint yet: starting from the beginning", self.path)
+        return found and Saved(*found)
+
+    def _carry(self) -> None:
+        step, devices, seconds = 0, 1, {}
+        if self.found is not None:
+            meta = self.found.meta
+            step, devices, seconds = meta["step"], meta.get("devices", 1), meta["seconds"]
+        self.ledger.carry(earlier(self.path, step, {part: devices * value for part, value in seconds.items()}))
+
+    def _beat_every(self) -> float:
+        length = Duration.parse(self.recipe.run.length)
+        return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
+
+    def restore(self, trainer: Trainer) -> dict[str, Any]:
+        """Puts `found` back in place; returns its metadata.
+
+        Raises:
+            UserError: it was written by a recipe that computes something else.
+        """
+        assert self.found is not None
+        path, tensors, meta = self.found
+        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in FREE]
+        if other:
+            raise UserError(
+                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
+                "start a new run with another --run.out"
+            )
+        trainer.load_state(tensors)
+        self._saved_step = meta["step"]
+        log.info("resumed %s at step %d", path, self._saved_step)
+        self.found = None  # its tensors have served
+        return meta
+
+    def save(self, step: int, trainer: Trainer, meta: dict[str, Any]) -> None:
+        """A checkpoint of this moment; the file is written by another thread. `meta` is what the caller adds."""
+        if not self.world.main:
+            return
+        with self.ledger.during("checkpoint"):
+            self.writer.wait()
+            began = time.perf_counter()
+            tensors = trainer.state()
+            own = {
+                "step": step,
+                "recipe": dump(self.recipe),
+                "seconds": self.ledger.read(),
+                "devices": self.world.size,
+                "versions": versions(),
+            }
+            self.writer.save(step, tensors, own | meta)
+            self.copy_seconds, self._saved_step = time.perf_counter() - began, step
+
+    @property
+    def save_seconds(self) -> float | None:
+        """What the last save took, copy and file; None before the first."""
+        return self.copy_seconds + self.writer.seconds if self.writer.seconds else None
+
+    def close(self, step: int) -> None:
+        """Leaves word of how long the run was held. At `step`: where it is saved, no second is lost."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop(step if step == self._saved_step else None)
+
+
+@contextmanager
+def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
+    """The run's folder for this run alone. UserError when another process trains into it."""
+    if not world.main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file of the run: killed in the middle, it leaves the one that was there."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {"std_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
