@@ -1,7 +1,7 @@
 """What compiling costs and gains: seconds of the first step, cold and from the cache, and the step after it.
 
 Each mode runs twice, in two processes of its own: the first with an empty compile cache, the second with what the first
-left in it. The step is the STD student's with given answers, as run.compile makes it.
+left in it. The step is the STD student's with given targets, as run.compile makes it.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def child(args: argparse.Namespace, mode: str, cache: str) -> dict[str, Any]:
 
 
 def measure_one(args: argparse.Namespace) -> dict[str, Any]:
-    teachers = (workload.TINY_TEACHER,) * 2  # the answers are given: these only have to be there
+    teachers = (workload.TINY_TEACHER,) * 2  # the targets are given: these only have to be there
     with workload.workplace(args, teachers) as folder:
         with workload.built(workload.recipe_for(args, folder, teachers)) as parts:
             with torch.no_grad():
                 mixed = parts.augment(workload.raw_batch(parts))
-            answers, step = workload.given_answers(parts), workload.Stepper(parts)
-            times = harness.measure({"step": lambda: step(mixed, answers)}, args, warm_up=3)
+            targets, step = workload.given_targets(parts), workload.Stepper(parts)
+            times = harness.measure({"step": lambda: step(mixed, targets)}, args, warm_up=3)
             step.check()
     return {"rows": [harness.row("step", times["step"], args.batch)]}
 

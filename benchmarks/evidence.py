@@ -1,6 +1,6 @@
 """Is STD worth its cost? Students of CIFAR-10 taught in each way, at equal samples and at equal cost, over seeds.
 
-A queue of real `std-fast` runs in --work, each a folder of its own: two teachers, their stored answers for each seed,
+A queue of real `std-fast` runs in --work, each a folder of its own: two teachers, their stored targets for each seed,
 then every (student, setting, seed). Killed or stopped at any moment and called again, it goes on where it was.
 
     std-fast bench evidence --size cpu --data TRAIN.beton TEST.beton --work WORK --jobs 2
@@ -11,7 +11,7 @@ Sizes: `gpu` is the study itself; `cpu` one that two cores can do in two hours (
 tries the machinery.
 
 Equal cost: where a GPU can be had alone (`gpu`), every setting gets a GPU-hour budget, that which the STD run of its
-seed took; once as it is, and once with what teachers and answers cost added to the budget of the plain student. On a
+seed took; once as it is, and once with what teachers and targets cost added to the budget of the plain student. On a
 machine that others use too (`cpu`), an hour of the clock is no measure: there the settings' processor time per sample
 is measured in turns in one process (`costs`), and the others get as many samples as cost what STD's cost. Answers that
 a longer run needs beyond the stored ones are asked for then, and not counted in that cost.

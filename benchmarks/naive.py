@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.augment.device import Mixed
-from std_fast.method.losses import TeacherAnswers
+from pipelines.augment.device import TrainBatch
+from std_fast.method.losses import TeacherTargets
 from std_fast.method.mine import MutualInformation, oppose
 from std_fast.method.student import Student, StudentOutput
 from std_fast.method.tokens import STDModule, TokenOutput, at_least_float32
@@ -83,12 +83,12 @@ class NaiveStudent(nn.Module):
             if number in self.taps:
                 features[number] = x
         logits = b.forward_head(b.norm(x))
-        answers = [std_by_concatenation(m, features[tap]) for m, tap in zip(self.std, self.taps, strict=True)]
-        information = [mine(a.spatial, a.channel) for mine, a in zip(self.mine, answers, strict=True)]
-        return StudentOutput(logits, torch.cat([a.logits for a in answers], 1), information)
+        outputs = [std_by_concatenation(m, features[tap]) for m, tap in zip(self.std, self.taps, strict=True)]
+        information = [mine(a.spatial, a.channel) for mine, a in zip(self.mine, outputs, strict=True)]
+        return StudentOutput(logits, torch.cat([a.logits for a in outputs], 1), information)
 
 
-def mixed_target(mixed: Mixed, classes: int, smoothing: float) -> Tensor:
+def mixed_target(mixed: TrainBatch, classes: int, smoothing: float) -> Tensor:
     """The target [B, K] that timm's and DeiT's losses take, of mixed and smoothed labels."""
     off = smoothing / classes
     one = [
@@ -104,14 +104,14 @@ def soft_target_loss(logits_BK: Tensor, target_BK: Tensor) -> Tensor:
 
 
 def naive_objective(
-    out: StudentOutput, target_BK: Tensor, answers: TeacherAnswers, alpha: float, head_teacher: tuple[int, ...]
+    out: StudentOutput, target_BK: Tensor, targets: TeacherTargets, alpha: float, head_teacher: tuple[int, ...]
 ) -> Tensor:
     """METHOD.md section 4 with hard labels and confidence weights, MINE subtracted."""
     assert out.dist_logits is not None
-    weights = answers.confidence.float().softmax(-1)
+    weights = targets.confidence.float().softmax(-1)
     distilled: Tensor | float = 0.0
     for h, teacher in enumerate(head_teacher):
-        per_image = F.cross_entropy(out.dist_logits[:, h].float(), answers.labels[:, teacher], reduction="none")
+        per_image = F.cross_entropy(out.dist_logits[:, h].float(), targets.labels[:, teacher], reduction="none")
         distilled = distilled + (weights[:, teacher] * per_image).mean()
     total = (1 - alpha) * soft_target_loss(out.class_logits.float(), target_BK) + alpha * distilled
     return total - sum(out.information) if out.information else total
@@ -147,10 +147,10 @@ class DeiTStep:
         self.average = ModelEma(model, decay=ema) if ema else None
         self.log: list[float] = []
 
-    def __call__(self, mixed: Mixed, answers: TeacherAnswers) -> float:
+    def __call__(self, mixed: TrainBatch, targets: TeacherTargets) -> float:
         target = mixed_target(mixed, self.classes, self.smoothing)
         with self.autocast():
-            loss = naive_objective(self.model(mixed.images), target, answers, self.alpha, self.head_teacher)
+            loss = naive_objective(self.model(mixed.images), target, targets, self.alpha, self.head_teacher)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise RuntimeError(f"loss is {loss_value}")
@@ -186,7 +186,7 @@ class TimmStep:
         self.average = ModelEmaV3(model, decay=ema) if ema else None
         self.steps = 0
 
-    def __call__(self, mixed: Mixed) -> None:
+    def __call__(self, mixed: TrainBatch) -> None:
         target = mixed_target(mixed, self.classes, self.smoothing)
         with self.autocast():
             loss = soft_target_loss(self.forward(mixed.images), target)

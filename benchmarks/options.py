@@ -1,6 +1,6 @@
 """What the options that a budget may want are worth in time: one training step with each, over the step without.
 
-Student (answers given): stochastic depth that skips what it drops, smaller images (students that take them), a step
+Student (targets given): stochastic depth that skips what it drops, smaller images (students that take them), a step
 without MINE, as all are but the first of an epoch, Muon. Teachers alone: input of five sevenths of the side. Time is
 all that is measured here; what an option does to accuracy is for a training to say.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, workload
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from std_fast.method.student import smaller
 from std_fast.training.build import Parts
 from std_fast.training.step import GROUP
@@ -57,20 +57,20 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     base, cheap = built[BASE], built.pop("small teachers")
     with torch.no_grad():
         mixed = base.augment(workload.raw_batch(base))
-    answers = workload.given_answers(base)
+    targets = workload.given_targets(base)
     steppers = {name: workload.Stepper(parts) for name, parts in built.items()}
     contestants: dict[str, Callable[[], object]] = {
-        name: lambda step=step: step(mixed, answers)  # type: ignore[misc]
+        name: lambda step=step: step(mixed, targets)  # type: ignore[misc]
         for name, step in steppers.items()
     }
 
     def without_mine() -> None:
-        base.trainer.step(mixed, answers, steppers[BASE].count, 1e-4, 1e-4, False)
+        base.trainer.step(mixed, targets, steppers[BASE].count, 1e-4, 1e-4, False)
 
     contestants["without MINE"] = without_mine
     if getattr(base.trainer.student.backbone, "any_size", False):
         for side in (5 * args.image_size // 7, 4 * args.image_size // 7):
-            contestants[f"images of {side} px"] = reducing(steppers[BASE], mixed, answers, side)
+            contestants[f"images of {side} px"] = reducing(steppers[BASE], mixed, targets, side)
     asked = {"teachers, whole": base, f"teachers, {5 * args.image_size // 7} px": cheap}
     for name, parts in asked.items():
         contestants[name] = asking(parts, mixed)
@@ -91,11 +91,11 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     }
 
 
-def reducing(step: workload.Stepper, mixed: Mixed, answers: Any, side: int) -> Callable[[], None]:
-    return lambda: step(replace(mixed, images=smaller(mixed.images, side)), answers)
+def reducing(step: workload.Stepper, mixed: TrainBatch, targets: Any, side: int) -> Callable[[], None]:
+    return lambda: step(replace(mixed, images=smaller(mixed.images, side)), targets)
 
 
-def asking(parts: Parts, mixed: Mixed) -> Callable[[], object]:
+def asking(parts: Parts, mixed: TrainBatch) -> Callable[[], object]:
     def ask() -> None:
         assert parts.teachers is not None
         with torch.no_grad(), parts.trainer.autocast():

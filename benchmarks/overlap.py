@@ -1,7 +1,7 @@
 """Teachers and student in turn, side by side, and each alone: how close the pair comes to the longer of the two.
 
 Serial and concurrent are `taught` with run.overlap off and on, followed by `Trainer.step`, from a raw batch on the
-device; the student alone has its answers given; the teachers alone are augmentation and teachers. A CPU has no streams:
+device; the student alone has its targets given; the teachers alone are augmentation and teachers. A CPU has no streams:
 there the two orders are the same, and the benchmark says only that they cost the same.
 """
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    raw, answers, step = workload.raw_batch(parts), workload.given_answers(parts), workload.Stepper(parts)
+    raw, targets, step = workload.raw_batch(parts), workload.given_targets(parts), workload.Stepper(parts)
     with torch.no_grad():
         mixed = parts.augment(raw)
     asking = (parts.augment, parts.teachers, parts.trainer.autocast)
@@ -45,7 +45,7 @@ def compare(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
     contestants: dict[str, Callable[[], object]] = {
         SERIAL: lambda: step(*next(orders[SERIAL])),
         BESIDE: lambda: step(*next(orders[BESIDE])),
-        STUDENT: lambda: step(mixed, answers),
+        STUDENT: lambda: step(mixed, targets),
         TEACHERS: lambda: next(alone),
     }
     times = harness.measure(contestants, args)

@@ -1,4 +1,4 @@
-"""Our step beside what a user would otherwise run, eager and compiled, from the same batch with the same answers.
+"""Our step beside what a user would otherwise run, eager and compiled, from the same batch with the same targets.
 
 - STD, naive: timm's backbone, STD and MINE by concatenation, and DeiT's step, in which the host waits twice.
 - plain, timm: timm's model of the same size in timm's own training step (its loss, AdamW and moving average).
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.compile = "eager"  # traced, not compiled
     if args.model != "mixer" and args.model not in TIMM_NAMES:
         raise UserError(f"--model: timm has no {args.model}; take one of {', '.join(TIMM_NAMES)}")
-    teachers = (workload.TINY_TEACHER,) * 2  # the answers are given: these only have to be there
+    teachers = (workload.TINY_TEACHER,) * 2  # the targets are given: these only have to be there
     with workload.workplace(args, teachers) as folder, contextlib.ExitStack() as stack:
         steps: dict[str, Callable[[], object]] = {}
         ours: dict[str, workload.Stepper] = {}
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             std = ours[f"{OURS}, {kind}"].parts
             with torch.no_grad():
                 mixed = std.augment(workload.raw_batch(std))
-            answers = workload.given_answers(std)
-            assert answers is not None
-            steps[f"{OURS}, {kind}"] = partial(ours[f"{OURS}, {kind}"], mixed, answers)
+            targets = workload.given_targets(std)
+            assert targets is not None
+            steps[f"{OURS}, {kind}"] = partial(ours[f"{OURS}, {kind}"], mixed, targets)
             steps[f"{OUR_PLAIN}, {kind}"] = partial(ours[f"{OUR_PLAIN}, {kind}"], mixed, None)
             steps[f"{TIMM}, {kind}"] = partial(timm_step(std), mixed)
             if kind == "eager":
-                steps[f"{NAIVE}, {kind}"] = partial(naive_step(std), mixed, answers)
+                steps[f"{NAIVE}, {kind}"] = partial(naive_step(std), mixed, targets)
         times = harness.measure(steps, args)
         for stepper in ours.values():
             stepper.check()

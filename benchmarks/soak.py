@@ -2,12 +2,12 @@
 
     std-fast bench soak --minutes 30 --out benchmarks/results
 
-Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.training.run`: an epoch
-has four steps. Every so often an evaluation's epoch is left after its first batch, and now and then the run is
-stopped in the middle of an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens loaders anew and
-has to leave nothing of the old ones behind. Looked at meanwhile, from outside: resident memory, threads, open files,
-what is mapped or open in /dev/shm, children and zombies. At the end: whether the process has threads left that the
-first, short run did not leave, and whether any process that it started outlives it.
+Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.training.run`: an epoch has four
+steps. Every so often an evaluation's epoch is left after its first batch, and now and then the run is stopped in the
+middle of an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens
+loaders anew and has to leave nothing of the old ones behind. Looked at meanwhile, from outside: resident memory,
+threads, open files, what is mapped or open in /dev/shm, children and zombies. At the end: whether the process has
+threads left that the first, short run did not leave, and whether any process that it started outlives it.
 
 Flat means, of the second fifth of the time against the last one, by their medians (a checkpoint's thread comes and
 goes): no more threads, files, shared memory or children, and resident memory that grows by less than GROWTH. And never

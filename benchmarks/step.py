@@ -1,6 +1,6 @@
 """What one training step costs, and what of it is due to what.
 
-The plain backbone's step; the STD student's with the teachers' answers given; with the answers read from a store, and
+The plain backbone's step; the STD student's with the teacher targets given; with the targets read from a store, and
 with the teachers asked (both from a raw batch that lies on the device, augmentation included); and augmentation and
 teachers on their own. MFU counts the products' operations, forward and backward, against the matrix product that this
 machine was measured to reach just before.
@@ -18,12 +18,12 @@ import torch
 
 from benchmarks import harness, workload
 from pipelines.read.batch import Batch
-from std_fast.method.losses import TeacherAnswers
-from std_fast.teachers.label_cache import pack
+from std_fast.method.losses import TeacherTargets
 from std_fast.teachers.overlap import taught
+from std_fast.teachers.target_cache import pack
 from std_fast.training.build import Parts
 
-PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, answers given", "STD, answers stored", "STD, teachers asked"
+PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, targets given", "STD, targets stored", "STD, teachers asked"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     teachers = tuple(args.teachers)
     with workload.workplace(args, teachers) as folder:
         plain_recipe = workload.recipe_for(args, folder, ())
-        recipe = workload.recipe_for(args, folder, teachers, answers=str(folder / "answers"))
+        recipe = workload.recipe_for(args, folder, teachers, target_cache=str(folder / "targets"))
         with workload.built(plain_recipe) as plain, workload.built(recipe) as std:
             return compare(args, plain, std)
 
@@ -53,12 +53,12 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
     raw = workload.raw_batch(std)
     with torch.no_grad():
         mixed = std.augment(raw)
-    answers = workload.given_answers(std)
-    assert answers is not None and std.answers is not None and std.teachers is not None
-    store(std, answers)
+    targets = workload.given_targets(std)
+    assert targets is not None and std.target_cache is not None and std.teachers is not None
+    store(std, targets)
     plain_step, step = workload.Stepper(plain), workload.Stepper(std)
     asking = (std.augment, std.teachers, std.trainer.autocast)
-    stored, asked = std.answers.taught(0, again(raw), *asking), taught(again(raw), *asking)
+    stored, asked = std.target_cache.taught(0, again(raw), *asking), taught(again(raw), *asking)
     teachers = std.teachers
 
     def ask() -> None:
@@ -67,13 +67,13 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
 
     contestants: dict[str, Callable[[], object]] = {
         PLAIN: lambda: plain_step(mixed, None),
-        GIVEN: lambda: step(mixed, answers),
+        GIVEN: lambda: step(mixed, targets),
         STORED: lambda: step(*next(stored)),
         ASKED: lambda: step(*next(asked)),
         "augmentation alone": torch.no_grad()(lambda: std.augment(raw)),
         "teachers alone": ask,
     }
-    flops = {PLAIN: workload.step_flops(plain, mixed, None), GIVEN: workload.step_flops(std, mixed, answers)}
+    flops = {PLAIN: workload.step_flops(plain, mixed, None), GIVEN: workload.step_flops(std, mixed, targets)}
     ceiling = workload.matmul_ceiling(args.device, workload.compute_dtype(std))
     times = harness.measure(contestants, args)
     plain_step.check()
@@ -86,8 +86,8 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
             more = {"gflop_per_image": round(flops[name] / 1e9, 3), "mfu_percent": round(100 * rate / ceiling, 1)}
         rows.append(harness.row(name, one, args.batch, **more))
     ratios = [
-        harness.ratio("STD (answers given) over the plain backbone", times[GIVEN], times[PLAIN]),
-        harness.ratio("answers stored over teachers asked", times[STORED], times[ASKED]),
+        harness.ratio("STD (targets given) over the plain backbone", times[GIVEN], times[PLAIN]),
+        harness.ratio("targets stored over teachers asked", times[STORED], times[ASKED]),
     ]
     parts = sum(times[name].seconds for name in (GIVEN, "augmentation alone", "teachers alone"))
     report = {
@@ -110,14 +110,14 @@ def again(batch: Batch) -> Iterator[Batch]:
     return itertools.repeat(batch)
 
 
-def store(parts: Parts, answers: TeacherAnswers) -> None:
-    """Writes epoch 0 of the run's store with the same answers for every step."""
-    assert parts.answers is not None
-    writer = parts.answers.writer(0)
+def store(parts: Parts, targets: TeacherTargets) -> None:
+    """Writes epoch 0 of the run's store with the same targets for every step."""
+    assert parts.target_cache is not None
+    writer = parts.target_cache.writer(0)
     for number in range(parts.train_loader.steps_per_epoch):
-        writer.add(number, pack(answers))
+        writer.add(number, pack(targets))
     writer.end()
-    parts.answers.wait()
+    parts.target_cache.wait()
 
 
 def longest_kernels(call: Callable[[], object], device: str, steps: int = 5) -> list[dict[str, Any]]:

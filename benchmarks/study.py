@@ -55,7 +55,7 @@ class Study:
         return self.work / job
 
     def done(self, job: str) -> bool:
-        """Trained to the end, or all answers stored, or costs measured."""
+        """Trained to the end, or all targets stored, or costs measured."""
         return (self.out(job) / ("costs.json" if job.startswith("costs") else "summary.json")).is_file()
 
     def _common(self, *more: Overrides, **run: Any) -> Overrides:
@@ -70,7 +70,7 @@ class Study:
         stored = {SETTINGS[s].teachers for s in size.settings} - {()}
         for seed in size.seeds:
             for teachers in sorted(stored):
-                job = answers_name(teachers, seed)
+                job = targets_name(teachers, seed)
                 yield Job(
                     job,
                     "teach",
@@ -78,7 +78,7 @@ class Study:
                     tuple(f"teacher-{name}" for name in teachers),
                 )
         if not size.budget:
-            after = tuple(answers_name(t, size.seeds[0]) for t in sorted(stored))
+            after = tuple(targets_name(t, size.seeds[0]) for t in sorted(stored))
             plain = tuple(name for name in size.settings if not SETTINGS[name].cost_of_std)
             yield Job("costs", "costs", dict, after, {"names": plain})
             if size.push_minutes:
@@ -93,7 +93,7 @@ class Study:
 
     def _student_job(self, student: str, name: str, seed: int) -> Job:
         setting = SETTINGS[name]
-        after: tuple[str, ...] = (answers_name(setting.teachers, seed),) if setting.teachers else ()
+        after: tuple[str, ...] = (targets_name(setting.teachers, seed),) if setting.teachers else ()
         if setting.cost_of_std:
             after += (run_name(student, "STD", seed),) if self.size.budget else ("costs",)
         job = run_name(student, name, seed)
@@ -108,7 +108,7 @@ class Study:
 
     def _pushed_job(self, name: str, minutes: float) -> Job:
         setting, seed, student = SETTINGS[name], self.size.seeds[0], next(iter(self.size.students))
-        after: tuple[str, ...] = (answers_name(setting.teachers, seed),) if setting.teachers else ()
+        after: tuple[str, ...] = (targets_name(setting.teachers, seed),) if setting.teachers else ()
         after += () if self.size.budget else ("costs-pushed",)
         job = f"{run_name(student, name, seed)}-{minutes:g}-minutes"
 
@@ -124,11 +124,11 @@ class Study:
         """The recipe of a student but for folder and length."""
         distill = dict(setting.distill)
         if setting.teachers:
-            answers = answers_name(setting.teachers, seed)
+            targets = targets_name(setting.teachers, seed)
             distill |= {
                 "mode": "std",
                 "teachers": [{"weights": str(self.out(f"teacher-{name}"))} for name in setting.teachers],
-                "answers": str(self.out(answers) / "answers"),
+                "target_cache": str(self.out(targets) / "targets"),
             }
             if distill.get("taps") == [-1]:
                 distill["taps"] = [self._depth(student)]
@@ -151,7 +151,7 @@ class Study:
             return f"{self.size.epochs * per_sample['STD'] / per_sample[base]:.3f} epochs"
         hours = self._hours(run_name(student, "STD", seed))
         if SETTINGS[name].cost_of_std == "with teachers":
-            hours += self._hours(answers_name(BOTH, seed)) + sum(self._hours(f"teacher-{t}") for t in BOTH)
+            hours += self._hours(targets_name(BOTH, seed)) + sum(self._hours(f"teacher-{t}") for t in BOTH)
         return f"{hours:.5f} gpu-hours"
 
     def costs(self) -> dict[str, float]:
@@ -236,7 +236,7 @@ class Study:
         return code
 
     def measure_costs(self, args: argparse.Namespace) -> None:
-        """Processor time per sample of each way to teach, answers stored, from raw batch to updated weights."""
+        """Processor time per sample of each way to teach, targets stored, from raw batch to updated weights."""
         import torch
 
         torch.set_num_threads(1)
@@ -328,8 +328,8 @@ class Children:
         return process.returncode, said
 
 
-def answers_name(teachers: tuple[str, ...], seed: int) -> str:
-    return f"answers-{'-'.join(teachers)}-{seed}"
+def targets_name(teachers: tuple[str, ...], seed: int) -> str:
+    return f"targets-{'-'.join(teachers)}-{seed}"
 
 
 def run_name(student: str, setting: str, seed: int) -> str:
@@ -344,10 +344,10 @@ def one_step(parts: Parts) -> Callable[[], None]:
         while True:
             data = parts.train_loader.epoch(0)
             ask = (parts.augment, parts.teachers, parts.trainer.autocast)
-            if parts.answers is None:
+            if parts.target_cache is None:
                 yield from taught(data, *ask)
             else:
-                yield from parts.answers.taught(0, data, *ask)
+                yield from parts.target_cache.taught(0, data, *ask)
 
     batches = pairs()
     return lambda: stepper(*next(batches))

@@ -55,7 +55,7 @@ def show(report: harness.Report) -> str:
         for run in report["runs"]
         if run["verb"] == "train" and "setting" not in run
     ]
-    answers = [
+    targets = [
         {
             "job": run["job"],
             "asked": run["summary"]["asked"],
@@ -93,7 +93,7 @@ def show(report: harness.Report) -> str:
     parts.append(
         harness.table(teachers, {"teacher": "job", "top-1, %": "top1", "samples": "samples", "hours held": "hours"})
     )
-    parts.append(harness.table(answers, {"answers": "job", "asked": "asked", "bytes": "bytes", "hours held": "hours"}))
+    parts.append(harness.table(targets, {"targets": "job", "asked": "asked", "bytes": "bytes", "hours held": "hours"}))
     parts.append(harness.table(rows, columns))
     if found_pushed := pushed(report):
         minutes = sorted({m for values in found_pushed.values() for m in values})

@@ -58,7 +58,7 @@ class Size:
     push_minutes: tuple[float, ...] = ()
     """budgets: minutes of a GPU, or of a processor where `budget` is not set"""
     push: Overrides = field(default_factory=dict)
-    """nothing that the teachers' answers depend on: the stored ones are cycled"""
+    """nothing that the teacher targets depend on: the stored ones are cycled"""
 
 
 def mixer(dim: int, depth: int) -> Overrides:

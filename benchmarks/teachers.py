@@ -75,9 +75,9 @@ def compare(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
             except UserError as error:
                 failed.append({"name": name, "failed": str(error)})
                 continue
-            answers = [ask(one) for one in images]
-            labels = torch.cat([answer.labels for answer in answers])
-            confidence = torch.cat([answer.confidence.float() for answer in answers])
+            targets = [ask(one) for one in images]
+            labels = torch.cat([answer.labels for answer in targets])
+            confidence = torch.cat([answer.confidence.float() for answer in targets])
             exact = exact or (labels, confidence)
             if precision in args.precisions:
                 calls[name] = lambda ask=ask: ask(images[0])  # type: ignore[misc]

@@ -19,18 +19,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import best, progress
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Distill, Duration, Recipe, StudentSpec, TeacherSpec
-from std_fast.method.losses import TeacherAnswers, answers_from_logits
+from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.teachers.classifiers import create_timm
 from std_fast.training.build import Parts, build
 from std_fast.training.step import Objective
 
 TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
-TINY_TEACHER = "test_resnet"  # timm's, 0.5 M parameters: where answers are given, any teacher will do
+TINY_TEACHER = "test_resnet"  # timm's, 0.5 M parameters: where targets are given, any teacher will do
 PRETRAINED = ("resnet50", "resnet101")
 SOURCES = 16  # different images on disk; the others are links to them
 
@@ -173,14 +173,14 @@ def raw_batch(parts: Parts, seed: int = 0) -> Batch:
     return Batch(images.to(device), labels.to(device), positions.to(device), np.arange(B), epoch=0, step=0)
 
 
-def given_answers(parts: Parts, seed: int = 0) -> TeacherAnswers | None:
+def given_targets(parts: Parts, seed: int = 0) -> TeacherTargets | None:
     """Answers that M teachers might have given, on the device; None for a plain run."""
     teachers = len(parts.recipe.distill.teachers)
     if not teachers:
         return None
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(parts.recipe.run.batch, teachers, parts.train_loader.num_classes, generator=generator)
-    return TeacherAnswers._make(x if x is None else x.to(parts.device) for x in answers_from_logits(logits))
+    return TeacherTargets._make(x if x is None else x.to(parts.device) for x in targets_from_logits(logits))
 
 
 class Stepper:
@@ -194,9 +194,9 @@ class Stepper:
         distill = parts.recipe.distill
         self.with_mine = distill.uses_mine and Duration.parse(distill.mine.every) == Duration(1, "steps")
 
-    def __call__(self, mixed: Mixed, answers: TeacherAnswers | None) -> None:
+    def __call__(self, mixed: TrainBatch, targets: TeacherTargets | None) -> None:
         self.count += 1
-        self.parts.trainer.step(mixed, answers, self.count, 1e-4, 1e-4, self.with_mine)
+        self.parts.trainer.step(mixed, targets, self.count, 1e-4, 1e-4, self.with_mine)
 
     def check(self) -> None:
         """RuntimeError when a loss or gradient was not finite: the optimizer then did nothing."""
@@ -204,7 +204,7 @@ class Stepper:
             raise RuntimeError(f"step {bad} was not finite: these times are not of training")
 
 
-def step_flops(parts: Parts, mixed: Mixed, answers: TeacherAnswers | None) -> int:
+def step_flops(parts: Parts, mixed: TrainBatch, targets: TeacherTargets | None) -> int:
     """Floating-point operations of one training step for one image: matrix products and convolutions, forward and
     backward, counted by their shapes while the plain student runs on four images."""
     rows = 4
@@ -218,7 +218,7 @@ def step_flops(parts: Parts, mixed: Mixed, answers: TeacherAnswers | None) -> in
         lam=mixed.lam[:rows],
         positions=mixed.positions[:rows],
     )
-    some = answers and TeacherAnswers._make(x if x is None else x[:rows] for x in answers)
+    some = targets and TeacherTargets._make(x if x is None else x[:rows] for x in targets)
     with FlopCounterMode(display=False) as counter:
         with trainer.autocast():
             losses = objective(trainer.student(few.images, None, recipe.distill.uses_mine), few, some)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from std_fast import MutualInformation, STDModule, answers_from_logits, distillation_loss
+from std_fast import MutualInformation, STDModule, distillation_loss, targets_from_logits
 
 
 def distil(backbone, teachers, batches, P, C, K, alpha=0.5):
@@ -19,11 +19,11 @@ def distil(backbone, teachers, batches, P, C, K, alpha=0.5):
     optimizer = torch.optim.AdamW(parts.parameters(), lr=2e-3, weight_decay=0.0)
     for images, labels in batches:
         with torch.no_grad():
-            answers = answers_from_logits(torch.stack([teacher(images) for teacher in teachers], dim=1))
+            targets = targets_from_logits(torch.stack([teacher(images) for teacher in teachers], dim=1))
         z_BPC = backbone(images)
         tokens = std(z_BPC)  # tokens.logits [B, M, K]: one head for each teacher
         class_loss = F.cross_entropy(head(z_BPC.mean(1)), labels)
-        loss = (1 - alpha) * class_loss + alpha * distillation_loss(tokens.logits, answers)
+        loss = (1 - alpha) * class_loss + alpha * distillation_loss(tokens.logits, targets)
         loss = loss - mine(tokens.spatial, tokens.channel)  # the two tokens come to carry different information
         loss.backward()
         optimizer.step()

@@ -5,7 +5,7 @@ state, no stream, hence exact resume, any sharding, and the same crops from ever
 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), checked against the known answers
 of Random123.
 
-Layout, on which stored answers depend and which therefore never changes:
+Layout, on which stored targets depend and which therefore never changes:
     counter = (position mod 2^32, position div 2^32, epoch, purpose + draw * 2^16)
     key = (seed mod 2^32, seed div 2^32)
 One counter gives four words; `draw` asks for further words of the same purpose.
@@ -32,7 +32,7 @@ _CHUNK = 1 << 14  # samples per numpy pass: its dozen uint64 temporaries stay in
 
 
 class Purpose(enum.IntEnum):
-    """What a random number is for. Stored answers depend on the numbers: never change or reuse one, add at the end."""
+    """What a random number is for. Stored targets depend on the numbers: never change or reuse one, add at the end."""
 
     ORDER = 0
     CROP = 1

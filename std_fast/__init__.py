@@ -19,7 +19,7 @@ _API = {
     "std_fast.method.tokens": ("STDModule", "TokenOutput"),
     "std_fast.method.mine": ("MutualInformation", "StatisticsNetwork", "mutual_information"),
     "std_fast.method.losses": (
-        "TeacherAnswers", "answers_from_logits", "class_loss", "confidence_weights", "distillation_loss",
+        "TeacherTargets", "targets_from_logits", "class_loss", "confidence_weights", "distillation_loss",
     ),
     "std_fast.teachers.teacher": ("Teachers",),
     "std_fast.config.recipe": ("TeacherSpec",),

@@ -388,9 +388,9 @@ def teach(args: argparse.Namespace) -> int:
         print(f"std-fast: {error}", file=sys.stderr)
         return PEER_LOST
     if rank() == 0:
-        text = f"{data['answers']}: {data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB, {data['asked']} images asked"
+        text = f"{data['targets']}: {data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB, {data['asked']} images asked"
         with_views = f" --distill.views {data['views']}" if data["views"] else ""
-        show(args, data, f"{text}\ntrain with --distill.answers {data['answers']}{with_views}")
+        show(args, data, f"{text}\ntrain with --distill.target-cache {data['targets']}{with_views}")
     return 0
 
 
@@ -523,7 +523,7 @@ VERBS: dict[str, Verb] = {
     "train": (train, add_train, "train a recipe: a distilled student, a plain model, or a teacher"),
     "plan": (plan, add_plan, "what a budget of GPU-hours buys, before it is spent"),
     "report": (report, add_report, "one HTML page about runs: accuracy, speed, where the hours went"),
-    "teach": (teach, add_teach, "store the teachers' answers, for any number of later runs"),
+    "teach": (teach, add_teach, "store the teacher targets, for any number of later runs"),
     "eval": (evaluate, add_eval, "accuracy of a run's weights on a data set"),
     "export": (export, add_export, "a run's model as safetensors for timm and the hub, ONNX and torch.export"),
     "recipes": (list_recipes, add_recipes, "the built-in recipes, a line each"),

@@ -102,7 +102,7 @@ def create_teachers(
     temperature: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Teachers:
-    """Frozen teachers whose answers `distillation_loss` takes; with two, put the small one first.
+    """Frozen teachers whose targets `distillation_loss` takes; with two, put the small one first.
 
     Args:
         teachers: each a timm name (its pretrained weights are downloaded), the folder of a plain run or of an export, a
@@ -114,7 +114,7 @@ def create_teachers(
         temperature: for soft labels; None for hard ones.
 
     Returns:
-        `teachers(images)` gives `TeacherAnswers`, without gradients.
+        `teachers(images)` gives `TeacherTargets`, without gradients.
 
     Raises:
         UserError: an unknown name, weights that are missing or do not fit, another number of classes.

@@ -104,14 +104,14 @@ def plain_mine(mine: MutualInformation, ts_BMC: Tensor, tc_BMP: Tensor) -> Tenso
 
 
 def plain_student(student: Student, images: Tensor, kind: str, options: dict) -> StudentOutput:
-    """What `student` answers in training, without stochastic depth."""
+    """What `student` computes in training, without stochastic depth."""
     weights: Any = dict(student.backbone.named_parameters())
     if kind == "cyclemlp":
         logits, features = released_forward(weights, images, options["layers"], options.get("stem_stride", 4))
     else:
         logits, features = timm_forward(weights, images, kind, options)
     modules: Any = student.std
-    answers = [std_by_concatenation(m, features[tap - 1]) for m, tap in zip(modules, student.taps, strict=True)]
-    mine: Any = zip(student.mine, answers, strict=True)
+    outputs = [std_by_concatenation(m, features[tap - 1]) for m, tap in zip(modules, student.taps, strict=True)]
+    mine: Any = zip(student.mine, outputs, strict=True)
     information = [plain_mine(m, a.spatial, a.channel) for m, a in mine]  # type: ignore[arg-type]
-    return StudentOutput(logits, torch.cat([a.logits for a in answers], 1), information)
+    return StudentOutput(logits, torch.cat([a.logits for a in outputs], 1), information)

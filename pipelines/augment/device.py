@@ -112,7 +112,7 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class TrainBatch:
     """A batch ready for student and teachers; everything but epoch and step is on the device.
 
     images     float [B, 3, H, W], channels_last, normalised, in the dtype that Augment was given
@@ -185,7 +185,7 @@ class Augment(nn.Module):
         """Compile the tensor part with torch.compile's arguments (fullgraph unless told otherwise)."""
         self._transform = torch.compile(self._transform_batch, *args, **{"fullgraph": True, **kwargs})
 
-    def forward(self, batch: Batch) -> Mixed:
+    def forward(self, batch: Batch) -> TrainBatch:
         """Augment uint8 [B, 3, H, W] for training. Raises UserError when the shape cannot be shifted or mixed."""
         images = batch.images
         rows, height, width = len(images), images.shape[2], images.shape[3]
@@ -196,7 +196,7 @@ class Augment(nn.Module):
         # A fill kernel, not a copy from the host: nothing waits, and the compiled graph does not see a new constant.
         epoch = torch.full((), batch.epoch, dtype=torch.int64, device=images.device)
         mixed, labels_b, lam = self._transform(images, batch.labels, batch.positions, epoch)
-        return Mixed(mixed, batch.labels, labels_b, lam, batch.positions, batch.epoch, batch.step)
+        return TrainBatch(mixed, batch.labels, labels_b, lam, batch.positions, batch.epoch, batch.step)
 
     def normalise_only(self, images: Tensor) -> Tensor:
         """For evaluation: uint8 [B, 3, H, W] -> `(x / 255 - mean) / std` in this module's dtype, channels_last."""

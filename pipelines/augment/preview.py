@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipelines.augment.device import AugmentSpec, Mixed
+from pipelines.augment.device import AugmentSpec, TrainBatch
 from pipelines.errors import UserError
 
 CELL = 96  # pixels: a smaller image is enlarged by a whole factor to at least this width, so that a caption fits
@@ -19,7 +19,7 @@ PAPER, INK = (255, 255, 255), (0, 0, 0)
 
 
 def contact_sheet(
-    batch: Mixed | Tensor,
+    batch: TrainBatch | Tensor,
     path: str | Path,
     columns: int = 8,
     *,
@@ -28,13 +28,13 @@ def contact_sheet(
 ) -> None:
     """Write a grid of a batch's images, row by row, to `path` (PNG).
 
-    batch        uint8 [B, 3, H, W], drawn as it is; or a Mixed, whose normalisation (`spec.mean`, `spec.std`) is taken
-                 back and which gets captions such as `cat` or `cat 0.37 dog`
+    batch        uint8 [B, 3, H, W], drawn as it is; or a TrainBatch, whose normalisation (`spec.mean`, `spec.std`) is
+                 undone and which gets captions such as `cat` or `cat 0.37 dog`
     class_names  for the captions; class numbers without it
 
     Raises UserError when the file cannot be written.
     """
-    if isinstance(batch, Mixed):
+    if isinstance(batch, TrainBatch):
         images, captions = denormalise(batch.images, spec or AugmentSpec()), _captions(batch, class_names)
     else:
         images, captions = batch, None
@@ -64,7 +64,7 @@ def denormalise(images: Tensor, spec: AugmentSpec) -> Tensor:
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _captions(mixed: Mixed, class_names: Sequence[str] | None) -> list[str]:
+def _captions(mixed: TrainBatch, class_names: Sequence[str] | None) -> list[str]:
     def name(label: int) -> str:
         return class_names[label] if class_names else str(label)
 

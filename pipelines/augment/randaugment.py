@@ -43,7 +43,7 @@ from torch import Tensor
 
 
 class Op(enum.IntEnum):
-    """timm's `_RAND_INCREASING_TRANSFORMS`, in its order. Numbers never change: stored answers depend on them."""
+    """timm's `_RAND_INCREASING_TRANSFORMS`, in its order. Numbers never change: stored targets depend on them."""
 
     AUTO_CONTRAST = 0
     EQUALIZE = 1

@@ -1,8 +1,8 @@
 """Writes FFCV's `.beton` format, version 2, without FFCV: where a sample's bytes go, and the header around them.
 
-`pipelines.read.source` describes the format and reads it. As with FFCV's own writer, data begins at a page boundary, and no sample
-crosses one, since FFCV's process cache reads by pages. Samples follow each
-other in their order, so the bytes of a file depend on nothing but its samples. The last page ends with its last sample.
+`pipelines.read.source` describes the format and reads it. As with FFCV's own writer, data begins at a page boundary,
+and no sample crosses one, since FFCV's process cache reads by pages. Samples follow each other in their order, so the
+bytes of a file depend on nothing but its samples. The last page ends with its last sample.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from pipelines.errors import CorruptImage, DataError, UserError
 from pipelines.loaders.prefetch import available_cores
 from pipelines.loaders.torch import MODES, crop_and_resize
 from pipelines.read.batch import Batch, LoaderSpec
-from pipelines.read.corrupt import Intact
+from pipelines.read.corrupt import CorruptTracker
 from pipelines.read.crops import Boxes
 from pipelines.read.decode import decode_rgb, is_plain_jpeg
 from pipelines.read.order import indices_at
@@ -96,7 +96,7 @@ class DaliLoader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._resize = _host_resize(spec)
         self._kinds = np.zeros(source.num_samples, np.uint8)
-        self.intact = Intact(spec, source)
+        self.intact = CorruptTracker(spec, source)
         self.corrupt = self.intact.found
         stream = io.BytesIO()
         PIL.Image.new("RGB", (8, 8)).save(stream, "JPEG")

@@ -25,7 +25,7 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch, LoaderSpec
-from pipelines.read.corrupt import Intact
+from pipelines.read.corrupt import CorruptTracker
 from pipelines.read.crops import Boxes
 from pipelines.read.order import indices_at
 from pipelines.read.source import Integers, Source
@@ -88,7 +88,7 @@ class ThreadedLoader(ABC):
         self._lock = threading.Lock()
         # A folder's images must be opened to know their sizes: work for the threads. Otherwise a whole batch at a time.
         self._sizes_known = source.kind == "beton"
-        self.intact = Intact(spec, source)
+        self.intact = CorruptTracker(spec, source)
         self.corrupt = self.intact.found
 
     @abstractmethod

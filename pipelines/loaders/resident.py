@@ -22,7 +22,7 @@ import torch
 from pipelines.errors import CorruptImage, UserError
 from pipelines.loaders.prefetch import available_cores
 from pipelines.read.batch import Batch, LoaderSpec
-from pipelines.read.corrupt import Intact
+from pipelines.read.corrupt import CorruptTracker
 from pipelines.read.decode import decode_rgb
 from pipelines.read.order import indices_at
 from pipelines.read.source import Integers, Source
@@ -69,7 +69,7 @@ class ResidentLoader:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.wait_seconds = 0.0
         self.device = torch.device(spec.device)
-        self.intact = Intact(spec, source)
+        self.intact = CorruptTracker(spec, source)
         self.corrupt = self.intact.found
         self._shown = np.arange(source.num_samples)  # instead of each sample; -1: none
         self._heights, self._widths = self._sizes()
@@ -94,7 +94,7 @@ class ResidentLoader:
                 try:
                     heights[index : index + 1], widths[index : index + 1] = self.source.sizes(everything[[index]])
                 except CorruptImage as error:
-                    self._shown[index] = self.intact.instead_of(int(index), error)
+                    self._shown[index] = self.intact.substitute(int(index), error)
             return heights, widths
 
     def _read(self) -> npt.NDArray[np.uint8]:
@@ -110,7 +110,7 @@ class ResidentLoader:
                 try:
                     images[index, : heights[index], : widths[index]] = decode_rgb(source, index)
                 except CorruptImage as error:
-                    self._shown[index] = self.intact.instead_of(index, error)
+                    self._shown[index] = self.intact.substitute(index, error)
 
         with ThreadPoolExecutor(self.spec.threads or available_cores()) as pool:
             parts = [pool.submit(decode, start) for start in range(0, source.num_samples, _CHUNK)]

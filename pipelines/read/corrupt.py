@@ -6,7 +6,7 @@ finds that out the first time it sees a sample, by that function or by a decoder
 stays a pure function of seed, epoch and position, the same from every backend.
 
 In training the next sample of the dataset that is whole takes the place, with its own label, and with the box that the
-place's position draws for it: image, label and teachers' answers belong together, and nothing downstream is special. In
+place's position draws for it: image, label and teacher targets belong together, and nothing downstream is special. In
 evaluation, which counts each image once, the place stays empty.
 
 Files that cannot be read (gone, cut short, a disk's error) are no corrupt samples: they stop the loader.
@@ -41,7 +41,7 @@ class Places(Protocol):
     boxes: Boxes
 
 
-class Intact:
+class CorruptTracker:
     """The rule of one loader, and which samples it has found whole or corrupt. Used by many threads."""
 
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
@@ -85,11 +85,11 @@ class Intact:
 
         Raises DataError where the rule says so.
         """
-        job.indices[row] = self.instead_of(int(job.indices[row]), error)
+        job.indices[row] = self.substitute(int(job.indices[row]), error)
         self.measure(job, row, row + 1)
         return bool(job.indices[row] >= 0)
 
-    def instead_of(self, index: int, error: CorruptImage) -> int:
+    def substitute(self, index: int, error: CorruptImage) -> int:
         """What is shown instead of a corrupt sample, -1 for none. Raises DataError where the rule says so."""
         if index in self.found:
             return self.found[index]

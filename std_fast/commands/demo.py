@@ -16,7 +16,7 @@ import numpy as np
 
 from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
-from std_fast.runtime.budget import learning_seconds
+from std_fast.runtime.budget import productive_seconds
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.run import train
 
@@ -96,7 +96,7 @@ def told(name: str, future: Future) -> dict:
     """Waits for a run and says how it went, on standard error."""
     run = future.result()
     summary = run["summary"]
-    took = learning_seconds(summary["seconds"])
+    took = productive_seconds(summary["seconds"])
     print(
         f"{name}, seed {summary['seed']}: top-1 {summary['result']['top1']:.2f} % after {took:.0f} s",
         file=sys.stderr,
@@ -130,7 +130,7 @@ def text(rows: dict, out: Path, seconds: float) -> str:
         summaries = [run["summary"] for run in runs]
         top1 = spread([s["result"]["top1"] for s in summaries])
         rate = statistics.fmean(s["images_per_second"] for s in summaries)
-        took = statistics.fmean(learning_seconds(s["seconds"]) for s in summaries)
+        took = statistics.fmean(productive_seconds(s["seconds"]) for s in summaries)
         lines.append(f"{name:<9}{top1:>16}{rate:>10.0f}{took:>9.1f}   {len(runs)}")
     gain = statistics.fmean(r["summary"]["result"]["top1"] for r in rows["STD"])
     gain -= statistics.fmean(r["summary"]["result"]["top1"] for r in rows["plain"])

@@ -1,6 +1,6 @@
 """`std-fast plan`: what a GPU-hour budget buys, before it is spent.
 
-`measure` runs the real training for up to a minute: with the teachers, with their answers at hand, and without
+`measure` runs the real training for up to a minute: with the teachers, with their targets at hand, and without
 teachers. `buy` turns that, or a measurement stored on another machine, into epochs; it needs no GPU and no data.
 """
 
@@ -29,17 +29,17 @@ from pipelines.read.batch import Batch, Loader
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Distill, Duration, Recipe, dump, loads
 from std_fast.config.schema import difference
-from std_fast.method.losses import TeacherAnswers
-from std_fast.runtime.budget import CLOSING, learning_seconds
-from std_fast.teachers.label_cache import AnswerStore, bytes_per_epoch
+from std_fast.method.losses import TeacherTargets
+from std_fast.runtime.budget import CLOSING, productive_seconds
 from std_fast.teachers.overlap import Overlap, Pair, taught
+from std_fast.teachers.target_cache import TargetCache, bytes_per_epoch
 from std_fast.training.build import resolved
 from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import versions
 
 log = logging.getLogger("std_fast")
 FORMAT = 1
-WORTH = 1.1  # stored answers are recommended where they buy a tenth more epochs
+WORTH = 1.1  # stored targets are recommended where they buy a tenth more epochs
 EVALUATION_SHARE = 0.03  # of the budget, that evaluations on the way may take
 VIEWS = 10, 300
 """fewest and most views of an image that are recommended: half as many as epochs, within these"""
@@ -48,7 +48,7 @@ VIEWS = 10, 300
 SAME_WORK = (
     "name", "summary", "data.train", "data.val", "data.threads", "data.ahead", "data.eval_crop", "data.crop",
     "student.weights", "student.early_share",
-    "distill.teachers", "distill.answers", "distill.views", "distill.alpha", "distill.temperature",
+    "distill.teachers", "distill.target_cache", "distill.views", "distill.alpha", "distill.temperature",
     "distill.reweight", "distill.predict", "distill.mine.weight", "distill.mine.lr", "optim.lr", "optim.lr_batch",
     "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.eps", "optim.smoothing",
     "run.out", "run.seed", "run.length", "run.timeout", "run.eval_every", "run.save_every", "run.keep_checkpoints",
@@ -59,24 +59,26 @@ SAME_WORK = (
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-class AtHand:
-    """Stands where a run has its store of answers, and gives the same ones for every batch: what reading costs is
-    little beside a step, and answers to all positions cannot be stored in a minute."""
+class ConstantTargets:
+    """A target cache that gives the same targets for every batch.
 
-    def __init__(self, answers: TeacherAnswers) -> None:
-        self.answers = answers
+    Reading costs little beside a step, and the targets of all positions cannot be stored in a minute.
+    """
+
+    def __init__(self, targets: TeacherTargets) -> None:
+        self.targets = targets
 
     def taught(
         self, epoch: int, batches: Iterable[Batch], augment: Augment, _: None, autocast: Callable, overlap: Overlap
     ) -> Iterator[Pair]:
         for mixed, _none in taught(batches, augment, None, autocast, overlap):
-            yield mixed, self.answers
+            yield mixed, self.targets
 
     def close(self) -> None:
         pass
 
 
-class Beginning:
+class TruncatedLoader:
     """The first batches of a loader, as a loader of as many images."""
 
     def __init__(self, loader: Loader, batches: int) -> None:
@@ -137,8 +139,8 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
         figures["checkpoint_bytes"] = max(file.stat().st_size for file in (scratch / "one").glob("checkpoints/*"))
         if parts.teachers is not None:
             with torch.no_grad(), parts.trainer.autocast():
-                answers = parts.teachers(parts.augment(next(data.epoch(0))).images)
-            parts.answers, parts.teachers, run.teachers = cast(AnswerStore, AtHand(answers)), None, None
+                targets = parts.teachers(parts.augment(next(data.epoch(0))).images)
+            parts.target_cache, parts.teachers, run.teachers = cast(TargetCache, ConstantTargets(targets)), None, None
             modes["stored"] = time_steps(run, seconds / 4)
     finally:
         run.close()
@@ -168,7 +170,7 @@ def start(recipe: Recipe, out: Path) -> Run:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    distill = replace(recipe.distill, answers="", views=0)
+    distill = replace(recipe.distill, target_cache="", views=0)
     own = replace(recipe.run, out=str(out), length="1e12 steps", eval_every="0 steps")
     return Run(replace(recipe, distill=distill, run=own), quiet=True)
 
@@ -180,7 +182,7 @@ def time_evaluation(run: Run, seconds: float) -> float:
         return 0.0
 
     def take(batches: int) -> float:
-        run.parts.val_loader = cast(Loader, Beginning(loader, batches))
+        run.parts.val_loader = cast(Loader, TruncatedLoader(loader, batches))
         began = time.perf_counter()
         run.evaluate("start", record=False)
         return time.perf_counter() - began
@@ -240,7 +242,7 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
     except Stopped:
         run.stop_wanted = False
     (step_1, then), (step_2, now) = marks
-    busy = learning_seconds(now) - learning_seconds(then)
+    busy = productive_seconds(now) - productive_seconds(then)
     images = (step_2 - step_1) * run.recipe.run.batch
     return {
         "images_per_second": round(images / busy, 1),
@@ -295,8 +297,8 @@ def read(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 LABELS = {
     "running": "teachers running",
-    "views": "answers stored on the way, {views} views cycled",
-    "stored": "answers stored before",
+    "views": "targets stored on the way, {views} views cycled",
+    "stored": "targets stored before",
     "none": "no teachers",
 }
 
@@ -312,7 +314,7 @@ class Row:
     steps: int
     gpu_hours: float
     memory_gib: float | None
-    answers_bytes: int
+    targets_bytes: int
     """on the disk in the end"""
 
 
@@ -384,7 +386,7 @@ def buy(figures: dict[str, Any], recipe: Recipe, now: datetime | None = None) ->
             steps=int(epochs * per_epoch),
             gpu_hours=round(cost, 4),
             memory_gib=modes[base]["memory_gib"],
-            answers_bytes=kept * bytes_per_epoch(figures["samples"], teachers, recipe.distill.top_k),
+            targets_bytes=kept * bytes_per_epoch(figures["samples"], teachers, recipe.distill.top_k),
         )
 
     rows = [row(mode) for mode in ("running", "stored", "none") if mode in modes]
@@ -427,16 +429,16 @@ def recommend(recipe: Recipe, rows: dict[str, Row], views: int) -> tuple[str, li
             f"teachers running: they cost {100 * (1 - 1 / slowdown):.0f} % of the speed, less than storing is worth",
             [],
         )
-    answers = recipe.distill.answers or f"answers/{recipe.name or 'run'}"
-    options = ["--distill.answers", answers]
-    gain = f"an epoch from stored answers is {slowdown:.2f} times as fast"
+    targets = recipe.distill.target_cache or f"targets/{recipe.name or 'run'}"
+    options = ["--distill.target-cache", targets]
+    gain = f"an epoch from stored targets is {slowdown:.2f} times as fast"
     if "views" not in rows:
-        return f"store the answers: {gain}, for every later run with the same data settings", options
+        return f"store the targets: {gain}, for every later run with the same data settings", options
     way = rows["views"]
     what = f"{way.epochs:.0f} epochs instead of {running.epochs:.0f}"
     if running.gpu_hours != way.gpu_hours:
         what = f"{way.gpu_hours:.3g} GPU-hours instead of {running.gpu_hours:.3g}"
-    text = f"store the answers and cycle {views} views of each image: {what}; {gain}, also for later runs"
+    text = f"store the targets and cycle {views} views of each image: {what}; {gain}, also for later runs"
     return text, [*options, "--distill.views", str(views)]
 
 
@@ -473,10 +475,10 @@ def as_text(plan: Plan) -> str:
         "",
     ]
     width = max(len(row.label) for row in plan.rows)
-    lines.append(f"{'':<{width}}  images/s    epochs     steps  GPU-hours  GPU memory  stored answers")
+    lines.append(f"{'':<{width}}  images/s    epochs     steps  GPU-hours  GPU memory  stored targets")
     for row in plan.rows:
         memory = f"{row.memory_gib:.1f} GiB" if row.memory_gib is not None else "-"
-        stored = f"{row.answers_bytes / 1e6:,.1f} MB" if row.answers_bytes else "-"
+        stored = f"{row.targets_bytes / 1e6:,.1f} MB" if row.targets_bytes else "-"
         lines.append(
             f"{row.label:<{width}}{row.images_per_second:>10,.0f}{row.epochs:>10.1f}{row.steps:>10,}"
             f"{row.gpu_hours:>11.4g}{memory:>12}{stored:>16}"

@@ -12,10 +12,10 @@ import torch
 from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from std_fast.config.recipe import Recipe, parse_seconds
-from std_fast.runtime.distributed import joined
+from std_fast.runtime.distributed import init_distributed
 from std_fast.runtime.metrics import Progress
-from std_fast.teachers.label_cache import AnswerStore, epochs_needed, open_answers, pack
 from std_fast.teachers.overlap import taught
+from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache, pack
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of, uses_gpu
 
@@ -23,7 +23,7 @@ log = logging.getLogger("std_fast")
 
 
 def teach(recipe: Recipe, quiet: bool = False) -> dict:
-    """Stores the answers of all epochs of `run.length`, or of `distill.views` views; returns what was done.
+    """Stores the targets of all epochs of `run.length`, or of `distill.views` views; returns what was done.
 
     Epochs that are there and whole are left as they are, damaged ones are made again, one that was interrupted goes on
     where it was. All positions are stored, those too that training with this batch drops, so that any batch can read
@@ -33,9 +33,11 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
         UserError: the recipe names no teachers, no folder or no length in epochs; whatever else the user can mend.
     """
     d = recipe.distill
-    if not d.answers:
-        raise UserError("distill.answers: is empty; name the folder to be made, e.g. --distill.answers answers/run1")
-    with joined(uses_gpu(recipe), parse_seconds(recipe.run.timeout, "run.timeout")) as world:
+    if not d.target_cache:
+        raise UserError(
+            "distill.target_cache: is empty; name the folder to be made, e.g. --distill.target-cache targets/run1"
+        )
+    with init_distributed(uses_gpu(recipe), parse_seconds(recipe.run.timeout, "run.timeout")) as world:
         device = pick_device(recipe)
         precision = precision_of(recipe, device)
         with open_train_loader(recipe, device, world, drop_last=False) as loader:
@@ -43,7 +45,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             if epochs is None:
                 raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
             even = loader.source.num_samples // 2 * 2  # a last odd one has no neighbour to be mixed with
-            store = open_answers(recipe, loader, precision, even, world)
+            store = open_target_cache(recipe, loader, precision, even, world)
             assert store is not None
             teachers = build_teachers(recipe, loader.num_classes, device)
             assert teachers is not None
@@ -54,15 +56,15 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             began, asked = time.perf_counter(), 0
             try:
                 for epoch in range(epochs):
-                    if world.tell(world.main and whole(store, epoch)):
+                    if world.broadcast(world.main and whole(store, epoch)):
                         bar.note(epoch + 1, "is there")
                         continue
                     writer = store.writer(epoch)
-                    first = world.tell(writer.filled()) // recipe.run.batch
+                    first = world.broadcast(writer.filled()) // recipe.run.batch
                     steps = loader.steps_per_epoch
-                    for mixed, answers in taught(loader.epoch(epoch, first), augment, teachers, cast):
-                        assert answers is not None
-                        writer.add(mixed.step, pack(answers))
+                    for mixed, targets in taught(loader.epoch(epoch, first), augment, teachers, cast):
+                        assert targets is not None
+                        writer.add(mixed.step, pack(targets))
                         asked += min(recipe.run.batch, even - mixed.step * recipe.run.batch)
                         bar.update(epoch + (mixed.step + 1) / steps)
                     writer.end()
@@ -75,16 +77,16 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             world.wait_for_all()
     seconds = time.perf_counter() - began
     return {
-        "answers": d.answers,
+        "targets": d.target_cache,
         "epochs": epochs,
         "views": d.views,
         "asked": asked,
         "images_per_second": round(asked / seconds, 1),
-        "bytes": sum(file.stat().st_size for file in Path(d.answers).glob("epoch-*.answers")),
+        "bytes": sum(file.stat().st_size for file in Path(d.target_cache).glob("epoch-*") if file.suffix != ".partial"),
     }
 
 
-def whole(store: AnswerStore, epoch: int) -> bool:
+def whole(store: TargetCache, epoch: int) -> bool:
     """Whether the epoch is stored and undamaged; a damaged one is said to be so."""
     if not store.stored(epoch):
         return False

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.untrusted import read_bytes
+from std_fast.config.legacy import FIELDS, upgrade_recipe
 from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -43,6 +44,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         data = {}
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+    data = upgrade_recipe(data)
     base = data.pop("base", None)
     if base is None:
         return data
@@ -63,7 +65,7 @@ def read(name: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]
     for dotted, text in overrides:
         if dotted == "budget.gpu_hours":  # how one says it
             dotted, text = "run.length", f"{text} gpu-hours"
-        set_dotted(data, dotted, text)
+        set_dotted(data, FIELDS.get(dotted, dotted), text)
     data.setdefault("name", path.stem)
     return data
 

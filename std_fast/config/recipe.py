@@ -16,6 +16,7 @@ from pipelines.augment.device import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
 from std_fast.config.files import OUT, read, read_text
+from std_fast.config.legacy import upgrade_recipe
 from std_fast.config.schema import from_dict, opt, read_yaml, require, to_dict
 
 LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
@@ -220,7 +221,9 @@ class Distill:
     reweight: bool = opt(True, "weigh the teachers by their confidence, per image")
     mine: MineSpec = opt(MineSpec(), "mutual information regularisation")
     predict: Literal["mean", "class", "distill"] = opt("mean", "which heads answer in evaluation")
-    answers: str = opt("", "folder of stored teacher answers: epochs that it holds are read, others are added to it")
+    target_cache: str = opt(
+        "", "folder of stored teacher targets: epochs that it holds are read, others are added to it"
+    )
     views: int = opt(
         0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones"
     )
@@ -241,12 +244,14 @@ class Distill:
             "has no effect on hard labels; leave it at 0 or set distill.labels to soft",
         )
         require(
-            not self.answers or self.labels == "hard" or self.top_k > 0,
+            not self.target_cache or self.labels == "hard" or self.top_k > 0,
             "distill.top_k",
-            "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.answers out",
+            "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.target_cache out",
         )
         require(
-            not self.answers or self.mode == "std", "distill.answers", "has no effect with mode: none; leave it out"
+            not self.target_cache or self.mode == "std",
+            "distill.target_cache",
+            "has no effect with mode: none; leave it out",
         )
         if self.mode == "std":
             require(len(self.teachers) > 0, "distill.teachers", "is empty; name a teacher or set distill.mode to none")
@@ -380,7 +385,7 @@ def loads(text: str, where: str = "recipe") -> Recipe:
     """A resolved recipe as it was saved with a run. UserError, which names `where` it was, for anything else."""
     data = read_yaml(text, where)
     try:
-        return from_dict(Recipe, data)
+        return from_dict(Recipe, upgrade_recipe(data) if isinstance(data, dict) else data)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class TeacherAnswers(NamedTuple):
-    """What the loss needs to know of the teachers for one batch; small enough to be stored (label_cache.py)."""
+class TeacherTargets(NamedTuple):
+    """What the loss needs to know of the teachers for one batch; small enough to be stored (target_cache.py)."""
 
     labels: Tensor  # int64 [B, M], argmax of each teacher's logits
     confidence: Tensor  # float16 [B, M], sum_k p log p: the negative entropy in nats, 0 for a certain teacher
@@ -22,22 +22,22 @@ class TeacherAnswers(NamedTuple):
     top_classes: Tensor | None = None  # int64 [B, M, k], their classes
 
 
-def answers_from_logits(logits_BMK: Tensor, temperature: float | None = None, top_k: int = 0) -> TeacherAnswers:
-    """Teachers' logits `[B, M, K]` -> `TeacherAnswers`; `temperature` keeps the softened distribution too.
+def targets_from_logits(logits_BMK: Tensor, temperature: float | None = None, top_k: int = 0) -> TeacherTargets:
+    """Teachers' logits `[B, M, K]` -> `TeacherTargets`; `temperature` keeps the softened distribution too.
 
     With `top_k` of it only the largest probabilities are kept, K - 1 of them at most. Confidence and probabilities are
-    rounded to float16 here, in the live path, so that stored answers are exact.
+    rounded to float16 here, in the live path, so that stored targets are exact.
     """
     log_p = F.log_softmax(logits_BMK.float(), -1)
     confidence = (log_p.exp() * log_p).sum(-1).to(torch.float16)
     labels = logits_BMK.argmax(-1)
     if temperature is None:
-        return TeacherAnswers(labels, confidence)
+        return TeacherTargets(labels, confidence)
     soft = F.log_softmax(logits_BMK.float() / temperature, -1)
     if not top_k:
-        return TeacherAnswers(labels, confidence, soft)
+        return TeacherTargets(labels, confidence, soft)
     top = soft.exp().topk(min(top_k, soft.shape[-1] - 1), -1)
-    return TeacherAnswers(labels, confidence, None, top.values.to(torch.float16), top.indices)
+    return TeacherTargets(labels, confidence, None, top.values.to(torch.float16), top.indices)
 
 
 def class_loss(logits_BK: Tensor, labels_a: Tensor, labels_b: Tensor, lam_B: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -77,7 +77,7 @@ def top_k_kl(log_q_BK: Tensor, probs_Bk: Tensor, classes_Bk: Tensor) -> Tensor:
 
 def distillation_loss(
     logits_BHK: Tensor,
-    answers: TeacherAnswers,
+    targets: TeacherTargets,
     head_teacher: tuple[int, ...] | None = None,
     reweight: bool = True,
     temperature: float | None = None,
@@ -86,34 +86,34 @@ def distillation_loss(
 
     Args:
         logits_BHK: distillation logits of the student's heads.
-        answers: of the M teachers.
+        targets: of the M teachers.
         head_teacher: which teacher each head learns from; by default head i from teacher i. Heads of one teacher
             share its weight equally.
         reweight: weigh the teachers by their confidence, per image; otherwise equally.
         temperature: None for hard labels; otherwise `T^2 KL(teacher || student)` at this temperature
-            (Hinton et al. 2015), which needs `answers.log_probs` or the `top_` fields.
+            (Hinton et al. 2015), which needs `targets.log_probs` or the `top_` fields.
 
     Raises:
         ValueError: as many heads as teachers are expected, or soft labels are wanted and not there.
     """
-    M = answers.labels.shape[1]
+    M = targets.labels.shape[1]
     head_teacher = tuple(range(M)) if head_teacher is None else head_teacher
     if len(head_teacher) != logits_BHK.shape[1] or max(head_teacher) >= M:
         raise ValueError(f"{logits_BHK.shape[1]} heads and {M} teachers do not fit head_teacher={head_teacher}")
     total = logits_BHK.new_zeros(len(logits_BHK), dtype=torch.float32)
-    weights_BM = confidence_weights(answers.confidence) if reweight else None
+    weights_BM = confidence_weights(targets.confidence) if reweight else None
     for h, teacher in enumerate(head_teacher):
         if temperature is None:
-            per_image = F.cross_entropy(logits_BHK[:, h].float(), answers.labels[:, teacher], reduction="none")
+            per_image = F.cross_entropy(logits_BHK[:, h].float(), targets.labels[:, teacher], reduction="none")
         else:
             log_q = F.log_softmax(logits_BHK[:, h].float() / temperature, -1)
-            if answers.top_probs is not None and answers.top_classes is not None:
-                divergence = top_k_kl(log_q, answers.top_probs[:, teacher], answers.top_classes[:, teacher])
-            elif answers.log_probs is not None:
-                log_p = answers.log_probs[:, teacher].float()
+            if targets.top_probs is not None and targets.top_classes is not None:
+                divergence = top_k_kl(log_q, targets.top_probs[:, teacher], targets.top_classes[:, teacher])
+            elif targets.log_probs is not None:
+                log_p = targets.log_probs[:, teacher].float()
                 divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
             else:
-                raise ValueError("soft labels need answers with log_probs: pass a temperature to the teachers too")
+                raise ValueError("soft labels need targets with log_probs: pass a temperature to the teachers too")
             per_image = temperature**2 * divergence
         share = 1.0 / len([other for other in head_teacher if other == teacher])  # torch 2.8 cannot trace `count`
         weight = share / len(set(head_teacher)) if weights_BM is None else share * weights_BM[:, teacher]

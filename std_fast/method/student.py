@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipelines.errors import UserError
 from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule, TokenKind
-from std_fast.models.common import Keep
+from std_fast.models.common import DropPathMask
 
 Prediction = Literal["mean", "class", "distill"]
 
@@ -48,7 +48,7 @@ class Student(nn.Module):
             blocks (Touvron et al. 2021) with one linear head per teacher, and has no STD module.
         mine_weight: strength of the MINE regulariser; 0 leaves the statistics networks out.
         mine_width, mine_ema: see `MutualInformation`.
-        predict: what `forward` answers in evaluation: the mean of class logits and mean distillation logits,
+        predict: what `forward` targets in evaluation: the mean of class logits and mean distillation logits,
             or either alone.
 
     In training mode `forward` returns a `StudentOutput`, in evaluation logits `[B, K]` (DeiT's habit).
@@ -90,7 +90,7 @@ class Student(nn.Module):
                         MutualInformation(backbone.dim, backbone.patches, mine_width, mine_weight, mine_ema)
                     )
 
-    def outputs(self, images: Tensor, keep: Keep = None, with_mine: bool = False) -> StudentOutput:
+    def outputs(self, images: Tensor, keep: DropPathMask = None, with_mine: bool = False) -> StudentOutput:
         """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` is the backbone's stochastic depth."""
         if not hasattr(self.backbone, "forward_taps"):  # a plain classifier from timm
             return StudentOutput(self.backbone(images), None, [])
@@ -99,13 +99,13 @@ class Student(nn.Module):
             return StudentOutput(taps.logits, None, [])
         if self.deit_heads:
             return StudentOutput(taps.logits, torch.stack([head(taps.token) for head in self.deit_heads], 1), [])
-        answers = [module(features) for module, features in zip(self.std, taps.features, strict=True)]
+        outputs = [module(features) for module, features in zip(self.std, taps.features, strict=True)]
         information = []
         if with_mine and self.mine:
-            information = [mine(a.spatial, a.channel) for mine, a in zip(self.mine, answers, strict=True)]
-        return StudentOutput(taps.logits, torch.cat([a.logits for a in answers], 1), information)
+            information = [mine(a.spatial, a.channel) for mine, a in zip(self.mine, outputs, strict=True)]
+        return StudentOutput(taps.logits, torch.cat([a.logits for a in outputs], 1), information)
 
-    def forward(self, images: Tensor, keep: Keep = None, with_mine: bool = True) -> StudentOutput | Tensor:
+    def forward(self, images: Tensor, keep: DropPathMask = None, with_mine: bool = True) -> StudentOutput | Tensor:
         if self.training:
             return self.outputs(images, keep, with_mine)
         return predict(self.outputs(images), self.predict)

@@ -57,7 +57,7 @@ def few_outputs(hidden: Tensor, w_MH: Tensor, dim: int) -> Tensor:
 
 
 class STDModule(nn.Module):
-    """Reads features `[B, P, C]` and answers distillation logits `[B, M, K]`; it never writes to the backbone.
+    """Reads features `[B, P, C]` and targets distillation logits `[B, M, K]`; it never writes to the backbone.
 
     Args:
         dim: channels C of the features.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 
-Keep = Tensor | list[Tensor | None] | None
+DropPathMask = Tensor | list[Tensor | None] | None
 """Stochastic depth of a pass: scales of all residual branches, or the kept images of each; see `add_branch`"""
 
 
@@ -112,11 +112,11 @@ class Backbone(nn.Module):
         """Names of parameters that must not decay, besides biases and everything one-dimensional."""
         return set()
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: DropPathMask) -> tuple[Tensor, list[Tensor]]:
         """Images -> tokens after the last block, before the norm [B, S, C]; features [B, P, C] of the taps."""
         raise NotImplementedError
 
-    def _keep(self, keep: Keep, batch: int) -> Keep:
+    def _keep(self, keep: DropPathMask, batch: int) -> DropPathMask:
         """Stochastic depth of this pass: the caller's, or scales of torch's own draw when training."""
         if keep is not None:
             if isinstance(keep, list):
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
             if not 1 <= tap <= self.depth:
                 raise UserError(f"taps: there is no block {tap}; choose from 1 to {self.depth}")
 
-    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: Keep = None) -> Taps:
+    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: DropPathMask = None) -> Taps:
         """One pass that also hands out the features of some blocks.
 
         Args:
@@ -300,7 +300,7 @@ class Isotropic(Backbone):
     def no_weight_decay(self) -> set[str]:
         return {"distill_token"} if self.num_extra_tokens else set()
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: DropPathMask) -> tuple[Tensor, list[Tensor]]:
         x = self.stem(x)
         if self.num_extra_tokens:
             x = torch.cat([x, self.distill_token.expand(x.shape[0], -1, -1).to(x.dtype)], 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
-from std_fast.models.common import Backbone, Keep, Mlp, add_branch, check_drop_path, make_head
+from std_fast.models.common import Backbone, DropPathMask, Mlp, add_branch, check_drop_path, make_head
 
 
 def cycle_shift(x_BHWC: Tensor, dim: int) -> Tensor:
@@ -161,7 +161,7 @@ class CycleMlp(Backbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _stages(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[list[Tensor], dict[int, Tensor]]:
+    def _stages(self, x: Tensor, taps: Sequence[int], keep: DropPathMask) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Images -> the output of each stage [B, H, W, C], and of the tapped blocks of the last stage."""
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous())
         outputs: list[Tensor] = []
@@ -179,7 +179,7 @@ class CycleMlp(Backbone):
             outputs.append(x)
         return outputs, tapped
 
-    def _trunk(self, x: Tensor, taps: Sequence[int], keep: Keep) -> tuple[Tensor, list[Tensor]]:
+    def _trunk(self, x: Tensor, taps: Sequence[int], keep: DropPathMask) -> tuple[Tensor, list[Tensor]]:
         outputs, tapped = self._stages(x, taps, keep)
         return outputs[-1].flatten(1, 2), [self._fitted(tapped[tap]).flatten(1, 2) for tap in taps]
 

@@ -27,7 +27,7 @@ HELD = "held.json"
 log = logging.getLogger("std_fast")
 
 
-def learning_seconds(seconds: Mapping[str, float]) -> float:
+def productive_seconds(seconds: Mapping[str, float]) -> float:
     """Of a ledger's seconds those in which images were learned from."""
     return sum(seconds.get(part, 0.0) for part in LEARNING)
 
@@ -253,7 +253,7 @@ class Clock:
         self._share = 0.0
         self._step_seconds = 0.0
         self._timed_steps = 0
-        self._before = learning_seconds(ledger.read())
+        self._before = productive_seconds(ledger.read())
         warmup = parse_warmup(recipe.optim.warmup)
         if isinstance(warmup, float):
             self.warmup = warmup
@@ -281,7 +281,7 @@ class Clock:
         if self.hours is None:
             return 0.0
         seconds = self.ledger.read()
-        learned = learning_seconds(seconds)
+        learned = productive_seconds(seconds)
         if learned > self._before:  # the mean, then a moving one
             self._timed_steps += 1
             rate = max(0.1, 1 / self._timed_steps)

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.read.source import MAX_CLASSES
+from std_fast.config.legacy import upgrade_meta, upgrade_tensors
 from std_fast.runtime.memory import ran_out
 
 FORMAT = 1
 KEY = "std_fast"
-_WITHOUT: dict[str, Any] = {
+META_DEFAULTS: dict[str, Any] = {
     "class_names": None,
     "seconds": {},
     "best": {},
@@ -99,9 +100,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path}: checkpoint format {found}, not {FORMAT}; use the version of std-fast that wrote it")
     if digest(tensors, {key: value for key, value in meta.items() if key != "digest"}) != meta.get("digest"):
         raise UserError(f"{path}: its digest does not match: the file is damaged; use an older one of the run")
+    tensors, meta = upgrade_tensors(tensors), upgrade_meta(meta)
     if fault := _fault(tensors, meta):
         raise UserError(f"{path}: {fault}, which no run saves; it is not to be trusted: use another one")
-    return tensors, {**_WITHOUT, **meta}
+    return tensors, {**META_DEFAULTS, **meta}
 
 
 def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
@@ -125,7 +127,7 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
         "step": whole("step", 0, 1 << 53),
         "num_classes": whole("num_classes", 1, MAX_CLASSES),
         "devices": "devices" not in meta or whole("devices", 1, 1 << 20),
-        "aside_step": "aside_step" not in meta or whole("aside_step", 0, 1 << 53),
+        "snapshot_step": "snapshot_step" not in meta or whole("snapshot_step", 0, 1 << 53),
         "bad_steps": is_steps(meta.get("bad_steps", [])),
         "recipe": isinstance(meta.get("recipe"), str),
         "complete": isinstance(meta.get("complete", False), bool),
@@ -138,7 +140,7 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
         if not good:
             return f"its metadata have {key} {meta.get(key)!r}"
     for name in tensors:
-        if not re.fullmatch(r"(aside\.)?((model|ema)\.[^:]+|optim\.[^:]+:\w+)", name):
+        if not re.fullmatch(r"(snapshot\.)?((model|ema)\.[^:]+|optim\.[^:]+:\w+)", name):
             return f"it has a tensor named {name!r}"
     return ""
 

@@ -71,7 +71,7 @@ class World:
         dist.all_gather_into_tensor(everyone, flat)
         return everyone.view(rows.dtype)
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value of something small, on every rank; the hosts wait for each other."""
         if self.size == 1:
             return value
@@ -90,7 +90,7 @@ class World:
             dist.barrier(group=self.host)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def rank() -> int:
@@ -99,8 +99,8 @@ def rank() -> int:
 
 
 @contextmanager
-def joined(on_gpu: bool, timeout: float) -> Iterator[World]:
-    """The world that torchrun started this process in; `ALONE` without torchrun.
+def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
+    """The world that torchrun started this process in; `SINGLE_PROCESS` without torchrun.
 
     A process group that is there already is used and left as it is.
 
@@ -114,7 +114,7 @@ def joined(on_gpu: bool, timeout: float) -> Iterator[World]:
     """
     there = dist.is_initialized()
     if not there and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     limit = timedelta(seconds=timeout)
     if not there:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from std_fast.runtime.distributed import ALONE, World
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
 
 log = logging.getLogger("std_fast")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("std_fast")
 class Meters:
     """Sums of scalars on the device. `add` never makes the host wait; `read` does, once for all of them."""
 
-    def __init__(self, world: World = ALONE) -> None:
+    def __init__(self, world: World = SINGLE_PROCESS) -> None:
         self.world = world
         self.steps = 0  # added since the last read, those that were left out included
         self._sums: dict[tuple[str, ...], Tensor] = {}  # of the steps with just these names: sums, and how many

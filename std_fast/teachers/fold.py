@@ -1,7 +1,7 @@
 """Batch norms of a frozen network, folded into the convolutions and linear layers before them.
 
 Which layer a batch norm follows is seen in one forward pass, so that any model that runs can be folded, however it is
-written; a second pass shows that the answers have stayed. Shapes: B batch, C channels, K classes.
+written; a second pass shows that the targets have stayed. Shapes: B batch, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fold_batch_norms(model: nn.Module, image_size: int = 224) -> int:
         image_size: side S of the random image on which it is tried.
 
     Returns:
-        How many were folded. If the answers to the random image differ afterwards, everything is put back, a warning
+        How many were folded. If the targets to the random image differ afterwards, everything is put back, a warning
         says so, and the number is 0.
     """
     model.eval()

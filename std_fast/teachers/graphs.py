@@ -3,7 +3,7 @@ batches, eager or aot_eager teachers, many decoding threads on few cores).
 
 Hazards, and what is done about them:
 - A replay reads and writes the same memory as the capture. The images are copied into the graph's own input; the
-  answers, which are small, are copied out of it, so that nobody holds what the next replay overwrites.
+  targets, which are small, are copied out of it, so that nobody holds what the next replay overwrites.
 - Graphs that share a memory pool must be replayed in the order of their capture. Each has a pool of its own, and the
   student's memory, captured or not, is never in it.
 - Weights must stay where they are: after `.to()` or `load_state_dict(assign=True)` make a new one. In-place changes are
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from std_fast.method.losses import TeacherAnswers
+from std_fast.method.losses import TeacherTargets
 from std_fast.teachers.teacher import Teachers
 
 WARM_UP = 3  # calls before the capture
@@ -38,21 +38,21 @@ class ReplayedTeachers(Teachers):
         nn.Module.__init__(self)
         self.inner, self.teachers = inner, inner.teachers
         self.temperature, self.top_k = inner.temperature, inner.top_k
-        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, TeacherAnswers]] = {}
+        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor, TeacherTargets]] = {}
 
-    def forward(self, images: Tensor) -> TeacherAnswers:
+    def forward(self, images: Tensor) -> TeacherTargets:
         """Images `[B, 3, H, W]` on a GPU; the work is done in the current stream."""
         key = (images.shape, images.stride(), images.dtype, images.device)
         if key not in self._captured:
             self._captured[key] = self._capture(images)
-        graph, own_images, answers = self._captured[key]
+        graph, own_images, targets = self._captured[key]
         own_images.copy_(images)
         graph.replay()
-        copies: Any = [None if value is None else value.clone() for value in answers]
-        return TeacherAnswers(*copies)
+        copies: Any = [None if value is None else value.clone() for value in targets]
+        return TeacherTargets(*copies)
 
     @torch.no_grad()
-    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, TeacherAnswers]:
+    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, TeacherTargets]:
         own_images = torch.empty_like(images)  # keeps the strides
         own_images.copy_(images)
         stream, current = torch.cuda.Stream(images.device), torch.cuda.current_stream(images.device)
@@ -63,6 +63,6 @@ class ReplayedTeachers(Teachers):
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            answers = self.inner(own_images)
+            targets = self.inner(own_images)
         current.wait_stream(stream)
-        return graph, own_images, answers
+        return graph, own_images, targets

@@ -1,6 +1,6 @@
-"""From raw batches to batches with the teachers' answers, on a GPU while the student learns from the batch before.
+"""From raw batches to batches with the teacher targets, on a GPU while the student learns from the batch before.
 
-The teachers need nothing from the student, so that their answers to batch t+1 can be made on a stream of their own
+The teachers need nothing from the student, so that their targets to batch t+1 can be made on a stream of their own
 while the student learns from batch t. What crosses the streams, and why it is right:
 
 - A preparation begins, on the side stream, when all is done that the student's stream had been given before it: what
@@ -24,14 +24,14 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pipelines.augment.device import Augment, Mixed
+from pipelines.augment.device import Augment, TrainBatch
 from pipelines.read.batch import Batch
-from std_fast.method.losses import TeacherAnswers
+from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.speed import Stopwatch
 from std_fast.teachers.teacher import Teachers
 
 log = logging.getLogger("std_fast")
-Pair = tuple[Mixed, TeacherAnswers | None]
+Pair = tuple[TrainBatch, TeacherTargets | None]
 
 
 class Trial:
@@ -126,8 +126,8 @@ class Overlap:
 
 def tensors_of(pair: Pair) -> list[Tensor]:
     """Everything on the device that a step gets."""
-    mixed, answers = pair
-    values = [getattr(mixed, field.name) for field in fields(mixed)] + list(answers or ())
+    mixed, targets = pair
+    values = [getattr(mixed, field.name) for field in fields(mixed)] + list(targets or ())
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -154,9 +154,9 @@ def taught(
             watch.note(augment=(began, augmented))
             return mixed, None
         with autocast():
-            answers = teachers(mixed.images)
+            targets = teachers(mixed.images)
         watch.note(augment=(began, augmented), teacher=(augmented, watch.now()))
-        return mixed, answers
+        return mixed, targets
 
     if overlap is None or overlap.stream is None or teachers is None:
         for batch in batches:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipelines.errors import UserError
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import TeacherSpec
-from std_fast.method.losses import TeacherAnswers, answers_from_logits
+from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.models import BACKBONES
 from std_fast.teachers.classifiers import (
     build_classifier,
@@ -91,18 +91,18 @@ class Teacher(nn.Module):
 
 
 class Teachers(nn.Module):
-    """All teachers of a run, in the recipe's order: images -> `TeacherAnswers`, without gradients."""
+    """All teachers of a run, in the recipe's order: images -> `TeacherTargets`, without gradients."""
 
     def __init__(self, teachers: list[Teacher], temperature: float | None = None, top_k: int = 0) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
         self.temperature, self.top_k = temperature, top_k
 
-    def forward(self, images: Tensor) -> TeacherAnswers:
+    def forward(self, images: Tensor) -> TeacherTargets:
         """Images `[B, 3, H, W]`, mixed and normalised as the student sees them."""
         with torch.no_grad():
             logits = torch.stack([teacher(images) for teacher in self.teachers], dim=1)
-            return answers_from_logits(logits, self.temperature, self.top_k)
+            return targets_from_logits(logits, self.temperature, self.top_k)
 
 
 class Trained(NamedTuple):
@@ -149,7 +149,7 @@ def build_teacher(
     else:
         found = from_file(path, spec, num_classes, image_size, where)
     size = spec.image_size or found.image_size or image_size
-    try_out(found.model, num_classes, size, where)
+    smoke_test(found.model, num_classes, size, where)
     folded = fold_batch_norms(found.model, size)
     model = in_precision(found.model, dtype, size, where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     own_mean, own_std = spec.mean or found.mean or mean, spec.std or found.std or std
@@ -160,7 +160,7 @@ def build_teacher(
     return teacher
 
 
-def try_out(model: nn.Module, num_classes: int, image_size: int, where: str) -> None:
+def smoke_test(model: nn.Module, num_classes: int, image_size: int, where: str) -> None:
     """UserError unless a random image of this size is answered by `num_classes` finite logits."""
     try:
         with torch.no_grad():

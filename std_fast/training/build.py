@@ -21,15 +21,15 @@ from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.method.mine import MutualInformation
 from std_fast.method.student import ModulePlan, Student, plan_modules
 from std_fast.runtime.compiling import backend_of, compiled, keep_cache, options
-from std_fast.runtime.distributed import ALONE, World, replicate
+from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
 from std_fast.teachers.fold import random_image
 from std_fast.teachers.graphs import ReplayedTeachers
-from std_fast.teachers.label_cache import AnswerStore, epochs_needed, open_answers
 from std_fast.teachers.overlap import Overlap
 from std_fast.teachers.quantize import LOW, quantize
+from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import (
     Teacher,
     Teachers,
@@ -40,7 +40,7 @@ from std_fast.teachers.teacher import (
     read_run,
     read_weights,
 )
-from std_fast.training.optim import MovingAverage, build_optimizer
+from std_fast.training.optim import EMA, build_optimizer
 from std_fast.training.step import GROUP, Guard, Objective, Trainer, kept_rows, residual_scales
 
 log = logging.getLogger("std_fast")
@@ -55,15 +55,15 @@ class Parts:
     train_loader: Loader
     val_loader: Loader | None
     augment: Augment
-    teachers: Teachers | None  # also None where all their answers are stored
-    answers: AnswerStore | None
+    teachers: Teachers | None  # also None where all their targets are stored
+    target_cache: TargetCache | None
     trainer: Trainer
     overlap: Overlap
     speed: SpeedMeter
     backend: str | None  # of torch.compile
 
     def close(self) -> None:
-        for part in (self.train_loader, self.val_loader, self.answers):
+        for part in (self.train_loader, self.val_loader, self.target_cache):
             if part is not None:
                 part.close()
 
@@ -87,7 +87,9 @@ def precision_of(recipe: Recipe, device: torch.device) -> str:
     return ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
 
 
-def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE, drop_last: bool = True) -> Loader:
+def open_train_loader(
+    recipe: Recipe, device: torch.device, world: World = SINGLE_PROCESS, drop_last: bool = True
+) -> Loader:
     """Shuffled, endlessly many epochs; with `drop_last` whole batches only."""
     if not recipe.data.train:
         raise UserError("data.train: is empty; give a .beton or an image folder, e.g. --data.train imagenet.beton")
@@ -111,7 +113,9 @@ def open_train_loader(recipe: Recipe, device: torch.device, world: World = ALONE
     return pipelines.open_loader(spec, recipe.data.backend)
 
 
-def open_val_loader(recipe: Recipe, device: torch.device, path: str = "", world: World = ALONE) -> Loader | None:
+def open_val_loader(
+    recipe: Recipe, device: torch.device, path: str = "", world: World = SINGLE_PROCESS
+) -> Loader | None:
     """Every image of `path`, by default `data.val`, once and in order; None when there is none."""
     path = path or recipe.data.val
     if not path:
@@ -189,25 +193,25 @@ def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> to
 
 
 def build_missing_teachers(
-    recipe: Recipe, loader: Loader, answers: AnswerStore | None, device: torch.device
+    recipe: Recipe, loader: Loader, target_cache: TargetCache | None, device: torch.device
 ) -> Teachers | None:
     """The teachers, unless there are none or all that the run can ask them is stored.
 
     Raises:
         UserError: they are needed and cannot be built.
     """
-    if answers is None:
+    if target_cache is None:
         return build_teachers(recipe, loader.num_classes, device)
     epochs = epochs_needed(recipe, loader.steps_per_epoch)
-    missing = None if epochs is None else answers.missing(epochs)
+    missing = None if epochs is None else target_cache.missing(epochs)
     if missing == []:
-        log.info("%s holds all answers: no teacher is needed", answers.folder)
+        log.info("%s holds all target_cache: no teacher is needed", target_cache.folder)
         return None
     try:
         return build_teachers(recipe, loader.num_classes, device)
     except UserError as error:
         lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
-        raise UserError(f"{error} (needed because distill.answers {lacks})") from None
+        raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
 
 
 def make_fast(
@@ -239,7 +243,7 @@ def make_fast(
     return teachers, backend
 
 
-def build(recipe: Recipe, world: World = ALONE) -> Parts:
+def build(recipe: Recipe, world: World = SINGLE_PROCESS) -> Parts:
     """Everything that a run of `recipe` needs. UserError for whatever the user can mend, before anything is trained."""
     # An earlier run of this process is let go first: its parts refer to each other, and full collections are rare.
     gc.collect()
@@ -250,7 +254,7 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
             f"run.batch: {recipe.run.batch} over {world.size} processes must be a multiple of {4 * world.size}"
         )
     train_loader = open_train_loader(recipe, device, world)
-    val_loader = answers = None
+    val_loader = target_cache = None
     try:
         val_loader = open_val_loader(recipe, device, world=world)
         classes = train_loader.num_classes
@@ -263,8 +267,10 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         for mine in student.mine.children():
             assert isinstance(mine, MutualInformation)
             mine.gather = world.gather if world.size > 1 else None
-        answers = open_answers(recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world)
-        teachers = build_missing_teachers(recipe, train_loader, answers, device)
+        target_cache = open_target_cache(
+            recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world
+        )
+        teachers = build_missing_teachers(recipe, train_loader, target_cache, device)
         whole = not (subset or recipe.student.early_size)  # else an image's arithmetic is not always the same: no MFU
         flops = flops_per_image(student, teachers, recipe.data.image_size) if whole else None
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
@@ -277,7 +283,7 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
             forward=replicate(compiled(student, backend), world, device, recipe.run.compress_gradients),
             objective=compiled(objective.__call__, backend),
             optimizer=build_optimizer(student, recipe, device),
-            average=MovingAverage(student, decay) if decay else None,
+            average=EMA(student, decay) if decay else None,
             guard=Guard(device, world),
             meters=Meters(world),
             autocast=functools.partial(autocast, device, precision),
@@ -291,13 +297,15 @@ def build(recipe: Recipe, world: World = ALONE) -> Parts:
         limit = ceiling(device, precision)
         speed = SpeedMeter(device, watch, flops, limit * world.size)
     except BaseException:
-        for part in (train_loader, val_loader, answers):
+        for part in (train_loader, val_loader, target_cache):
             if part is not None:
                 part.close()
         raise
     text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
     log.info(text, device, precision, backend or "off", limit / 1e12)
-    return Parts(recipe, device, train_loader, val_loader, augment, teachers, answers, trainer, overlap, speed, backend)
+    return Parts(
+        recipe, device, train_loader, val_loader, augment, teachers, target_cache, trainer, overlap, speed, backend
+    )
 
 
 def flops_per_image(student: nn.Module, teachers: Teachers | None, image_size: int) -> float | None:

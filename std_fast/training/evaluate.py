@@ -17,7 +17,7 @@ from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.method.student import Prediction, Student, predict
-from std_fast.runtime.distributed import ALONE, World
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.teachers.teacher import autocast, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
 
@@ -33,7 +33,7 @@ def evaluate(
     normalise: Callable[[Tensor], Tensor],
     autocast: Callable,
     how: Prediction = "mean",
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import Batch
 from std_fast.config.recipe import Recipe
 from std_fast.runtime.memory import ran_out
-from std_fast.teachers.label_cache import unpack
+from std_fast.teachers.target_cache import unpack
 from std_fast.training.build import Parts, build
 from std_fast.training.step import GROUP
 
@@ -78,7 +78,7 @@ def trial(recipe: Recipe) -> Callable[[int], bool]:
             if not ran_out(error):
                 raise
         finally:
-            let_go()
+            free_memory()
         return False
 
     return fits
@@ -97,23 +97,23 @@ def two_steps(parts: Parts, batch: int) -> None:
         prepared = []
         with torch.no_grad():
             for raw in held[:2]:
-                mixed, answers = parts.augment(raw), None
+                mixed, targets = parts.augment(raw), None
                 if parts.teachers is not None:
                     with trainer.autocast():
-                        answers = parts.teachers(mixed.images)
+                        targets = parts.teachers(mixed.images)
                 elif distill.mode == "std":  # stored ones
                     shape = (batch, len(distill.teachers), 2 + 2 * distill.top_k)
-                    answers = unpack(torch.ones(shape, dtype=torch.int16, device=device), distill.labels == "soft")
-                prepared.append((mixed, answers))
-        for step, (mixed, answers) in enumerate(prepared, 1):
-            trainer.step(mixed, answers, step, 0.0, 0.0, distill.uses_mine)
+                    targets = unpack(torch.ones(shape, dtype=torch.int16, device=device), distill.labels == "soft")
+                prepared.append((mixed, targets))
+        for step, (mixed, targets) in enumerate(prepared, 1):
+            trainer.step(mixed, targets, step, 0.0, 0.0, distill.uses_mine)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def let_go() -> None:
+def free_memory() -> None:
     """Gives the memory of what is gone back to the device."""
     gc.collect()
     if torch.cuda.is_available():

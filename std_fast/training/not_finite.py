@@ -19,7 +19,7 @@ class NotFinite(Exception):
     """Loss or gradient of a step was not finite; the state before it is saved."""
 
 
-class BadSteps:
+class NonFiniteMonitor:
     """The steps of a run that were not finite, as far as the host knows. All ranks hold the same.
 
     The trainer's guard notices them on the device, where such a step changes nothing; here the host follows, when it
@@ -27,7 +27,7 @@ class BadSteps:
 
     Args:
         meta: of the checkpoint that the run goes on from.
-        aside_every: steps between the states that `rollback` puts aside; 0: none.
+        snapshot_every: steps between the states that `rollback` puts aside; 0: none.
         folder: of the run, for `not_finite.json`; None: another rank writes it.
     """
 
@@ -37,31 +37,31 @@ class BadSteps:
         trainer: Trainer,
         loader: Loader,
         meta: Mapping[str, Any],
-        aside_every: int,
+        snapshot_every: int,
         folder: Path | None,
     ) -> None:
         self._recipe, self._trainer, self._loader, self._folder = recipe, trainer, loader, folder
         self.steps: list[int] = list(meta.get("bad_steps", []))
-        self._aside_every, self._aside_step = aside_every, meta.get("aside_step", 0)
+        self._snapshot_every, self._snapshot_step = snapshot_every, meta.get("snapshot_step", 0)
         known, limit, kind = len(self.steps), recipe.run.not_finite_limit, recipe.run.not_finite
         room = known if kind == "stop" else max(known, limit)
         trainer.guard.set(self.steps, room + 1, room if kind == "skip" else known)
-        if aside_every and not trainer.aside:
-            self.put_aside(meta.get("step", 0))
+        if snapshot_every and not trainer.snapshot:
+            self.take_snapshot(meta.get("step", 0))
 
     def meta(self) -> dict[str, Any]:
         """For a checkpoint of this moment."""
-        return {"bad_steps": self._trainer.guard.read()[0], "aside_step": self._aside_step}
+        return {"bad_steps": self._trainer.guard.read()[0], "snapshot_step": self._snapshot_step}
 
-    def aside_is_due(self, step: int) -> bool:
-        return self._aside_every > 0 and step % self._aside_every == 0
+    def snapshot_due(self, step: int) -> bool:
+        return self._snapshot_every > 0 and step % self._snapshot_every == 0
 
-    def put_aside(self, step: int) -> None:
+    def take_snapshot(self, step: int) -> None:
         """Keeps the state after `step` on the device, to go back to."""
-        self._trainer.put_aside()
-        self._aside_step = step
+        self._trainer.take_snapshot()
+        self._snapshot_step = step
 
-    def look(self, tell: Callable[[int, str], None], save_at: Callable[[int], None]) -> int | None:
+    def check(self, tell: Callable[[int, str], None], save_at: Callable[[int], None]) -> int | None:
         """Waits for the device, and does what the recipe says about new bad steps.
 
         Args:
@@ -83,9 +83,9 @@ class BadSteps:
             return None
         if run.not_finite != "rollback" or len(bad) > run.not_finite_limit:
             self._end_at(bad.pop(), save_at)
-        self._trainer.go_back()
+        self._trainer.rollback()
         guard.allowed.fill_(len(bad))
-        back = f"back to the weights of step {self._aside_step}, on with the batch behind it"
+        back = f"back to the weights of step {self._snapshot_step}, on with the batch behind it"
         tell(bad[-1], f"step {bad[-1]}: loss or gradient not finite, {back}")
         return bad[-1]
 

@@ -90,7 +90,7 @@ def peak_learning_rate(recipe: Recipe) -> float:
     return o.lr * recipe.run.batch / o.lr_batch if o.lr_batch else o.lr
 
 
-class MovingAverage:
+class EMA:
     """Exponential moving average of a student's weights (parameters and floating buffers that are saved), in float32.
 
     The statistics networks of MINE serve the training alone and are left out.

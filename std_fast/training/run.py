@@ -15,14 +15,14 @@ from typing import Any, cast
 
 import torch
 
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds
-from std_fast.method.losses import TeacherAnswers
+from std_fast.method.losses import TeacherTargets
 from std_fast.method.student import smaller
-from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, learning_seconds
+from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, productive_seconds
 from std_fast.runtime.compiling import counted
-from std_fast.runtime.distributed import ALONE, Agreement, World, joined
+from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.held import process_seconds
 from std_fast.runtime.memory import of_the_device, ran_out
 from std_fast.runtime.metrics import Journal, Progress
@@ -32,7 +32,7 @@ from std_fast.teachers.teacher import Teachers
 from std_fast.training import largest_batch
 from std_fast.training.build import Parts, build, resolved, uses_gpu
 from std_fast.training.evaluate import Abandoned, evaluate
-from std_fast.training.not_finite import BadSteps, NotFinite
+from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
 from std_fast.training.optim import peak_learning_rate, schedule
 from std_fast.training.run_folder import RunFolder, locked, versions, write_whole
 
@@ -51,7 +51,7 @@ class Run:
         recipe: Recipe,
         resume: bool = False,
         quiet: bool = False,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         asked: Sequence[int] = (),
     ) -> None:
         self.recipe, self.world = resolved(recipe), world
@@ -59,9 +59,9 @@ class Run:
         self.ledger = Ledger(world.size, already=process_seconds())
         self.step = 0
         self.complete = False  # whether the checkpoint that the run goes on from is of its end
-        self.owes_evaluation = False  # a run that was stopped in an evaluation begins with it
+        self.evaluation_pending = False  # a run that was stopped in an evaluation begins with it
         self.best: dict[str, float] = {}
-        self._batches: Generator[tuple[Mixed, TeacherAnswers | None], None, None]
+        self._batches: Generator[tuple[TrainBatch, TeacherTargets | None], None, None]
         self.stop_wanted, self.asked = False, asked  # by whoever drives the run; by signals
         self.early_until = recipe.student.early_share if recipe.student.early_size else 0.0  # share of the training
         self.folder = RunFolder(recipe, world, self.ledger, resume)
@@ -84,7 +84,7 @@ class Run:
             meta = self.folder.restore(self.parts.trainer)
             self.step, self.best = meta["step"], meta["best"]
             self.complete, self.clock.costs = meta.get("complete", False), dict(meta.get("costs", {}))
-            self.owes_evaluation = meta.get("owes_evaluation", False)
+            self.evaluation_pending = meta.get("evaluation_pending", False)
         self.agree = Agreement(world)
         on_gpu, teachers = self.parts.device.type == "cuda", self.parts.teachers
         self.pace = Pace() if on_gpu and self.clock.hours else None
@@ -104,11 +104,11 @@ class Run:
         self._save_every = parse_seconds(recipe.run.save_every, "run.save_every")
         self._eval_every = self._steps_between(recipe.run.eval_every)
         self._mine_every = max(1, self._steps_between(recipe.distill.mine.every))
-        aside_every = 0
+        snapshot_every = 0
         if recipe.run.not_finite == "rollback":
-            aside_every = max(1, self._steps_between(recipe.run.rollback_every))
+            snapshot_every = max(1, self._steps_between(recipe.run.rollback_every))
         folder = self.folder.path if world.main else None
-        self.bad = BadSteps(recipe, self.parts.trainer, self.parts.train_loader, meta, aside_every, folder)
+        self.bad = NonFiniteMonitor(recipe, self.parts.trainer, self.parts.train_loader, meta, snapshot_every, folder)
 
     # -- how far --------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Run:
             "best": self.best,
             "costs": self.clock.costs,
             "complete": complete,
-            "owes_evaluation": self.owes_evaluation,
+            "evaluation_pending": self.evaluation_pending,
             **self.bad.meta(),
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
@@ -145,7 +145,7 @@ class Run:
         if self.teachers is not None:
             self.teachers.settle()
         before, self._logged = self._logged, self.ledger.read()
-        busy = learning_seconds(self._logged) - learning_seconds(before)
+        busy = productive_seconds(self._logged) - productive_seconds(before)
         images = steps * self.recipe.run.batch
         speed = self.parts.speed.read(images, busy, busy / max(steps, 1), self._logged["data"] - before["data"])
         rate = images / busy
@@ -163,7 +163,7 @@ class Run:
         corrupt = torch.tensor(len(self.parts.train_loader.corrupt), device=self.parts.device)
         return {"bad_steps": len(self.bad.steps), "corrupt_images": int(self.world.sum(corrupt))}
 
-    def went_back(self) -> bool:
+    def rolled_back(self) -> bool:
         """Waits for the device, and does what the recipe says about steps that were not finite: all ranks alike.
 
         Returns:
@@ -172,7 +172,7 @@ class Run:
         Raises:
             NotFinite: after saving the state before the bad step.
         """
-        step = self.bad.look(self._tell_bad, self._save_at)
+        step = self.bad.check(self.on_bad_step, self._save_at)
         if step is None:
             return False
         self.step = step
@@ -180,7 +180,7 @@ class Run:
         self._batches = self.batches()
         return True
 
-    def _tell_bad(self, step: int, text: str) -> None:
+    def on_bad_step(self, step: int, text: str) -> None:
         self.progress.say(text)
         self._record("not_finite", self._where(step) | {"bad_steps": len(self.bad.steps)})
 
@@ -214,7 +214,7 @@ class Run:
                     lambda: self._to_stop()[0],
                 )
             trainer.student.train()
-        spent = self.world.tell(time.perf_counter() - began)
+        spent = self.world.broadcast(time.perf_counter() - began)
         self.clock.cost("evaluate", spent)
         if not record:
             return result
@@ -224,7 +224,7 @@ class Run:
         self.progress.say(f"step {self.step}: top-1 {result['top1']:.2f} %  loss {result['loss']:.4f}")
         return result
 
-    def rehearse(self) -> None:
+    def time_evaluation(self) -> None:
         """Evaluates before the first step, so that a budget knows what the last evaluation will cost."""
         self.evaluate("start")
         if self.clock.costs.get("evaluate", 0.0) > 0.01 * (self.clock.hours or 0.0):
@@ -248,8 +248,8 @@ class Run:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Generator[tuple[Mixed, TeacherAnswers | None], None, None]:
-        """Batches with the teachers' answers from the present step on, epoch after epoch."""
+    def batches(self) -> Generator[tuple[TrainBatch, TeacherTargets | None], None, None]:
+        """Batches with the teacher targets from the present step on, epoch after epoch."""
         p, views = self.parts, self.recipe.distill.views
         epoch, start = divmod(self.step, self.per_epoch)
         while True:
@@ -257,10 +257,10 @@ class Run:
             raw: Any = p.train_loader.epoch(shown, start)
             data = self.ledger.waiting(raw)
             ask = (p.augment, cast(Teachers | None, self.teachers), p.trainer.autocast, p.overlap)
-            pairs: Any = taught(data, *ask) if p.answers is None else p.answers.taught(shown, data, *ask)
+            pairs: Any = taught(data, *ask) if p.target_cache is None else p.target_cache.taught(shown, data, *ask)
             try:
-                for mixed, answers in pairs:
-                    yield replace(mixed, epoch=epoch), answers  # stochastic depth draws anew
+                for mixed, targets in pairs:
+                    yield replace(mixed, epoch=epoch), targets  # stochastic depth draws anew
             finally:
                 pairs.close()
                 raw.close()
@@ -280,15 +280,15 @@ class Run:
         peak = peak_learning_rate(r)
         result: dict[str, float] = {}
         try:
-            if self.owes_evaluation or self.complete or self.clock.done(self.step):
-                result, self.owes_evaluation = self.evaluate(), False
+            if self.evaluation_pending or self.complete or self.clock.done(self.step):
+                result, self.evaluation_pending = self.evaluate(), False
             if self.complete or self.clock.done(self.step):
                 return result
             if self.clock.hours and "evaluate" not in self.clock.costs:
-                self.rehearse()
+                self.time_evaluation()
         except Abandoned:
             raise Stopped(f"stopped in an evaluation; continue {self.folder.path} with --resume") from None
-        share = self.world.tell(self._share())
+        share = self.world.broadcast(self._share())
         if share >= 1:
             spent = in_words(self.ledger.read())
             log.warning("run.length: %s are spent before the first step (%s): there will be one", r.run.length, spent)
@@ -296,7 +296,7 @@ class Run:
         self._logged = self.ledger.read()
         while not self.clock.done(self.step):
             trainer.watch.armed = (self.step + 1) % r.run.log_every == 0
-            mixed, answers = next(self._batches)
+            mixed, targets = next(self._batches)
             self.step += 1
             progress = self.clock.progress(self.step, share)
             if progress < self.early_until:
@@ -304,7 +304,7 @@ class Run:
             lr = schedule(progress, peak, r.optim.min_lr, self.clock.warmup)
             psi_lr = schedule(progress, r.distill.mine.lr, 0.0, self.clock.warmup)
             with_mine = r.distill.uses_mine and (self.step - 1) % self._mine_every == 0
-            trainer.step(mixed, answers, self.step, lr, psi_lr, with_mine)
+            trainer.step(mixed, targets, self.step, lr, psi_lr, with_mine)
             if self.pace is not None:
                 self.pace()
 
@@ -312,28 +312,28 @@ class Run:
             self.progress.update(self._done_amount())
             to_log = last or self.step % r.run.log_every == 0
             to_evaluate = last or (self._eval_every and self.step % self._eval_every == 0 and self._fits_eval())
-            put_aside = self.bad.aside_is_due(self.step)
-            if (to_log or to_evaluate or put_aside) and self.went_back() and not self.clock.done(self.step):
+            take_snapshot = self.bad.snapshot_due(self.step)
+            if (to_log or to_evaluate or take_snapshot) and self.rolled_back() and not self.clock.done(self.step):
                 continue
             if to_log:
                 self.log_line(lr)
-            if put_aside:
-                self.bad.put_aside(self.step)
+            if take_snapshot:
+                self.bad.take_snapshot(self.step)
             if to_evaluate:
-                self.owes_evaluation = True
+                self.evaluation_pending = True
                 with suppress(Abandoned):
-                    result, self.owes_evaluation = self.evaluate(), False
+                    result, self.evaluation_pending = self.evaluate(), False
             if on_step is not None:
                 on_step(self)
             stop, share = self._to_stop()
-            stop = stop or self.owes_evaluation  # which was given up because somebody was asked
+            stop = stop or self.evaluation_pending  # which was given up because somebody was asked
             if last or stop:
                 if stop:
-                    self.went_back()
+                    self.rolled_back()
                 self.save(complete=last)
             elif self._save_is_due():
                 self.save()
-            if stop and (self.owes_evaluation or not last):
+            if stop and (self.evaluation_pending or not last):
                 raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
         return result
 
@@ -348,7 +348,7 @@ class Run:
 
     def _fits_eval(self) -> bool:
         """Whether an evaluation leaves enough of a budget for the last one; all ranks alike."""
-        return self.clock.hours is None or self.world.tell(self.clock.fits("evaluate"))
+        return self.clock.hours is None or self.world.broadcast(self.clock.fits("evaluate"))
 
     def _save_is_due(self) -> bool:
         """By rank 0's clock alone; so a frozen guard is left to the next line of the log, where all ranks look."""
@@ -360,7 +360,7 @@ class Run:
         with self.ledger.during("checkpoint"):
             self.folder.writer.wait()
         seconds = self.ledger.read()
-        busy = learning_seconds(seconds)
+        busy = productive_seconds(seconds)
         student, source, corrupt = (
             self.parts.trainer.student,
             self.parts.train_loader.source,
@@ -415,10 +415,10 @@ def train(
         PeerLost: started by torchrun, and another process has died or hangs.
     """
     limit = parse_seconds(recipe.run.timeout, "run.timeout")
-    with joined(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
+    with init_distributed(uses_gpu(recipe), limit) as world, locked(Path(resolved(recipe).run.out), world):
         try:
             return _train(recipe, resume, quiet, world, on_step)
-        except OSError as error:  # of data and stored answers there are words already
+        except OSError as error:  # of data and stored targets there are words already
             out = Path(resolved(recipe).run.out)
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
             raise UserError(f"{out}: the run cannot be written ({what}); mend that and resume") from error
@@ -426,7 +426,7 @@ def train(
             if not ran_out(error):
                 raise
             of_device, text = of_the_device(error), str(error)
-        largest_batch.let_go()  # the error is forgotten here, and with it all that its frames held
+        largest_batch.free_memory()  # the error is forgotten here, and with it all that its frames held
         raise largest_batch.explained(recipe, of_device, text, world.size)
 
 

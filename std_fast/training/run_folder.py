@@ -21,14 +21,14 @@ from std_fast.config.recipe import Duration, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
-from std_fast.runtime.distributed import ALONE, World
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.training.step import Trainer
 
 log = logging.getLogger("std_fast")
 
 # fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
 # becomes of a run that would otherwise end
-FREE = (
+RESUMABLE_CHANGES = (
     "run.out",
     "run.log_every",
     "run.save_every",
@@ -42,7 +42,7 @@ FREE = (
     "data.threads",
     "data.ahead",
     "data.hw_decoder_load",
-    "distill.answers",
+    "distill.target_cache",
     "summary",
     "name",
     "run.overlap",
@@ -93,7 +93,7 @@ class RunFolder:
     def _newest(self) -> Saved | None:
         folder = self.path / "checkpoints"
         found = checkpoint.newest(folder) if self.world.main else None
-        name = self.world.tell(found and found[0].name)
+        name = self.world.broadcast(found and found[0].name)
         if name and not self.world.main:
             found = (folder / name, *checkpoint.load(folder / name))
         if found is None and (there := checkpoint.listed(folder)):
@@ -124,7 +124,7 @@ class RunFolder:
         """
         assert self.found is not None
         path, tensors, meta = self.found
-        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in FREE]
+        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in RESUMABLE_CHANGES]
         if other:
             raise UserError(
                 f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
@@ -166,7 +166,7 @@ class RunFolder:
 
 
 @contextmanager
-def locked(folder: Path, world: World = ALONE) -> Iterator[None]:
+def locked(folder: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
     """The run's folder for this run alone. UserError when another process trains into it."""
     if not world.main:
         yield

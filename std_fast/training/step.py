@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import rng
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from std_fast.config.recipe import Distill
-from std_fast.method.losses import TeacherAnswers, class_loss, confidence_weights, distillation_loss
+from std_fast.method.losses import TeacherTargets, class_loss, confidence_weights, distillation_loss
 from std_fast.method.student import Student, StudentOutput
-from std_fast.models.common import Keep
+from std_fast.models.common import DropPathMask
 from std_fast.runtime.checkpoint import restore, training_tensors
-from std_fast.runtime.distributed import ALONE, World
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import Stopwatch
-from std_fast.training.optim import MovingAverage, set_learning_rates
+from std_fast.training.optim import EMA, set_learning_rates
 
 
 class Losses(NamedTuple):
@@ -43,13 +43,13 @@ class Objective:
     smoothing: float
     head_teacher: tuple[int, ...]
 
-    def __call__(self, out: StudentOutput, mixed: Mixed, answers: TeacherAnswers | None) -> Losses:
+    def __call__(self, out: StudentOutput, mixed: TrainBatch, targets: TeacherTargets | None) -> Losses:
         classes = class_loss(out.class_logits, mixed.labels_a, mixed.labels_b, mixed.lam, self.smoothing)
-        if answers is None or out.dist_logits is None:
+        if targets is None or out.dist_logits is None:
             return Losses(classes, classes, None, None)
         d = self.distill
         temperature = d.temperature if d.labels == "soft" else None
-        distilled = distillation_loss(out.dist_logits, answers, self.head_teacher, d.reweight, temperature)
+        distilled = distillation_loss(out.dist_logits, targets, self.head_teacher, d.reweight, temperature)
         total = (1 - d.alpha) * classes + d.alpha * distilled
         if not out.information:
             return Losses(total, classes, distilled, None)
@@ -70,7 +70,9 @@ class Guard:
         allowed: how many are passed over before all is frozen; 0: none.
     """
 
-    def __init__(self, device: torch.device, world: World = ALONE, capacity: int = 1, allowed: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, world: World = SINGLE_PROCESS, capacity: int = 1, allowed: int = 0
+    ) -> None:
         self.world = world
         self.found_inf = torch.zeros((), device=device)
         self.bad_values = torch.zeros((), dtype=torch.int64, device=device)
@@ -175,17 +177,17 @@ class Trainer:
     forward: Callable[..., StudentOutput]
     objective: Callable[..., Losses]  # an Objective, or its compiled form
     optimizer: Any  # one of optim.py: it reads `found_inf`
-    average: MovingAverage | None
+    average: EMA | None
     guard: Guard
     meters: Meters
     autocast: Callable[[], contextlib.AbstractContextManager]
     clip: float
     seed: int
-    world: World = ALONE
-    depth: Callable[..., Keep] = residual_scales  # or what `kept_rows` gives
+    world: World = SINGLE_PROCESS
+    depth: Callable[..., DropPathMask] = residual_scales  # or what `kept_rows` gives
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
 
-    aside: dict[str, Tensor] = field(default_factory=dict)
+    snapshot: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         psi = self.student.training_only()
@@ -195,7 +197,7 @@ class Trainer:
         self.buffers = Buffers(self.student)
 
     def step(
-        self, mixed: Mixed, answers: TeacherAnswers | None, step: int, lr: float, psi_lr: float, with_mine: bool
+        self, mixed: TrainBatch, targets: TeacherTargets | None, step: int, lr: float, psi_lr: float, with_mine: bool
     ) -> None:
         """Learns from one batch; `step` counts from 1 over the whole training. Figures go to the meters."""
         set_learning_rates(self.optimizer, lr, psi_lr)
@@ -203,7 +205,7 @@ class Trainer:
         self.buffers.keep()
         with self.autocast():
             out = self.forward(mixed.images, self.stochastic_depth(mixed, step), with_mine)
-            losses = self.objective(out, mixed, answers)
+            losses = self.objective(out, mixed, targets)
         pauses = self.world.size > 1 and bool(self.psi_parameters) and losses.information is None
         total = losses.total + no_gradient(self.psi_parameters) if pauses else losses.total
         total.backward()
@@ -211,7 +213,7 @@ class Trainer:
             for parameter in self.psi_parameters:
                 parameter.grad = None
 
-        learned = self.watch.now()
+        backward_end = self.watch.now()
         norm = gradient_norm(self.student_parameters)
         psi_norm = [gradient_norm(self.psi_parameters)] if losses.information is not None else []
         if self.clip:
@@ -223,36 +225,38 @@ class Trainer:
         self.buffers.put_back(self.guard.found_inf)
         if self.average is not None:
             self.average.update(step, self.guard.found_inf)
-        self.watch.note(student=(began, learned), optimizer=(learned, self.watch.now()))
-        self.meters.add(figures(losses, norm, answers), self.guard.found_inf)
+        self.watch.note(student=(began, backward_end), optimizer=(backward_end, self.watch.now()))
+        self.meters.add(figures(losses, norm, targets), self.guard.found_inf)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights, optimizer, moving average, and what was put aside to go back to."""
         average = self.average.state() if self.average is not None else {}
         tensors = training_tensors(self.student, self.optimizer, average)
-        return tensors | {f"aside.{name}": tensor for name, tensor in self.aside.items()}
+        return tensors | {f"snapshot.{name}": tensor for name, tensor in self.snapshot.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`, from any device."""
         device = self.guard.found_inf.device
-        self.aside = {n.removeprefix("aside."): t.to(device) for n, t in tensors.items() if n.startswith("aside.")}
-        self._put_in_place({name: tensor for name, tensor in tensors.items() if not name.startswith("aside.")})
+        self.snapshot = {
+            n.removeprefix("snapshot."): t.to(device) for n, t in tensors.items() if n.startswith("snapshot.")
+        }
+        self._put_in_place({name: tensor for name, tensor in tensors.items() if not name.startswith("snapshot.")})
 
-    def put_aside(self) -> None:
-        """Keeps a copy of the present state on the device, for `go_back`."""
-        self.aside = {}
-        self.aside = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+    def take_snapshot(self) -> None:
+        """Keeps a copy of the present state on the device, for `rollback`."""
+        self.snapshot = {}
+        self.snapshot = {name: tensor.detach().clone() for name, tensor in self.state().items()}
 
-    def go_back(self) -> None:
+    def rollback(self) -> None:
         """To the state that was put aside."""
-        self._put_in_place(self.aside)
+        self._put_in_place(self.snapshot)
 
     def _put_in_place(self, tensors: dict[str, Tensor]) -> None:
         average = restore(tensors, self.student, self.optimizer)
         if self.average is not None:
             self.average.load(average)
 
-    def stochastic_depth(self, mixed: Mixed, step: int) -> Keep:
+    def stochastic_depth(self, mixed: TrainBatch, step: int) -> DropPathMask:
         """Residual scales [2 L, B], 0 or 1 / (1 - rate), or kept rows: a pure function of seed, epoch and position.
 
         A timm model draws from torch's generator instead, which is seeded by the step.
@@ -276,12 +280,12 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def figures(losses: Losses, norm: Tensor, answers: TeacherAnswers | None) -> dict[str, Tensor]:
+def figures(losses: Losses, norm: Tensor, targets: TeacherTargets | None) -> dict[str, Tensor]:
     """Scalars on the device for the log."""
     values = {"loss": losses.total, "loss_class": losses.classes, "grad_norm": norm}
-    if losses.distilled is not None and answers is not None:
+    if losses.distilled is not None and targets is not None:
         values["loss_distill"] = losses.distilled
-        for i, weight in enumerate(confidence_weights(answers.confidence).mean(0)):
+        for i, weight in enumerate(confidence_weights(targets.confidence).mean(0)):
             values[f"teacher_weight_{i}"] = weight
     if losses.information is not None:
         values["information"] = losses.information

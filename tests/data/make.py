@@ -55,7 +55,7 @@ def make(folder: Path) -> None:
     train(from_dict(Recipe, plain), quiet=True)
     mine = {"every": "2 steps", "ema": 0.1, "width": 8}
     distill = {
-        "mode": "std", "teachers": [{"weights": "teacher"}], "mine": mine, "answers": "answers", "labels": "soft",
+        "mode": "std", "teachers": [{"weights": "teacher"}], "mine": mine, "target_cache": "targets", "labels": "soft",
         "top_k": 2,
     }  # fmt: skip
     recipe = from_dict(Recipe, {**SMALL, "student": STUDENT, "distill": distill, "run": SMALL["run"] | {"out": "run"}})

@@ -35,11 +35,11 @@ def _(ground: Ground) -> Seen:
     return Seen(f"{seen.finished} runs to their ends, the same bits", kills, lost=SINCE_THE_SAVE)
 
 
-@fault("train with teachers, MINE and answers written through: kill -9", GOES_ON)
+@fault("train with teachers, MINE and targets written through: kill -9", GOES_ON)
 def _(ground: Ground) -> Seen:
     kills = 4 * ground.scale
-    answers = {"answers": str(ground.folder / "answers"), "views": 2}
-    recipe = ground.recipe(taught=True, distill=answers, run={"length": "6 epochs"})
+    targets = {"target_cache": str(ground.folder / "targets"), "views": 2}
+    recipe = ground.recipe(taught=True, distill=targets, run={"length": "6 epochs"})
     seen = KilledTraining(recipe, ground.folder).run(kills, ground.random)
     return Seen(f"{seen.finished} runs to their ends, the same bits", kills, lost=SINCE_THE_SAVE)
 
@@ -66,19 +66,19 @@ def _(ground: Ground) -> Seen:
     recipe = ground.recipe(taught=True, run={"length": "12 epochs"})
 
     def folder_of(name: str) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in (ground.folder / name).glob("epoch-*.answers")}
+        return {file.name: file.read_bytes() for file in (ground.folder / name).glob("epoch-*.targets")}
 
     path, kills = ground.write(recipe), 4 * ground.scale
     began = time.monotonic()
-    ground.finish(["teach", path, "--quiet", "--distill.answers", str(ground.folder / "undisturbed")])
+    ground.finish(["teach", path, "--quiet", "--distill.target-cache", str(ground.folder / "undisturbed")])
     whole, expected = time.monotonic() - began, folder_of("undisturbed")
 
     def finished() -> None:
-        assert folder_of("killed") == expected, "stored answers differ"
+        assert folder_of("killed") == expected, "stored targets differ"
         shutil.rmtree(ground.folder / "killed")
 
     def start() -> Child:
-        return ground.start(["teach", path, "--quiet", "--distill.answers", str(ground.folder / "killed")])
+        return ground.start(["teach", path, "--quiet", "--distill.target-cache", str(ground.folder / "killed")])
 
     seen = kill_again_and_again(start, finished, kills, whole, ground.random)
     return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="batches since the last write")
@@ -201,14 +201,14 @@ def fill(path: Path) -> None:
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe(taught=True, run={"length": "150 epochs"})
     with small_disk(ground.folder / "disk", 80) as disk:
-        words = ["teach", ground.write(recipe), "--quiet", "--distill.answers", str(disk / "answers")]
+        words = ["teach", ground.write(recipe), "--quiet", "--distill.target-cache", str(disk / "targets")]
         with ground.start(words) as child:
             seconds, line = ends(child, 2, r"(cannot be written|cannot be made).*(No space|space)")
-        stored = len(list((disk / "answers").glob("epoch-*.answers")))
+        stored = len(list((disk / "targets").glob("epoch-*.targets")))
         assert stored
         enlarge(disk, 8000)
         ground.finish(words)
-        assert len(list((disk / "answers").glob("epoch-*.answers"))) == 150
+        assert len(list((disk / "targets").glob("epoch-*.targets"))) == 150
     return Seen(line[10:110], notice=seconds)
 
 
@@ -292,18 +292,20 @@ def _(ground: Ground) -> Seen:
 
 
 @fault(
-    "train: stored answers are cut off while in use",
+    "train: stored targets are cut off while in use",
     "it goes on with what it has checked; the next start names the file",
 )
 def _(ground: Ground) -> Seen:
-    answers = ground.folder / "answers"
+    targets = ground.folder / "targets"
     recipe = ground.recipe(
-        taught=True, distill={"answers": str(answers), "views": 1}, run={"length": "90 steps", "eval_every": "0 steps"}
+        taught=True,
+        distill={"target_cache": str(targets), "views": 1},
+        run={"length": "90 steps", "eval_every": "0 steps"},
     )
     ground.finish(["teach", ground.write(recipe), "--quiet"])
     with ground.train(recipe) as child:
         child.until(lambda: logged(ground.folder / "run") >= 2)
-        os.truncate(answers / "epoch-00000.answers", 10)
+        os.truncate(targets / "epoch-00000.targets", 10)
         assert child.wait() == 0, child.text[-1500:]
     return Seen("trained to its end from memory")
 
@@ -464,12 +466,12 @@ def little_memory() -> None:
 
     original = Trainer.step
 
-    def step(self, mixed, answers, number, *rest):
+    def step(self, mixed, targets, number, *rest):
         if number == 10:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
             torch.empty(1 << 26)  # what a larger batch would ask for
-        original(self, mixed, answers, number, *rest)
+        original(self, mixed, targets, number, *rest)
 
     Trainer.step = step  # type: ignore[method-assign]
 
@@ -572,10 +574,10 @@ def poison() -> None:
 
     original = Trainer.step
 
-    def step(self, mixed, answers, number, *rest):
+    def step(self, mixed, targets, number, *rest):
         if number in (13, 31):
             mixed = replace(mixed, images=mixed.images * torch.nan)
-        original(self, mixed, answers, number, *rest)
+        original(self, mixed, targets, number, *rest)
 
     Trainer.step = step  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""A whole STD training (teachers, MINE, moving average, answers stored on the way and read again) that is killed, or
+"""A whole STD training (teachers, MINE, moving average, targets stored on the way and read again) that is killed, or
 asked to stop, at random moments of its life: nothing that was done is lost, the end has the undisturbed run's bits.
 
     STD_FAST_KILLS=50 python -m pytest -s tests/faults/test_killed_std.py
@@ -37,7 +37,7 @@ def recipe(image_folder, tmp_path_factory):
     once = small_recipe(image_folder, folder / "teacher", **teacher, run={"length": "1 step", "eval_every": "9 epochs"})
     train(once, quiet=True)
     distill = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2, "views": 2}
-    distill |= {"mine": {"every": "2 steps", "ema": 0.1}, "answers": str(folder / "run" / "answers")}
+    distill |= {"mine": {"every": "2 steps", "ema": 0.1}, "target_cache": str(folder / "run" / "targets")}
     return small_recipe(
         image_folder, folder / "run", distill=distill, run={"length": "6 epochs", "eval_every": "1 epoch"}
     )
@@ -60,15 +60,15 @@ def undisturbed(recipe):
 
 
 def leavings(out):
-    """Tensors of the last checkpoint, bytes of the answers, steps of the log."""
-    answers = {file.name: file.read_bytes() for file in (out / "answers").glob("epoch-*.answers")}
-    return final_tensors(out), answers, [r["step"] for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == "train"]
+    """Tensors of the last checkpoint, bytes of the targets, steps of the log."""
+    targets = {file.name: file.read_bytes() for file in (out / "targets").glob("epoch-*.targets")}
+    return final_tensors(out), targets, [r["step"] for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == "train"]
 
 
 def look(out, expected):
-    tensors, answers, steps = leavings(out)
+    tensors, targets, steps = leavings(out)
     assert_same_bits(tensors, expected[0])
-    assert answers == expected[1] and steps == expected[2]
+    assert targets == expected[1] and steps == expected[2]
     shutil.rmtree(out)
 
 
@@ -98,8 +98,8 @@ def note_steps(path):
     """From now on every step that is done is noted in the file `path`."""
     kept, fd = Trainer.step, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 
-    def step(self, mixed, answers, number, *rest):
-        kept(self, mixed, answers, number, *rest)
+    def step(self, mixed, targets, number, *rest):
+        kept(self, mixed, targets, number, *rest)
         os.pwrite(fd, f"{number:8}".encode(), 0)
 
     Trainer.step = step

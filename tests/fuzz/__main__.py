@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).resolve().parent / "corpus"
 HANG = 900  # seconds by the clock until an input is taken for a loop without end; see worker.HANG
 SHARES = {"beton": 2.0, "ffcv": 2.0, "recipe": 1.5, "checkpoint": 1.5, "tar": 1.5, "labels": 0.4,
-          "devkit": 0.5, "answers": 0.7, "weights": 0.7, "run_folder": 0.5}  # fmt: skip
+          "devkit": 0.5, "target_cache": 0.7, "weights": 0.7, "run_folder": 0.5}  # fmt: skip
 """of the time, where it is not 1"""
 
 

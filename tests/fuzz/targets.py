@@ -224,7 +224,7 @@ class LoadingDali(Loading):
         if backend != self.backend:
             return super()._first(path, backend)
         from pipelines.loaders.dali import DaliLoader
-        from pipelines.read.corrupt import Intact
+        from pipelines.read.corrupt import CorruptTracker
         from pipelines.read.source import BetonSource
 
         source = BetonSource(path)
@@ -233,7 +233,7 @@ class LoadingDali(Loading):
         loader = self._loader
         loader.source, loader.plan = source, loader.spec.plan(source.num_samples)
         loader.steps_per_epoch, loader._kinds = loader.plan.steps_per_epoch, np.zeros(source.num_samples, np.uint8)
-        loader.intact = Intact(loader.spec, source)
+        loader.intact = CorruptTracker(loader.spec, source)
         return self._mean(loader)
 
 
@@ -562,37 +562,37 @@ class Image(Target):
 # -- what training reads ----------------------------------------------------------------------------------------------
 
 
-class Answers(Target):
-    """A folder of stored answers: answers.json, byte 0, an epoch's file. A first byte of 1 asks for a right digest."""
+class Targets(Target):
+    """A folder of stored targets: targets.json, byte 0, an epoch's file. A first byte of 1 asks for a right digest."""
 
     def seeds(self) -> list[bytes]:
-        from std_fast.method.losses import answers_from_logits
-        from std_fast.teachers.label_cache import FORMAT, pack
+        from std_fast.method.losses import targets_from_logits
+        from std_fast.teachers.target_cache import FORMAT, pack
 
         found = []
         for top_k in (0, 2):
             header = {"format": FORMAT, "fingerprint": {"run.seed": 0}, "classes": 5, "teachers": 2, "top_k": top_k}
             logits = torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(0))
-            words = pack(answers_from_logits(logits, 1.0 if top_k else None, top_k)).numpy().tobytes()
+            words = pack(targets_from_logits(logits, 1.0 if top_k else None, top_k)).numpy().tobytes()
             found.append(b"\1" + json.dumps(header).encode() + b"\0" + words + bytes(16))
         return found
 
     def read(self, data: bytes) -> None:
-        from std_fast.teachers.label_cache import DIGEST_BYTES, AnswerStore, read_header, unpack
+        from std_fast.teachers.target_cache import DIGEST_BYTES, TargetCache, read_header, unpack
 
         text, _, words = data[1:].partition(b"\0")
-        (self.folder / "answers.json").write_bytes(text)
-        (self.folder / "epoch-00000.answers").write_bytes(words)
+        (self.folder / "targets.json").write_bytes(text)
+        (self.folder / "epoch-00000.targets").write_bytes(words)
         header = read_header(self.folder)
         if data[0] == 1 and len(words) > DIGEST_BYTES:
             digest = header.digest(0)
             digest.update(words[:-DIGEST_BYTES])
-            (self.folder / "epoch-00000.answers").write_bytes(words[:-DIGEST_BYTES] + digest.digest())
-        store = AnswerStore(self.folder, header, 8, 4, header.top_k > 0)
+            (self.folder / "epoch-00000.targets").write_bytes(words[:-DIGEST_BYTES] + digest.digest())
+        store = TargetCache(self.folder, header, 8, 4, header.top_k > 0)
         try:
             if store.stored(0):
-                answers = unpack(torch.from_numpy(store.open(0).astype(np.uint16).view(np.int16)), header.top_k > 0)
-                if answers.labels.min() < 0 or answers.labels.max() >= header.classes:
+                targets = unpack(torch.from_numpy(store.open(0).astype(np.uint16).view(np.int16)), header.top_k > 0)
+                if targets.labels.min() < 0 or targets.labels.max() >= header.classes:
                     raise Finding("an answer outside the classes")
         finally:
             store.close()
@@ -849,7 +849,7 @@ TARGETS: dict[str, type[Target]] = {
     "tar": Tar,
     "parquet": Parquet,
     "image": Image,
-    "answers": Answers,
+    "target_cache": Targets,
     "checkpoint": Checkpoint,
     "weights": Weights,
     "hub_folder": HubFolder,

@@ -74,7 +74,7 @@ def test_the_fuzzers_run_and_report(tmp_path):
         "--minutes",
         "0.1",
         "--targets",
-        "answers",
+        "target_cache",
         "--out",
         str(tmp_path),
         "--json",
@@ -84,4 +84,4 @@ def test_the_fuzzers_run_and_report(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert row["executions"] > 20 and not row["exceptions"] and not row["deaths"]
-    assert "answers" in done.stdout
+    assert "target_cache" in done.stdout

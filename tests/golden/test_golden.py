@@ -13,11 +13,11 @@ from pipelines.augment.device import Augment, AugmentSpec
 from pipelines.read.batch import Batch
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
-from std_fast.method.losses import answers_from_logits
+from std_fast.method.losses import targets_from_logits
 from std_fast.runtime.metrics import Meters
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_student
-from std_fast.training.optim import MovingAverage, build_optimizer
+from std_fast.training.optim import EMA, build_optimizer
 from std_fast.training.step import Guard, Objective, Trainer
 
 FILE = Path(__file__).with_name("losses.json")
@@ -44,7 +44,7 @@ def losses(name: str) -> list[list[float]]:
     device = torch.device("cpu")
     trainer = Trainer(
         student=student, forward=student, objective=Objective(recipe.distill, 0.1, student.head_teacher),
-        optimizer=build_optimizer(student, recipe, device), average=MovingAverage(student, 0.9), guard=Guard(device),
+        optimizer=build_optimizer(student, recipe, device), average=EMA(student, 0.9), guard=Guard(device),
         meters=Meters(), autocast=lambda: autocast(device, "float32"), clip=1.0, seed=0,
     )  # fmt: skip
     augment = Augment(AugmentSpec(randaugment_n=2, color_jitter=0.2, shift=2), seed=0)
@@ -54,8 +54,8 @@ def losses(name: str) -> list[list[float]]:
         images = torch.randint(256, (B, 3, SIZE, SIZE), dtype=torch.uint8, generator=g)
         labels, positions = torch.randint(K, (B,), generator=g), torch.arange(step * B, step * B + B)
         batch = Batch(images.to(memory_format=torch.channels_last), labels, positions, positions.numpy(), 0, step)
-        answers = answers_from_logits(torch.randn(B, 2, K, generator=g))
-        trainer.step(augment(batch), answers, step + 1, 1e-2, 1e-2, True)
+        targets = targets_from_logits(torch.randn(B, 2, K, generator=g))
+        trainer.step(augment(batch), targets, step + 1, 1e-2, 1e-2, True)
         figures = trainer.meters.read()
         rows.append([figures[key] for key in ("loss", "loss_distill", "information", "grad_norm")])
     return rows

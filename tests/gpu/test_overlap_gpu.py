@@ -62,12 +62,12 @@ def test_what_crosses_the_streams_is_whole(at, slow):
             seen = []
             for epoch in range(4):
                 pairs = taught(parts.train_loader.epoch(epoch), augment, teachers, contextlib.nullcontext, overlap)
-                for mixed, answers in pairs:
+                for mixed, targets in pairs:
                     if slow == "student":
                         torch.cuda._sleep(SLOW)
-                    parts_of = (mixed.images, mixed.labels_a, mixed.labels_b, mixed.lam, mixed.positions, *answers[:2])
+                    parts_of = (mixed.images, mixed.labels_a, mixed.labels_b, mixed.lam, mixed.positions, *targets[:2])
                     seen.append([part.clone() for part in parts_of])
-                    del mixed, answers, parts_of
+                    del mixed, targets, parts_of
                     torch.randn(1 << 20, device=device)  # takes what was given back too early
             return seen
 

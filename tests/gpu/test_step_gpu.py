@@ -46,8 +46,8 @@ def test_a_step_never_waits(at, name, compile, overlap):
             with no_waiting():
                 mixed = run.parts.augment(batch)
                 with trainer.autocast():
-                    answers = run.parts.teachers(mixed.images)
-                trainer.step(mixed, answers, step, 1e-3, 1e-3, step == 4)
+                    targets = run.parts.teachers(mixed.images)
+                trainer.step(mixed, targets, step, 1e-3, 1e-3, step == 4)
         assert trainer.guard.first_bad.item() == -1
     finally:
         run.close()

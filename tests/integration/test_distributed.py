@@ -23,7 +23,7 @@ from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.method.mine import across_ranks, donsker_varadhan, log_mean_exp
 from std_fast.runtime import checkpoint
-from std_fast.runtime.distributed import World, joined
+from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.build import build
 from std_fast.training.run import train
@@ -104,12 +104,12 @@ run("skipped", once, run={"not_finite": "skip"})
 run("rolled_back", once, run={"not_finite": "rollback", "rollback_every": "3 steps"})
 run("compressed", run={"compress_gradients": True})
 run("budget", run={"length": "0.0003 gpu-hours", "log_every": 10, "eval_every": "9 epochs"})
-answers = {"answers": f"{folder}/store", "views": 2}
-run("written", distill=answers)
-run("read", lambda now: now.parts.teachers and sys.exit("teachers were built"), distill=answers)
+targets = {"target_cache": f"{folder}/store", "views": 2}
+run("written", distill=targets)
+run("read", lambda now: now.parts.teachers and sys.exit("teachers were built"), distill=targets)
 run("batch_norms", batch_norms, student={"name": "test_resnet", "options": {}, "drop_path": 0.0},
     distill={"mode": "none", "teachers": ()}, optim={"ema": 0.0}, run={"length": "3 steps"})
-cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.answers", f"{folder}/taught"])
+cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.target-cache", f"{folder}/taught"])
 run("left", lambda now: now.step == 3 and rank == 1 and os._exit(0))
 os._exit(0)
 """
@@ -203,7 +203,7 @@ def assert_close(folder, other, kinds=("train", "eval")):
         for a, b in zip(one, two, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-4), a["step"]
     mine, theirs = (checkpoint.newest(f / "checkpoints")[1] for f in (folder, other))
-    mine = {name: tensor for name, tensor in mine.items() if not name.startswith("aside.")}
+    mine = {name: tensor for name, tensor in mine.items() if not name.startswith("snapshot.")}
     assert mine.keys() == theirs.keys()
     rounding = re.compile(r"(model|ema)\..*\.(psi\..*|log_average)|.*psi\.fc3\.bias:exp_avg|optim\..*:(?!exp_avg$).*")
     for name, tensor in mine.items():
@@ -280,11 +280,11 @@ def test_a_budget_is_spent_by_one_clock(together):
     assert last["lr"] == pytest.approx(1e-5)
 
 
-def test_answers_are_written_by_two_and_read_by_two_or_one(recipe, together):
+def test_targets_are_written_by_two_and_read_by_two_or_one(recipe, together):
     folder, outcomes = together
     assert outcomes[0, "written"] == outcomes[1, "written"] == outcomes[1, "read"] == "done"
     assert_close(folder / "read", folder / "written")
-    stored = replace(recipe, distill=replace(recipe.distill, answers=str(folder / "store"), views=2))
+    stored = replace(recipe, distill=replace(recipe.distill, target_cache=str(folder / "store"), views=2))
     train(at(stored, folder / "read_by_one"), quiet=True)
     assert_close(folder / "read_by_one", folder / "written")
 
@@ -292,9 +292,9 @@ def test_answers_are_written_by_two_and_read_by_two_or_one(recipe, together):
 def test_two_teach_what_one_teaches(recipe, together, tmp_path):
     folder, outcomes = together
     assert outcomes[0, "asked"] == 24  # one document, of rank 0
-    store = replace(recipe.distill, answers=str(tmp_path), views=1)
+    store = replace(recipe.distill, target_cache=str(tmp_path), views=1)
     teach(replace(recipe, distill=store), quiet=True)
-    files = [path / "epoch-00000.answers" for path in (tmp_path, folder / "taught")]
+    files = [path / "epoch-00000.targets" for path in (tmp_path, folder / "taught")]
     one, two = (np.fromfile(file, "<u2", 24 * 4).reshape(-1, 2) for file in files)
     assert (one[:, 0] == two[:, 0]).all()
     confidence = [words[:, 1].copy().view(np.float16).astype(np.float32) for words in (one, two)]
@@ -345,7 +345,7 @@ def test_a_rank_that_hangs_is_an_error_on_the_others(recipe, tmp_path):
 
 def test_what_a_user_gets_wrong(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start many processes with torchrun"), joined(False, 1.0):
+    with pytest.raises(UserError, match="start many processes with torchrun"), init_distributed(False, 1.0):
         pass
     monkeypatch.undo()
     with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):

@@ -62,7 +62,7 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     assert pushed["recipe"]["optim"]["name"] == "muon" and pushed["recipe"]["distill"]["views"] == 1
     assert pushed["summary"]["samples"] == pytest.approx(60 * 0.001 / costs["STD, pushed"], abs=8)
     assert [e["step"] for e in std["evaluations"]] == [3] and std["log"][-1]["step"] == 3
-    assert "seconds" in std["summary"] and runs["answers-small-large-0"]["summary"]["asked"] == 24
+    assert "seconds" in std["summary"] and runs["targets-small-large-0"]["summary"]["asked"] == 24
 
     stored = tmp_path / "stored.json"
     stored.write_text(json.dumps(report))

@@ -57,11 +57,11 @@ def steps(monkeypatch):
     original = Trainer.step
 
     def set_up(bad=(), left_out=()):
-        def step(self, mixed, answers, step, *rest):
+        def step(self, mixed, targets, step, *rest):
             if step in left_out:
                 return
             images = torch.full_like(mixed.images, torch.nan) if step in bad else mixed.images
-            original(self, replace(mixed, images=images), answers, step, *rest)
+            original(self, replace(mixed, images=images), targets, step, *rest)
 
         monkeypatch.setattr(Trainer, "step", step)
 
@@ -70,7 +70,7 @@ def steps(monkeypatch):
 
 def final(folder):
     _, tensors, meta = checkpoint.newest(folder / "checkpoints")
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("aside.")}, meta
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("snapshot.")}, meta
 
 
 def assert_same(one, other):

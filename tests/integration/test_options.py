@@ -70,8 +70,8 @@ def test_it_goes_on_to_the_bit_and_reads_what_others_stored(recipe, tmp_path):
             train(part, quiet=True, on_step=ask)
         train(part, quiet=True, resume=True)
         assert_same_bits(final_tensors(tmp_path / str(stop_at)), expected)
-    # answers stored by a run that always sees whole images
-    store = replace(recipe, distill=replace(recipe.distill, answers=str(tmp_path / "store")))
+    # targets stored by a run that always sees whole images
+    store = replace(recipe, distill=replace(recipe.distill, target_cache=str(tmp_path / "store")))
     train(at(replace(store, student=replace(store.student, early_size=0)), tmp_path / "whole"), quiet=True)
     train(at(store, tmp_path / "stored"), quiet=True, on_step=no_teachers)
     assert_same_bits(final_tensors(tmp_path / "stored"), expected)

@@ -28,7 +28,7 @@ def test_bisection():
 
 @pytest.mark.parametrize("limit", [12, 2])
 def test_the_largest_batch_that_fits_is_named(image_folder, tmp_path, monkeypatch, capsys, limit):
-    """From the command line: with stored answers, teachers or none, the trial takes what the run would take."""
+    """From the command line: with stored targets, teachers or none, the trial takes what the run would take."""
     original, sizes = Trainer.step, []
 
     def step(self, mixed, *rest):

@@ -14,7 +14,7 @@ from std_fast import __version__
 from std_fast.commands.export import trained_student
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint
-from std_fast.teachers.label_cache import AnswerStore, read_header
+from std_fast.teachers.target_cache import TargetCache, read_header
 from std_fast.training.evaluate import evaluate_run
 from tests.data.make import STEPS, STOP, go_on
 
@@ -44,8 +44,8 @@ def test_a_beton_and_its_manifest(old):
     assert np.bincount(source.labels).tolist() == [8, 8, 8]
 
 
-def test_training_goes_on_from_a_checkpoint_and_stored_answers(old):
-    """Its teacher is not there any more, so each of its answers comes from the store."""
+def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
+    """Its teacher is not there any more, so each of its targets comes from the store."""
     expected = json.loads(Path("expected.json").read_text())
     path, _, meta = checkpoint.newest(Path("run/checkpoints"))
     assert (path.stem, meta["step"], meta["num_classes"]) == (f"step-{STOP:08d}", STOP, 3)
@@ -63,10 +63,10 @@ def test_a_run_is_evaluated_and_exported(old):
     assert evaluate_run(Path("run")) == pytest.approx(expected, rel=1e-3)
 
 
-def test_answers_are_replayed(old):
+def test_targets_are_replayed(old):
     header = read_header(Path("answers"))
     assert (header.classes, header.teachers, header.top_k) == (3, 1, 2)
-    store = AnswerStore(Path("answers"), header, 24, 8, soft=True)
+    store = TargetCache(Path("answers"), header, 24, 8, soft=True)
     for epoch in range(2):
         words = store.open(epoch)
         assert words.shape == (24, 1, header.words) and words[..., 0].all()

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite, harness, kernels, naive, peers, workload
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.library import create_student
-from std_fast.method.losses import answers_from_logits, class_loss
+from std_fast.method.losses import class_loss, targets_from_logits
 from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule
 from std_fast.runtime.flops import count_macs
@@ -145,7 +145,7 @@ def test_naive_student_and_loss_are_ours(name):
     backbone = mlp_mixer.MlpMixer(8, 32, 3, 8, 3, 16, **kind)
     backbone.load_state_dict(student.backbone.state_dict())
     rival = naive.NaiveStudent(backbone, student)
-    mixed = Mixed(
+    mixed = TrainBatch(
         torch.randn(8, 3, 32, 32),
         torch.randint(0, 8, (8,)),
         torch.randint(0, 8, (8,)),
@@ -154,14 +154,14 @@ def test_naive_student_and_loss_are_ours(name):
         0,
         0,
     )
-    answers = answers_from_logits(torch.randn(8, 2, 8))
+    targets = targets_from_logits(torch.randn(8, 2, 8))
     ours, plain = student(mixed.images), rival(mixed.images)
     torch.testing.assert_close(ours.class_logits, plain.class_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.dist_logits, plain.dist_logits, rtol=1e-4, atol=1e-5)
     distill = from_dict(Recipe, {"distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}}).distill
-    expected = Objective(distill, 0.1, student.head_teacher)(ours, mixed, answers).total
+    expected = Objective(distill, 0.1, student.head_teacher)(ours, mixed, targets).total
     target = naive.mixed_target(mixed, 8, 0.1)
-    found = naive.naive_objective(plain, target, answers, distill.alpha, student.head_teacher)
+    found = naive.naive_objective(plain, target, targets, distill.alpha, student.head_teacher)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     again = class_loss(ours.class_logits, mixed.labels_a, mixed.labels_b, mixed.lam, 0.1)
     torch.testing.assert_close(naive.soft_target_loss(ours.class_logits, target), again)
@@ -182,15 +182,15 @@ def test_peers_do_equal_work_and_learn():
                 flops = workload.step_flops(plain, mixed, None)
                 stem = 16 * (3 * 8 * 8) * 16  # products of the first layer, whose input needs no gradient
                 assert flops == 2 * (3 * count_macs(plain.trainer.student, 32) - stem)
-            answers, step = workload.given_answers(std), workload.Stepper(std)
+            targets, step = workload.given_targets(std), workload.Stepper(std)
             before = [p.clone() for p in std.trainer.student.parameters()]
-            step(mixed, answers)
+            step(mixed, targets)
             step.check()
             assert any(not torch.equal(a, b) for a, b in zip(before, std.trainer.student.parameters(), strict=True))
             rival = peers.naive_step(std)
-            first = rival(mixed, answers)
+            first = rival(mixed, targets)
             for _ in range(30):
-                last = rival(mixed, answers)
+                last = rival(mixed, targets)
             assert last < first
             std.trainer.guard.first_bad.fill_(1)
             with pytest.raises(RuntimeError, match="step 1 was not finite"):

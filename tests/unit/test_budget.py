@@ -19,7 +19,7 @@ from std_fast.runtime.budget import (
     Timed,
     earlier,
     in_words,
-    learning_seconds,
+    productive_seconds,
 )
 from std_fast.training.optim import schedule
 
@@ -70,7 +70,7 @@ def test_every_second_belongs_to_exactly_one_part(clock_time):
     assert {part: value for part, value in ledger.read().items() if value} == expected
     assert ledger.held == clock_time.now + 5 == sum(ledger.read().values())
     assert ledger.gpu_hours == pytest.approx(2 * ledger.held / 3600)
-    assert learning_seconds(ledger.read()) == 126
+    assert productive_seconds(ledger.read()) == 126
     ledger.move(4, "train", "teacher")
     ledger.move(1000, "data", "teacher")  # never more than there is
     assert ledger.read()["teacher"] == 56 and ledger.read()["data"] == 0 and sum(ledger.read().values()) == ledger.held

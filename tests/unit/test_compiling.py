@@ -167,8 +167,8 @@ def test_a_step_never_waits_for_the_device(recipe, tmp_path, name):
         for step in (3, 4):
             with nothing_is_read():
                 mixed = run.parts.augment(raw)
-                answers = run.parts.teachers(mixed.images)
-                trainer.step(mixed, answers, step, 1e-3, 1e-3, step == 4)
+                targets = run.parts.teachers(mixed.images)
+                trainer.step(mixed, targets, step, 1e-3, 1e-3, step == 4)
         assert trainer.guard.first_bad.item() == -1
         batches.close()
     finally:

@@ -55,7 +55,7 @@ def test_fallback_is_torchvisions_own(height, width):
 
 
 def test_boxes_are_what_they_were():
-    """Stored answers and runs to be resumed depend on them."""
+    """Stored targets and runs to be resumed depend on them."""
     boxes = random_resized_crop(np.array([375, 500, 20]), np.array([500, 333, 900]), 0, 0, np.arange(3))
     assert boxes.tolist() == [[132, 197, 242, 190], [289, 69, 132, 158], [0, 436, 20, 27]]
 

@@ -1,4 +1,4 @@
-"""Every exported file, opened as its user would, answers as the student of the run does."""
+"""Every exported file, opened as its user would, targets as the student of the run does."""
 
 import json
 import logging
@@ -86,12 +86,12 @@ def test_every_file_answers_as_the_mean_of_the_students_heads(exported, B):
     heads = student.outputs(x)
     expected = (heads.class_logits + heads.dist_logits.mean(1)) / 2
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    answers = {
+    targets = {
         "timm": from_timm(f"local-dir:{out}")(x),
         "onnx": torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
         "pt2": torch.export.load(out / "model.pt2").module()(x),
     }
-    for logits in answers.values():
+    for logits in targets.values():
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 

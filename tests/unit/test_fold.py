@@ -51,7 +51,7 @@ def trained(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def difference(model: nn.Module, image_size: int) -> tuple[int, float]:
-    """How many were folded; by how much of the largest logit the answers to other images than its own trial differ."""
+    """How many were folded; by how much of the largest logit the targets to other images than its own trial differ."""
     like = next(model.parameters())
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(9)).to(like)
     with torch.no_grad():

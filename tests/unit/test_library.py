@@ -83,11 +83,11 @@ def test_teachers_of_every_kind(tmp_path):
     spec = TeacherSpec("test_resnet", str(tmp_path / "r.safetensors"), mean=(0.0,) * 3, std=(1.0,) * 3)
     own, x = Classifier(), images()
     teachers = create_teachers([own, spec], K, image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, temperature=2.0)
-    answers = teachers(x)
+    targets = teachers(x)
     with torch.no_grad():
         expected = torch.stack([own(x), trained(x)], 1)
-    assert torch.equal(answers.labels, expected.argmax(-1))
-    torch.testing.assert_close(answers.log_probs, (expected / 2).log_softmax(-1))
+    assert torch.equal(targets.labels, expected.argmax(-1))
+    torch.testing.assert_close(targets.log_probs, (expected / 2).log_softmax(-1))
     assert torch.equal(create_teachers([own], K)(x).labels[:, 0], own(x).argmax(-1))
 
 

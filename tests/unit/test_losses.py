@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from std_fast.method.losses import (
-    TeacherAnswers,
-    answers_from_logits,
+    TeacherTargets,
     class_loss,
     confidence_weights,
     distillation_loss,
+    targets_from_logits,
 )
 
 
@@ -27,53 +27,53 @@ def test_class_loss_is_cross_entropy_with_the_mixed_smoothed_target():
 def test_the_more_certain_teacher_weighs_more_and_each_image_alone():
     certain, unsure = [9.0, 0, 0], [0.3, 0, 0]
     logits = torch.tensor([[certain, unsure], [unsure, certain]])
-    answers = answers_from_logits(logits)
-    assert answers.confidence.dtype == torch.float16
+    targets = targets_from_logits(logits)
+    assert targets.confidence.dtype == torch.float16
     p = logits.softmax(-1)
-    torch.testing.assert_close(answers.confidence.float(), (p * p.log()).sum(-1), rtol=2e-3, atol=2e-3)
-    w = confidence_weights(answers.confidence)
+    torch.testing.assert_close(targets.confidence.float(), (p * p.log()).sum(-1), rtol=2e-3, atol=2e-3)
+    w = confidence_weights(targets.confidence)
     assert w[0, 0] > 0.7 and w[1, 1] > 0.7
     torch.testing.assert_close(w.sum(1), torch.ones(2))
-    alone = confidence_weights(answers_from_logits(logits[:1]).confidence)
+    alone = confidence_weights(targets_from_logits(logits[:1]).confidence)
     torch.testing.assert_close(alone[0], w[0])  # not summed over the batch
 
 
 def test_hard_labels_reweighted_and_not():
     torch.manual_seed(0)
     logits, teachers = torch.randn(4, 2, 5), torch.randn(4, 2, 5)
-    answers = answers_from_logits(teachers)
+    targets = targets_from_logits(teachers)
     ce = torch.stack([F.cross_entropy(logits[:, i], teachers[:, i].argmax(-1), reduction="none") for i in (0, 1)], 1)
-    w = confidence_weights(answers.confidence)
-    torch.testing.assert_close(distillation_loss(logits, answers), (w * ce).sum(1).mean())
-    torch.testing.assert_close(distillation_loss(logits, answers, reweight=False), ce.mean())
+    w = confidence_weights(targets.confidence)
+    torch.testing.assert_close(distillation_loss(logits, targets), (w * ce).sum(1).mean())
+    torch.testing.assert_close(distillation_loss(logits, targets, reweight=False), ce.mean())
 
 
 def test_soft_labels_are_hintons():
     torch.manual_seed(0)
     logits, teachers = torch.randn(4, 1, 5), torch.randn(4, 1, 5)
-    answers = answers_from_logits(teachers, temperature=3.0)
+    targets = targets_from_logits(teachers, temperature=3.0)
     expected = 9 * F.kl_div(
         (logits / 3).log_softmax(-1), (teachers / 3).log_softmax(-1), reduction="none", log_target=True
     )
-    got = distillation_loss(logits, answers, temperature=3.0, reweight=False)
+    got = distillation_loss(logits, targets, temperature=3.0, reweight=False)
     torch.testing.assert_close(got, expected.sum(-1).mean())
     with pytest.raises(ValueError, match="log_probs"):
-        distillation_loss(logits, answers_from_logits(teachers), temperature=3.0)
+        distillation_loss(logits, targets_from_logits(teachers), temperature=3.0)
 
 
 def test_heads_of_one_teacher_share_its_weight():
     torch.manual_seed(0)
     logits = torch.randn(4, 3, 5)
-    answers = answers_from_logits(torch.randn(4, 2, 5))
-    got = distillation_loss(logits, answers, head_teacher=(0, 0, 1))
-    one, two = (distillation_loss(logits[:, [h, 2]], answers) for h in (0, 1))
+    targets = targets_from_logits(torch.randn(4, 2, 5))
+    got = distillation_loss(logits, targets, head_teacher=(0, 0, 1))
+    one, two = (distillation_loss(logits[:, [h, 2]], targets) for h in (0, 1))
     torch.testing.assert_close(got, (one + two) / 2)
     with pytest.raises(ValueError, match="do not fit"):
-        distillation_loss(logits, answers)
+        distillation_loss(logits, targets)
 
 
 def test_a_perfect_student_of_a_certain_teacher_has_no_loss():
     labels = torch.tensor([[1], [2]])
-    answers = TeacherAnswers(labels, torch.zeros(2, 1, dtype=torch.float16))
+    targets = TeacherTargets(labels, torch.zeros(2, 1, dtype=torch.float16))
     logits = 50.0 * F.one_hot(labels, 4)
-    assert distillation_loss(logits, answers).item() < 1e-6
+    assert distillation_loss(logits, targets).item() < 1e-6

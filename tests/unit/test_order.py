@@ -28,7 +28,7 @@ def test_order_is_a_permutation_sorted_by_philox(n):
 
 
 def test_order_is_what_it_was():
-    """Stored answers and runs to be resumed depend on it."""
+    """Stored targets and runs to be resumed depend on it."""
     assert epoch_order(10, seed=0, epoch=0).tolist() == [2, 8, 0, 5, 9, 7, 6, 3, 4, 1]
 
 

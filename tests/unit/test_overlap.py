@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.augment.device import Augment, AugmentSpec, Mixed
+from pipelines.augment.device import Augment, AugmentSpec, TrainBatch
 from pipelines.read.batch import Batch
-from std_fast.method.losses import TeacherAnswers
+from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words
 from std_fast.teachers.overlap import Overlap, Trial, taught, tensors_of
 from std_fast.teachers.teacher import Teacher, Teachers
@@ -40,18 +40,18 @@ def test_on_a_cpu_batches_come_one_by_one(mode, caplog):
     touched, augment, asked = [], Augment(AugmentSpec(), seed=3), teachers()
     with caplog.at_level(logging.INFO, "std_fast"):
         overlap = Overlap(mode, CPU) if mode else None
-    for step, (mixed, answers) in enumerate(taught(batches(touched), augment, asked, contextlib.nullcontext, overlap)):
+    for step, (mixed, targets) in enumerate(taught(batches(touched), augment, asked, contextlib.nullcontext, overlap)):
         assert touched == list(range(step + 1)) and mixed.step == step
         expected = asked(mixed.images)
-        assert torch.equal(answers.labels, expected.labels) and torch.equal(answers.confidence, expected.confidence)
+        assert torch.equal(targets.labels, expected.labels) and torch.equal(targets.confidence, expected.confidence)
         assert not mixed.images.requires_grad
     assert touched == [0, 1, 2]
     assert ("run.overlap: on has no effect on a CPU" in caplog.text) == (mode == "on")
 
 
-def test_without_teachers_there_are_no_answers():
+def test_without_teachers_there_are_no_targets():
     pairs = list(taught(batches([]), Augment(AugmentSpec(), seed=3), None, contextlib.nullcontext))
-    assert [answers for _, answers in pairs] == [None] * 3
+    assert [targets for _, targets in pairs] == [None] * 3
 
 
 def test_the_trial_compares_medians_and_says_what_it_chose(caplog):
@@ -70,10 +70,10 @@ def test_the_trial_compares_medians_and_says_what_it_chose(caplog):
 
 def test_every_tensor_of_a_batch_is_handed_over():
     numbers = iter(torch.arange(20))
-    mixed = Mixed(*(next(numbers) for _ in range(5)), epoch=0, step=1)
-    answers = TeacherAnswers(*(next(numbers) for _ in range(5)))
-    assert [int(t) for t in tensors_of((mixed, answers))] == list(range(10))
-    assert len(tensors_of((mixed, TeacherAnswers(answers.labels, answers.confidence)))) == 7
+    mixed = TrainBatch(*(next(numbers) for _ in range(5)), epoch=0, step=1)
+    targets = TeacherTargets(*(next(numbers) for _ in range(5)))
+    assert [int(t) for t in tensors_of((mixed, targets))] == list(range(10))
+    assert len(tensors_of((mixed, TeacherTargets(targets.labels, targets.confidence)))) == 7
     assert len(tensors_of((mixed, None))) == 5
 
 

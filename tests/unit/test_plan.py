@@ -66,11 +66,11 @@ def test_epochs_of_each_mode(figures):
     views = round(rows["running"].epochs / 2)
     assert rows["views"].epochs == pytest.approx(views + (left - 20 - 102 * views) / 52, rel=1e-3)
     # 4 bytes per image, epoch and teacher
-    assert rows["views"].answers_bytes == pytest.approx(4 * 1_000_003 * 2 * views, rel=1e-4)
-    assert rows["stored"].answers_bytes == pytest.approx(4 * 1_000_003 * 2 * -(-rows["stored"].epochs // 1), rel=1e-4)
-    assert rows["running"].answers_bytes == rows["none"].answers_bytes == 0
+    assert rows["views"].targets_bytes == pytest.approx(4 * 1_000_003 * 2 * views, rel=1e-4)
+    assert rows["stored"].targets_bytes == pytest.approx(4 * 1_000_003 * 2 * -(-rows["stored"].epochs // 1), rel=1e-4)
+    assert rows["running"].targets_bytes == rows["none"].targets_bytes == 0
     assert bought.ends.startswith("2026-01-01T20:00")
-    assert list(bought.options) == ["--distill.answers", "answers/run", "--distill.views", str(views)]
+    assert list(bought.options) == ["--distill.target-cache", "targets/run", "--distill.views", str(views)]
     text = plan.as_text(bought)
     for part in (
         "8 GPU-hours on GPU",
@@ -99,7 +99,7 @@ def test_what_is_recommended(figures):
     figures["modes"]["stored"]["images_per_second"] = 20_000.0
     few = plan.buy(figures, recipe_of(length="0.2 gpu-hours"))  # no epoch would come a second time
     assert "views" not in {row.mode for row in few.rows}
-    assert few.options[:2] == ("--distill.answers", "answers/run") and "few" in few.notes[0]
+    assert few.options[:2] == ("--distill.target-cache", "targets/run") and "few" in few.notes[0]
     short = plan.buy(figures, recipe_of(length="8 gpu-hours", eval_every="1 epoch"))
     assert short.options[-2:] == ("--run.eval-every", "4 epochs")  # 10 s after each 100 s
     figures["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2}

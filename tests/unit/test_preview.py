@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.augment.device import Augment, AugmentSpec, Mixed
+from pipelines.augment.device import Augment, AugmentSpec, TrainBatch
 from pipelines.augment.preview import CELL, GAP, LINE, contact_sheet, denormalise
 from pipelines.errors import UserError
 
@@ -17,7 +17,7 @@ def images(count, size):
 def as_mixed(pixels, spec, lam):
     labels = torch.arange(len(pixels))
     normalised = Augment(spec, 0).normalise_only(pixels)
-    return Mixed(normalised, labels, labels.flip(0), lam, labels, 0, 0)
+    return TrainBatch(normalised, labels, labels.flip(0), lam, labels, 0, 0)
 
 
 def test_bytes_are_drawn_as_they_are_enlarged_by_a_whole_factor(tmp_path):

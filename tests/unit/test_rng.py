@@ -11,7 +11,7 @@ from pipelines import rng
 from pipelines.rng import Purpose
 
 ONES = 0xFFFFFFFF
-KNOWN_ANSWERS = [  # Random123, tests/kat_vectors, philox4x32 10
+KNOWN_VALUES = [  # Random123, tests/kat_vectors, philox4x32 10
     ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     (
@@ -26,8 +26,8 @@ POSITIONS = st.lists(st.integers(-1, 2**40), min_size=1, max_size=8)
 SHORTS = st.integers(0, 2**16 - 1)
 
 
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_known_answers(counter, key, answer):
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_VALUES)
+def test_known_values(counter, key, answer):
     assert tuple(int(w[0]) for w in rng.philox4x32(tuple(np.array([c], np.uint64) for c in counter), key)) == answer
     assert tuple(int(w[0]) for w in rng.philox4x32(tuple(torch.tensor([c]) for c in counter), key)) == answer
 
@@ -82,7 +82,7 @@ def test_many_positions_are_each_their_own():
     assert rng.bits(7, 1, torch.arange(12).reshape(3, 4), Purpose.MIX).shape == (3, 4, 4)
 
 
-def test_stored_answers_depend_on_these_numbers():
+def test_stored_targets_depend_on_these_numbers():
     assert {p.name: p.value for p in Purpose} == {
         "ORDER": 0,
         "CROP": 1,

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pipelines.augment.device import Mixed
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast.commands.info import describe_model
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
-from std_fast.method.losses import answers_from_logits
+from std_fast.method.losses import targets_from_logits
 from std_fast.method.student import ModulePlan, StudentOutput, plan_modules, predict
 from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, parameter_groups
@@ -50,7 +50,7 @@ def batch(B=4):
     torch.manual_seed(1)
     labels = torch.randint(K, (2, B))
     images = torch.randn(B, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
-    return Mixed(images, labels[0], labels[1], torch.rand(B), torch.arange(B), 0, 0)
+    return TrainBatch(images, labels[0], labels[1], torch.rand(B), torch.arange(B), 0, 0)
 
 
 def one_loss(recipe, student):
@@ -58,7 +58,7 @@ def one_loss(recipe, student):
     logits = torch.randn(4, len(recipe.distill.teachers), K)
     temperature = recipe.distill.temperature if recipe.distill.labels == "soft" else None
     objective = Objective(recipe.distill, 0.1, student.head_teacher)
-    return objective(student(mixed.images), mixed, answers_from_logits(logits, temperature))
+    return objective(student(mixed.images), mixed, targets_from_logits(logits, temperature))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

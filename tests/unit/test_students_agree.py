@@ -34,14 +34,14 @@ def build(kind, options, side, teachers, dtype, std=0.3):
 
 
 def both(student, ours, plain, seed=0):
-    """Answers of two forms, and their gradients for the same random weights of the answers."""
+    """Answers of two forms, and their gradients for the same random weights of the targets."""
     flat = [[out.class_logits, out.dist_logits, *out.information] for out in (ours, plain)]
     torch.manual_seed(seed)
     seeds = [torch.randn_like(x, dtype=student.backbone.head.weight.dtype) for x in flat[1]]
     parameters = list(student.parameters())
     grads = []
-    for answers in flat:
-        total = sum((x * s).sum() for x, s in zip(answers, seeds, strict=True))
+    for targets in flat:
+        total = sum((x * s).sum() for x, s in zip(targets, seeds, strict=True))
         grads.append(torch.autograd.grad(total, parameters, retain_graph=True))
     return flat, grads
 
@@ -78,7 +78,7 @@ def off(found, exact):
 @family
 @pytest.mark.parametrize("traced", [False, True])
 def test_in_bfloat16_within_its_rounding(kind, traced):
-    """bfloat16 keeps 8 bits (0.4 %). Tolerance under autocast against float32: 2 % of the answers' norm and 2 % of the
+    """bfloat16 keeps 8 bits (0.4 %). Tolerance under autocast against float32: 2 % of the targets' norm and 2 % of the
     gradients', and neither more than 1.5 times what the plain form loses. (CycleMLP's has a deformable convolution,
     which knows no bfloat16.)"""
     options, side = options_of(kind, 4, 32, 3, 16)

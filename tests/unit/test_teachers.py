@@ -154,12 +154,12 @@ def test_several_answer_in_the_recipes_order(trained, weights, tmp_path):
     one = build(name="test_resnet", weights=weights)
     other = build(name="test_resnet", weights=str(tmp_path / "other.safetensors"), image_size=24)
     images = normal(pixels(), MEAN, STD)
-    answers = Teachers([one, other], temperature=2.0)(images)
+    targets = Teachers([one, other], temperature=2.0)(images)
     logits = [one(images), other(images)]
-    assert answers.labels.tolist() == torch.stack([x.argmax(1) for x in logits], 1).tolist()
-    assert (answers.labels[:, 0] != answers.labels[:, 1]).all()
+    assert targets.labels.tolist() == torch.stack([x.argmax(1) for x in logits], 1).tolist()
+    assert (targets.labels[:, 0] != targets.labels[:, 1]).all()
     for i, own in enumerate(logits):
-        torch.testing.assert_close(answers.log_probs[:, i], (own / 2).log_softmax(1))
+        torch.testing.assert_close(targets.log_probs[:, i], (own / 2).log_softmax(1))
 
 
 # -- where the weights come from --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def reference(module: STDModule, z: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return ts, tc.transpose(1, 2), torch.stack([head(read[:, i]) for i, head in enumerate(module.heads)], 1)
 
 
-def module_answers(module, z):
+def module_targets(module, z):
     out = module(z)
     return out.spatial, out.channel, out.logits
 
@@ -37,9 +37,9 @@ def some(B, P, C, K, m, std=0.5, tokens="both", dtype=torch.float64):
 
 
 def compare(module, z, found, expected, tolerance):
-    """Values and all gradients of two forms' answers."""
+    """Values and all gradients of two forms' targets."""
     seeds = [torch.randn_like(a) for a in expected]
-    grads = [torch.autograd.grad(answers, [z, *module.parameters()], seeds) for answers in (found, expected)]
+    grads = [torch.autograd.grad(targets, [z, *module.parameters()], seeds) for targets in (found, expected)]
     for a, b in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -48,13 +48,13 @@ def compare(module, z, found, expected, tolerance):
 @given(B=st.integers(1, 3), P=st.integers(1, 9), C=st.integers(2, 12), K=st.integers(1, 5), m=st.integers(1, 3))
 def test_fused_form_is_the_papers_function(B, P, C, K, m):
     module, z = some(B, P, C, K, m)
-    compare(module, z, module_answers(module, z), reference(module, z), 1e-10)
+    compare(module, z, module_targets(module, z), reference(module, z), 1e-10)
 
 
 def traced(module, z):
     """The form that torch.compile sees, run by torch's own kernels."""
     torch._dynamo.reset()
-    return torch.compile(lambda z: module_answers(module, z), backend="eager", fullgraph=True, dynamic=False)(z)
+    return torch.compile(lambda z: module_targets(module, z), backend="eager", fullgraph=True, dynamic=False)(z)
 
 
 @settings(max_examples=8, deadline=None)
@@ -79,7 +79,7 @@ def test_fused_kernels_are_the_plain_function():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("form", [module_answers, traced])
+@pytest.mark.parametrize("form", [module_targets, traced])
 def test_in_bfloat16_every_form_is_within_its_rounding(form):
     """bfloat16 keeps 8 bits. Tolerance: 2 % of the largest answer, 4 % of each gradient's norm; what the concatenations
     themselves lose under autocast is about as much, and no form may lose more than twice that."""
@@ -89,10 +89,10 @@ def test_in_bfloat16_every_form_is_within_its_rounding(form):
     exact = reference(module, z)
     seeds = [torch.randn_like(a) for a in exact]
 
-    def off(answers):
-        grads = torch.autograd.grad([a.float() for a in answers], [z, *module.parameters()], seeds, retain_graph=True)
+    def off(targets):
+        grads = torch.autograd.grad([a.float() for a in targets], [z, *module.parameters()], seeds, retain_graph=True)
         true = torch.autograd.grad(exact, [z, *module.parameters()], seeds, retain_graph=True)
-        values = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(answers, exact, strict=True))
+        values = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(targets, exact, strict=True))
         return values, max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, true, strict=True))
 
     ours, theirs = off(low), off(plain)

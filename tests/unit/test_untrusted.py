@@ -34,7 +34,7 @@ from std_fast.config.recipe import StudentSpec, TeacherSpec
 from std_fast.config.schema import read_yaml
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import build_classifier, read_run, read_weights
-from std_fast.teachers.label_cache import AnswerStore, read_header
+from std_fast.teachers.target_cache import TargetCache, read_header
 from std_fast.teachers.teacher import build_teacher
 from tests import crafted
 from tests.beton_tools import encoded, jpeg_sample, pixels, write_beton
@@ -75,16 +75,16 @@ def run_folder(path: Path) -> None:
     read_run(path.parent)
 
 
-def answers(path: Path) -> None:
-    path.rename(path.with_name("answers.json"))
+def targets(path: Path) -> None:
+    path.rename(path.with_name("targets.json"))
     read_header(path.parent)
 
 
-def epoch_of_answers(path: Path) -> None:
+def epoch_of_targets(path: Path) -> None:
     about = {"format": 1, "fingerprint": {}, "classes": 3, "teachers": 1, "top_k": 0}
-    path.with_name("answers.json").write_text(json.dumps(about))
-    path.rename(path.with_name("epoch-00000.answers"))
-    AnswerStore(path.parent, read_header(path.parent), 1, 1, False).open(0)
+    path.with_name("targets.json").write_text(json.dumps(about))
+    path.rename(path.with_name("epoch-00000.targets"))
+    TargetCache(path.parent, read_header(path.parent), 1, 1, False).open(0)
 
 
 def manifest(path: Path) -> None:
@@ -108,8 +108,8 @@ PLACES = {
     "a hub folder's weights": hub_folder,
     "student.weights": lambda path: read_weights(path.rename(path.with_suffix(".pt"))),
     "a run's checkpoint": run_folder,
-    "answers.json": answers,
-    "an epoch of answers": epoch_of_answers,
+    "targets.json": targets,
+    "an epoch of targets": epoch_of_targets,
     "a beton's manifest": manifest,
     "a beton": lambda path: open_source(path),
     "a recipe": lambda path: recipes.load(str(path)),
@@ -260,8 +260,8 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "step-00000001.safetensors")
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint.load(tmp_path / "step-00000001.safetensors")
-    os.mkfifo(tmp_path / "answers.json")
-    with pytest.raises(UserError, match="no header of stored answers"):
+    os.mkfifo(tmp_path / "targets.json")
+    with pytest.raises(UserError, match="no header of stored targets"):
         read_header(tmp_path)
 
 
@@ -384,7 +384,7 @@ def test_parquet_of_too_long_images_names_them(tmp_path):
 # -- a confined reader ------------------------------------------------------------------------------------------------
 
 
-def answers_with(value):
+def targets_with(value):
     return [value, os.getpid()]
 
 
@@ -418,7 +418,7 @@ def disk_full():
 
 
 def test_a_confined_reader_answers_from_another_process():
-    value, pid = confined(answers_with, {"a": [1, None, "ä"]})
+    value, pid = confined(targets_with, {"a": [1, None, "ä"]})
     assert value == {"a": [1, None, "ä"]} and pid != os.getpid()
     assert confined(prints) == 1
 
@@ -429,7 +429,7 @@ def test_a_confined_reader_answers_from_another_process():
         (takes_memory, {}, "more than 4096 MiB of memory"),
         (never_ends, {"seconds": 1}, "took more than 1 s"),
         (crashes, {}, "SIGSEGV"),
-        (answers_with, {}, "TypeError"),
+        (targets_with, {}, "TypeError"),
     ],
 )
 def test_what_goes_wrong_in_a_confined_reader_is_said(function, limits, complaint):

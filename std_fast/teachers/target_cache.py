@@ -1,12 +1,12 @@
-"""Stored teacher answers: what the teachers said about each position of an epoch, read instead of asked again.
+"""Stored teacher targets: what the teachers said about each position of an epoch, read instead of asked again.
 
 By DESIGN.md's rule 1 a batch is a pure function of seed, epoch and position, so an answer stored for (epoch, position)
 is the answer to exactly the image that any later run with the same data settings shows there: other students and
 optimizers train from it, to the bit as with the teachers running.
 
 A store is a folder:
-    answers.json          the format, the fingerprint of everything that the answers depend on, and their shape
-    epoch-00003.answers   little-endian uint16 [N, M, W], then 16 bytes of BLAKE2b over header, epoch and content
+    targets.json          the format, the fingerprint of everything that the targets depend on, and their shape
+    epoch-00003.targets   little-endian uint16 [N, M, W], then 16 bytes of BLAKE2b over header, epoch and content
     .epoch-00004.*.partial   an epoch that is being written; it gets its name when it is whole
 W words of a teacher and a position: label + 1 (so that a place never written reads as 0), confidence (the bits of a
 float16), and for soft labels k probabilities (float16) and their k classes. With hard labels that is 4 bytes.
@@ -32,15 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment.device import Augment, Mixed
+from pipelines.augment.device import Augment, TrainBatch
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch, Loader
 from pipelines.untrusted import open_regular, read_json
 from std_fast import __version__
+from std_fast.config.legacy import cache_file
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.config.schema import to_dict
-from std_fast.method.losses import TeacherAnswers
-from std_fast.runtime.distributed import ALONE, World
+from std_fast.method.losses import TeacherTargets
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.overlap import Overlap, taught
 from std_fast.teachers.teacher import Teachers
@@ -48,19 +49,19 @@ from std_fast.teachers.teacher import Teachers
 FORMAT = 1
 MOST_CLASSES = 65535  # label + 1 has 16 bits
 DIGEST_BYTES = 16
-_BEFORE = {"precision": "auto"}
+LEGACY_DEFAULTS = {"precision": "auto"}
 """fields of a teacher that stores of earlier versions lack, as they were then"""
 log = logging.getLogger("std_fast")
-Pairs = Iterator[tuple[Mixed, TeacherAnswers]]
+Pairs = Iterator[tuple[TrainBatch, TeacherTargets]]
 
 
-# -- what the answers depend on -------------------------------------------------------------------------------------
+# -- what the targets depend on -------------------------------------------------------------------------------------
 
 
 def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
     """Everything that decides an answer, under the names of the recipe's fields; plain JSON values.
 
-    Not among them: the batch (answers are the same in every batch, up to rounding where kernels depend on its size),
+    Not among them: the batch (targets are the same in every batch, up to rounding where kernels depend on its size),
     how many epochs there are and how they are cycled (`distill.views`: an epoch shows what it shows), the number of
     processes, torch.compile (rounding again), and what only the student and its training use.
 
@@ -138,22 +139,22 @@ def bytes_per_epoch(samples: int, teachers: int, top_k: int = 0) -> int:
 # -- words ----------------------------------------------------------------------------------------------------------
 
 
-def pack(answers: TeacherAnswers) -> Tensor:
+def pack(targets: TeacherTargets) -> Tensor:
     """Answers of a batch -> their words, uint16 in the bits of int16 `[B, M, W]`, on the same device."""
-    words = [(answers.labels + 1)[..., None].to(torch.int16), answers.confidence[..., None].view(torch.int16)]
-    if answers.top_probs is not None and answers.top_classes is not None:
-        words += [answers.top_probs.contiguous().view(torch.int16), answers.top_classes.to(torch.int16)]
+    words = [(targets.labels + 1)[..., None].to(torch.int16), targets.confidence[..., None].view(torch.int16)]
+    if targets.top_probs is not None and targets.top_classes is not None:
+        words += [targets.top_probs.contiguous().view(torch.int16), targets.top_classes.to(torch.int16)]
     return torch.cat(words, -1)
 
 
-def unpack(words_BMW: Tensor, soft: bool) -> TeacherAnswers:
+def unpack(words_BMW: Tensor, soft: bool) -> TeacherTargets:
     """The inverse of `pack`; without `soft` the distribution is left out."""
     labels = (words_BMW[..., 0].long() & 0xFFFF) - 1
     confidence = words_BMW[..., 1].contiguous().view(torch.float16)
     if not soft:
-        return TeacherAnswers(labels, confidence)
+        return TeacherTargets(labels, confidence)
     probs, classes = words_BMW[..., 2:].chunk(2, -1)
-    return TeacherAnswers(labels, confidence, None, probs.contiguous().view(torch.float16), classes.long() & 0xFFFF)
+    return TeacherTargets(labels, confidence, None, probs.contiguous().view(torch.float16), classes.long() & 0xFFFF)
 
 
 # -- the store ------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def unpack(words_BMW: Tensor, soft: bool) -> TeacherAnswers:
 
 @dataclass(frozen=True)
 class Header:
-    """What `answers.json` says."""
+    """What `targets.json` says."""
 
     fingerprint: dict[str, Any]
     classes: int
@@ -188,19 +189,19 @@ def header_for(recipe: Recipe, values: dict[str, Any]) -> Header:
     classes = values["classes"]
     if classes > MOST_CLASSES:
         raise UserError(
-            f"distill.answers: the data has {classes} classes, stored answers hold {MOST_CLASSES}; leave it out"
+            f"distill.target_cache: the data has {classes} classes, stored targets hold {MOST_CLASSES}; leave it out"
         )
     for i, teacher in enumerate(recipe.distill.teachers):
         if values[f"distill.teachers.{i}.weights"] is None:
             raise UserError(
-                f"distill.teachers.{i}.weights: {teacher.weights} is not there, and no answers are stored yet"
+                f"distill.teachers.{i}.weights: {teacher.weights} is not there, and no targets are stored yet"
             )
     return Header(values, classes, len(recipe.distill.teachers), min(recipe.distill.top_k, classes - 1))
 
 
 def read_header(folder: Path) -> Header:
     """UserError when it is no store's, damaged, or of another format."""
-    path = folder / "answers.json"
+    path = cache_file(folder / "targets.json")
     mend = "give another folder, or remove it and run `std-fast teach`"
     try:
         data = read_json(path)
@@ -209,7 +210,7 @@ def read_header(folder: Path) -> Header:
         numbers = (header.classes, header.teachers, header.top_k)
         sound = isinstance(header.fingerprint, dict) and all(type(n) is int and 0 <= n <= MOST_CLASSES for n in numbers)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no header of stored answers ({type(error).__name__}); {mend}") from None
+        raise UserError(f"{path}: is no header of stored targets ({type(error).__name__}); {mend}") from None
     if format_found != FORMAT:
         raise UserError(f"{path}: format {format_found!r}, this version reads {FORMAT}; {mend}")
     if not (sound and header.teachers >= 1 and header.classes >= 1 and header.top_k < header.classes):
@@ -218,11 +219,11 @@ def read_header(folder: Path) -> Header:
 
 
 def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
-    """UserError naming the first field in which this run differs from the one that stored the answers."""
+    """UserError naming the first field in which this run differs from the one that stored the targets."""
     hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
     for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
-        there, here = stored.get(name, _BEFORE.get(name.rpartition(".")[2])), ours.get(name)
+        there, here = stored.get(name, LEGACY_DEFAULTS.get(name.rpartition(".")[2])), ours.get(name)
         if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
             continue
         what = {"data.train": "other data", "classes": "other classes"}.get(name)
@@ -230,13 +231,13 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
             what = "other weights"
         was, now = (what, "those") if what else (repr(there), repr(here))
         raise UserError(
-            f"{name}: the answers in {folder} are of {was}, this run has {now}; set it back, or give distill.answers "
-            "another folder"
+            f"{name}: the targets in {folder} are of {was}, this run has {now}; set it back, or give "
+            "distill.target_cache another folder"
         )
 
 
-class AnswerStore:
-    """A folder of answers as one run uses it.
+class TargetCache:
+    """A folder of targets as one run uses it.
 
     What it writes is written by a thread, which also waits for the copies from the device; what goes wrong there is
     raised by the next call.
@@ -247,16 +248,18 @@ class AnswerStore:
         soft: whether the run wants the distribution.
     """
 
-    def __init__(self, folder: Path, header: Header, rows: int, batch: int, soft: bool, world: World = ALONE) -> None:
+    def __init__(
+        self, folder: Path, header: Header, rows: int, batch: int, soft: bool, world: World = SINGLE_PROCESS
+    ) -> None:
         self.folder, self.header, self.world = folder, header, world
         self.rows, self.batch, self.soft = rows, batch, soft
         self._words: dict[int, np.ndarray] = {}
         self._writers: dict[int, EpochWriter] = {}
         self._jobs: deque[Future[None]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="std_fast-answers")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="std_fast-targets")
 
     def path(self, epoch: int) -> Path:
-        return self.folder / f"epoch-{epoch:05d}.answers"
+        return cache_file(self.folder / f"epoch-{epoch:05d}.targets")
 
     def stored(self, epoch: int) -> bool:
         """Whether the epoch is there, for as many positions as are needed."""
@@ -304,7 +307,7 @@ class AnswerStore:
             raise UserError(f"{path}: holds {fault}; {mend}")
         return words
 
-    def _read(self, words: np.ndarray, mixed: Mixed) -> TeacherAnswers:
+    def _read(self, words: np.ndarray, mixed: TrainBatch) -> TeacherTargets:
         B = len(mixed.positions)
         first = mixed.step * self.batch + self.world.rank * B
         rows = torch.from_numpy(words[first : first + B].astype(np.uint16).view(np.int16))
@@ -323,7 +326,7 @@ class AnswerStore:
         autocast: Callable,
         overlap: Overlap | None = None,
     ) -> Pairs:
-        """Augmented batches of an epoch with the teachers' answers: the stored ones, or else the teachers' own, which
+        """Augmented batches of an epoch with the teacher targets: the stored ones, or else the teachers' own, which
         are stored as they come.
 
         Raises:
@@ -331,19 +334,21 @@ class AnswerStore:
         """
         if epoch in self._writers:
             self.wait()
-        if self.world.tell(epoch in self._words or self.stored(epoch)):
+        if self.world.broadcast(epoch in self._words or self.stored(epoch)):
             words = self.open(epoch)
             for mixed, _ in taught(batches, augment, None, autocast, overlap):
                 yield mixed, self._read(words, mixed)
         elif teachers is None:
-            raise UserError(f"distill.answers: {self.folder} does not hold epoch {epoch}; run `std-fast teach` for it")
+            raise UserError(
+                f"distill.target_cache: {self.folder} does not hold epoch {epoch}; run `std-fast teach` for it"
+            )
         else:
             writer = self.writer(epoch)
             try:
-                for mixed, answers in taught(batches, augment, teachers, autocast, overlap):
-                    assert answers is not None  # there are teachers
-                    writer.add(mixed.step, pack(answers))
-                    yield mixed, answers
+                for mixed, targets in taught(batches, augment, teachers, autocast, overlap):
+                    assert targets is not None  # there are teachers
+                    writer.add(mixed.step, pack(targets))
+                    yield mixed, targets
             finally:
                 writer.end()
 
@@ -365,7 +370,7 @@ class AnswerStore:
             job.result()
         except OSError as error:
             raise UserError(
-                f"distill.answers: {self.folder} cannot be written ({error}); make room there, or give another folder"
+                f"distill.target_cache: {self.folder} cannot be written ({error}); free space, or give another folder"
             ) from None
 
     def wait(self) -> None:
@@ -393,7 +398,7 @@ def _fault(words: np.ndarray, classes: int) -> str:
 
 
 class EpochWriter:
-    """Stores the answers of one epoch. Only rank 0 writes, what it gathers from all.
+    """Stores the targets of one epoch. Only rank 0 writes, what it gathers from all.
 
     An epoch that is not finished stays in its partial file, and the next writer of the same epoch goes on with it.
 
@@ -401,7 +406,7 @@ class EpochWriter:
         UserError: another process writes this epoch, or the disk is full or cannot be written; from any method.
     """
 
-    def __init__(self, store: AnswerStore, epoch: int) -> None:
+    def __init__(self, store: TargetCache, epoch: int) -> None:
         self.store, self.epoch, self.header = store, epoch, store.header
         self.path = store.folder / f".epoch-{epoch:05d}.{self.header.digest(epoch).hexdigest()[:8]}.partial"
         self._fd = -1
@@ -421,12 +426,12 @@ class EpochWriter:
             self._fd = -1
             if isinstance(error, (BlockingIOError, FileNotFoundError)):
                 raise UserError(
-                    f"{self.path}: another process is writing it; wait for that, or give distill.answers another folder"
+                    f"{self.path}: another process is writing it; wait for it, or give another distill.target_cache"
                 ) from None
             raise
 
     def filled(self) -> int:
-        """How many positions from 0 on have their answers already (0 on other ranks than the first)."""
+        """How many positions from 0 on have their targets already (0 on other ranks than the first)."""
         if self._fd < 0:
             return 0
         shape = (self.store.rows, self.header.teachers, self.header.words)
@@ -489,7 +494,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def open_answers(recipe: Recipe, loader: Loader, precision: str, rows: int, world: World = ALONE) -> AnswerStore | None:
+def open_target_cache(
+    recipe: Recipe, loader: Loader, precision: str, rows: int, world: World = SINGLE_PROCESS
+) -> TargetCache | None:
     """The store of a recipe, made where there is none yet; None when the recipe names none.
 
     Args:
@@ -498,16 +505,16 @@ def open_answers(recipe: Recipe, loader: Loader, precision: str, rows: int, worl
     Raises:
         UserError: the folder is no store, was made with other settings, or cannot be made.
     """
-    if not recipe.distill.answers:
+    if not recipe.distill.target_cache:
         return None
-    folder = Path(recipe.distill.answers)
+    folder = Path(recipe.distill.target_cache)
     values = fingerprint(recipe, loader, precision)
-    if world.main and not (folder / "answers.json").exists():
+    if world.main and not cache_file(folder / "targets.json").exists():
         _create(folder, header_for(recipe, values))
     world.wait_for_all()
     header = read_header(folder)
     check_same(folder, header.fingerprint, values)
-    return AnswerStore(folder, header, rows, recipe.run.batch, recipe.distill.labels == "soft", world)
+    return TargetCache(folder, header, rows, recipe.run.batch, recipe.distill.labels == "soft", world)
 
 
 def _create(folder: Path, header: Header) -> None:
@@ -521,8 +528,8 @@ def _create(folder: Path, header: Header) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".answers.{os.getpid()}.partial"
+        draft = folder / f".targets.{os.getpid()}.partial"
         draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        os.replace(draft, folder / "answers.json")
+        os.replace(draft, folder / "targets.json")
     except OSError as error:
-        raise UserError(f"distill.answers: {folder} cannot be made ({error}); give another folder") from None
+        raise UserError(f"distill.target_cache: {folder} cannot be made ({error}); give another folder") from None

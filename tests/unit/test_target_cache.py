@@ -1,4 +1,4 @@
-"""The format of stored answers: nothing is lost, and nothing damaged, foreign or unfinished is ever read."""
+"""The format of stored targets: nothing is lost, and nothing damaged, foreign or unfinished is ever read."""
 
 import json
 import resource
@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
-from std_fast.method.losses import answers_from_logits, top_k_kl
-from std_fast.teachers.label_cache import AnswerStore, Header, bytes_per_epoch, check_same, pack, read_header, unpack
+from std_fast.method.losses import targets_from_logits, top_k_kl
+from std_fast.teachers.target_cache import Header, TargetCache, bytes_per_epoch, check_same, pack, read_header, unpack
 
 CLASSES, TEACHERS, BATCH = 300, 2, 8
 KEYS = ("format", "fingerprint", "classes", "teachers", "top_k")
@@ -23,49 +23,49 @@ def logits(rows, seed=0, classes=CLASSES):
 
 def make_store(folder, rows=2 * BATCH, top_k=0, seed=0):
     folder.mkdir(exist_ok=True)
-    return AnswerStore(folder, Header({"run.seed": seed}, CLASSES, TEACHERS, top_k), rows, BATCH, top_k > 0)
+    return TargetCache(folder, Header({"run.seed": seed}, CLASSES, TEACHERS, top_k), rows, BATCH, top_k > 0)
 
 
 def fill(store, epoch, steps, seed=0):
     """Writes some steps of an epoch; returns what should be there."""
-    answers = [answers_from_logits(logits(BATCH, 100 * seed + step), 1.0, store.header.top_k) for step in range(9)]
+    targets = [targets_from_logits(logits(BATCH, 100 * seed + step), 1.0, store.header.top_k) for step in range(9)]
     writer = store.writer(epoch)
     for step in steps:
-        writer.add(step, pack(answers[step]))
+        writer.add(step, pack(targets[step]))
     writer.end()
     store.wait()
-    return answers
+    return targets
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, CLASSES + 7])
 def test_words_hold_an_answer_exactly(top_k):
-    answers = answers_from_logits(logits(6), 2.0 if top_k else None, top_k)
-    words = pack(answers)
+    targets = targets_from_logits(logits(6), 2.0 if top_k else None, top_k)
+    words = pack(targets)
     k = min(top_k, CLASSES - 1)
     assert words.shape == (6, TEACHERS, 2 + 2 * k) and words.dtype == torch.int16
     assert words.numel() * 2 + 16 == bytes_per_epoch(6, TEACHERS, k)
     back = unpack(words, soft=top_k > 0)
-    for name, value in answers._asdict().items():
+    for name, value in targets._asdict().items():
         got = getattr(back, name)
         assert (got is None and value is None) or (got.dtype == value.dtype and torch.equal(got, value)), name
 
 
 def test_the_largest_label_fits():
-    answers = answers_from_logits(logits(1))._replace(labels=torch.tensor([[65534, 32767]]))
-    assert torch.equal(unpack(pack(answers), False).labels, answers.labels)
+    targets = targets_from_logits(logits(1))._replace(labels=torch.tensor([[65534, 32767]]))
+    assert torch.equal(unpack(pack(targets), False).labels, targets.labels)
 
 
 def test_an_epoch_comes_back_and_its_size_is_four_bytes_an_answer(tmp_path):
     store = make_store(tmp_path)
-    answers = fill(store, 3, range(2))
+    targets = fill(store, 3, range(2))
     assert store.path(3).stat().st_size == bytes_per_epoch(2 * BATCH, TEACHERS) == 4 * TEACHERS * 2 * BATCH + 16
     words = store.open(3)
     assert not words.flags.writeable
     again = unpack(torch.from_numpy(words.astype(np.uint16).view(np.int16)), False)
-    assert torch.equal(again.labels, torch.cat([a.labels for a in answers[:2]]))
-    assert torch.equal(again.confidence, torch.cat([a.confidence for a in answers[:2]]))
+    assert torch.equal(again.labels, torch.cat([a.labels for a in targets[:2]]))
+    assert torch.equal(again.confidence, torch.cat([a.confidence for a in targets[:2]]))
     assert store.missing(5) == [0, 1, 2, 4]
-    assert [p.name for p in tmp_path.iterdir()] == ["epoch-00003.answers"]  # no partial file is left
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch-00003.targets"]  # no partial file is left
     store.close()
 
 
@@ -97,7 +97,7 @@ def test_damage_and_exchanged_files_are_noticed(tmp_path):
         bad = bytearray(good)
         bad[place] ^= 4
         store.path(1).write_bytes(bad)
-        with pytest.raises(UserError, match=r"epoch-00001.answers: its digest does not match.*std-fast teach"):
+        with pytest.raises(UserError, match=r"epoch-00001.targets: its digest does not match.*std-fast teach"):
             store.open(1)
     store.path(1).write_bytes(good)  # whole, but of another epoch
     with pytest.raises(UserError, match="digest"):
@@ -147,7 +147,7 @@ def test_a_full_disk_is_noticed_before_the_epoch_begins(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot be written.*make room"):
+        with pytest.raises(UserError, match=r"cannot be written.*free space"):
             store.writer(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -156,7 +156,7 @@ def test_a_full_disk_is_noticed_before_the_epoch_begins(tmp_path):
 
 def test_a_header_that_is_none(tmp_path):
     good = {"format": 1, "fingerprint": {}, "classes": 3, "teachers": 1, "top_k": 0}
-    path = tmp_path / "answers.json"
+    path = tmp_path / "targets.json"
     path.write_text(json.dumps(good))
     assert read_header(tmp_path) == Header({}, 3, 1, 0)
     for change in (
@@ -168,7 +168,7 @@ def test_a_header_that_is_none(tmp_path):
         {"top_k": 3},
     ):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=r"answers.json: "):
+        with pytest.raises(UserError, match=r"targets.json: "):
             read_header(tmp_path)
 
 
@@ -178,7 +178,7 @@ VALUES = st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda so
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60) | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUES)))
 def test_no_bytes_crash_the_header_reader(tmp_path, data):
-    (tmp_path / "answers.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+    (tmp_path / "targets.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
     with pytest.raises(UserError):
         read_header(tmp_path)
 
@@ -189,7 +189,7 @@ def test_the_differing_field_is_named(tmp_path):
     check_same(tmp_path, stored, hard)  # a store of soft labels has the hard ones too
     check_same(tmp_path, stored, {**stored, "distill.teachers.0.weights": None})  # not on this machine
     for change, message in (
-        ({"run.seed": 1}, "run.seed: the answers in .* are of 0, this run has 1"),
+        ({"run.seed": 1}, "run.seed: the targets in .* are of 0, this run has 1"),
         ({"distill.top_k": 6}, "distill.top_k"),
         ({"distill.teachers.0.weights": "cd"}, "distill.teachers.0.weights: .* other weights"),
         ({"augment.new": 1}, "augment.new: .* None"),
@@ -203,24 +203,24 @@ def test_the_differing_field_is_named(tmp_path):
 @pytest.mark.parametrize("top_k", [1, 4, 100])
 def test_a_truncated_distribution_is_the_one_that_is_documented(top_k):
     torch.manual_seed(0)
-    answers = answers_from_logits(2 * torch.randn(5, 1, 12), 1.0, top_k)
+    targets = targets_from_logits(2 * torch.randn(5, 1, 12), 1.0, top_k)
     k = min(top_k, 11)
-    kept = answers.top_probs[:, 0].double()
+    kept = targets.top_probs[:, 0].double()
     p = ((1 - kept.sum(1)) / (12 - k)).clamp(min=2**-24)[:, None].repeat(1, 12)
-    p.scatter_(1, answers.top_classes[:, 0], kept)
+    p.scatter_(1, targets.top_classes[:, 0], kept)
     p /= p.sum(1, keepdim=True)
     student = torch.randn(5, 12)
     expected = (p * (p.log() - student.double().log_softmax(1))).sum(1)
-    got = top_k_kl(student.log_softmax(1), answers.top_probs[:, 0], answers.top_classes[:, 0])
+    got = top_k_kl(student.log_softmax(1), targets.top_probs[:, 0], targets.top_classes[:, 0])
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
-    full = answers_from_logits(2 * torch.randn(5, 1, 12), 1.0)
+    full = targets_from_logits(2 * torch.randn(5, 1, 12), 1.0)
     assert full.top_probs is None and full.log_probs is not None
 
 
 def test_a_certain_teacher_gives_a_finite_loss():
-    answers = answers_from_logits(torch.tensor([[[500.0, 0, -500, 3]]]), 1.0, 2)
-    assert answers.top_probs.tolist() == [[[1.0, 0.0]]]
+    targets = targets_from_logits(torch.tensor([[[500.0, 0, -500, 3]]]), 1.0, 2)
+    assert targets.top_probs.tolist() == [[[1.0, 0.0]]]
     student = torch.randn(1, 4, requires_grad=True)
-    loss = top_k_kl(student.log_softmax(1), answers.top_probs[:, 0], answers.top_classes[:, 0]).sum()
+    loss = top_k_kl(student.log_softmax(1), targets.top_probs[:, 0], targets.top_classes[:, 0]).sum()
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()

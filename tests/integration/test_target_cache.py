@@ -1,4 +1,4 @@
-"""Training from stored answers is training with the teachers, to the bit and without them."""
+"""Training from stored targets is training with the teachers, to the bit and without them."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
-from std_fast.teachers.label_cache import EpochWriter, bytes_per_epoch
+from std_fast.teachers.target_cache import EpochWriter, bytes_per_epoch
 from std_fast.training import build
 from std_fast.training.run import Stopped, train
 from std_fast.training.step import Trainer
@@ -67,15 +67,15 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("labels", [{}, SOFT], ids=["hard", "soft"])
-def test_stored_answers_give_the_weights_of_running_teachers(recipe, teachers, tmp_path, labels):
+def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, tmp_path, labels):
     recipe = changed(recipe, distill=labels)
     train(recipe, quiet=True)
     expected = weights(tmp_path / "live")
 
     store = str(tmp_path / "written")
-    train(into(recipe, tmp_path / "first", answers=store), quiet=True)  # write-through
+    train(into(recipe, tmp_path / "first", target_cache=store), quiet=True)  # write-through
     assert_same(weights(tmp_path / "first"), expected)
-    taught = teach(into(recipe, "", answers=str(tmp_path / "taught")), quiet=True)
+    taught = teach(into(recipe, "", target_cache=str(tmp_path / "taught")), quiet=True)
     assert taught["epochs"] == 2 and taught["asked"] == 48
     assert taught["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
 
@@ -85,36 +85,38 @@ def test_stored_answers_give_the_weights_of_running_teachers(recipe, teachers, t
     away = teachers.rename(teachers.with_name("away"))
     try:
         for name in ("written", "taught"):
-            stored = into(recipe, tmp_path / f"from_{name}", answers=str(tmp_path / name))
+            stored = into(recipe, tmp_path / f"from_{name}", target_cache=str(tmp_path / name))
             train(stored, quiet=True, on_step=no_teachers)
             assert_same(weights(tmp_path / f"from_{name}"), expected)
     finally:
         away.rename(teachers)
     # other runs use them too: another student and optimizer, another batch, hard labels from a store of soft ones
-    other = into(recipe, tmp_path / "other", answers=str(tmp_path / "taught"), labels="hard", temperature=1.0, top_k=0)
+    other = into(
+        recipe, tmp_path / "other", target_cache=str(tmp_path / "taught"), labels="hard", temperature=1.0, top_k=0
+    )
     other = changed(other, optim={"lr": 2e-3}, student={"drop_path": 0.0}, run={"batch": 12})
     train(other, quiet=True, on_step=no_teachers)
 
 
 def test_an_interrupted_run_leaves_whole_epochs(recipe, tmp_path):
     """Write-through, stopped within an epoch and resumed, ends with the same files as `teach`."""
-    first = into(recipe, tmp_path / "first", answers=str(tmp_path / "written"))
+    first = into(recipe, tmp_path / "first", target_cache=str(tmp_path / "written"))
 
     def ask(run):
         run.stop_wanted = run.step == 2
 
     with pytest.raises(Stopped):
         train(first, quiet=True, on_step=ask)
-    assert not list((tmp_path / "written").glob("*.answers"))
+    assert not list((tmp_path / "written").glob("*.targets"))
     train(first, resume=True, quiet=True)
-    teach(into(recipe, "", answers=str(tmp_path / "taught")), quiet=True)
+    teach(into(recipe, "", target_cache=str(tmp_path / "taught")), quiet=True)
     for epoch in (0, 1):
-        name = f"epoch-{epoch:05d}.answers"
+        name = f"epoch-{epoch:05d}.targets"
         assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "taught" / name).read_bytes()
 
 
 def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, monkeypatch):
-    recipe = into(recipe, tmp_path / "run", answers=str(tmp_path / "store"))
+    recipe = into(recipe, tmp_path / "run", target_cache=str(tmp_path / "store"))
     kept, calls = EpochWriter.add, []
 
     def dies(self, step, words):
@@ -130,10 +132,10 @@ def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, 
     assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 2)] and result["asked"] == 8
     assert teach(recipe, quiet=True)["asked"] == 0
 
-    path = tmp_path / "store" / "epoch-00001.answers"
+    path = tmp_path / "store" / "epoch-00001.targets"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
-    with pytest.raises(UserError, match="epoch-00001.answers: its digest does not match"):
+    with pytest.raises(UserError, match="epoch-00001.targets: its digest does not match"):
         train(recipe, quiet=True)
     assert teach(recipe, quiet=True)["asked"] == 24
     assert path.read_bytes() == whole
@@ -154,11 +156,11 @@ def test_all_positions_are_stored_whatever_the_batch(recipe, image_folder, tmp_p
     labels = []
     for batch in (4, 8):
         store = tmp_path / f"store{batch}"
-        made = teach(changed(recipe, distill={"answers": str(store)}, run={"batch": batch}), quiet=True)
+        made = teach(changed(recipe, distill={"target_cache": str(store)}, run={"batch": batch}), quiet=True)
         assert made["asked"] == 14 and made["bytes"] == bytes_per_epoch(14, 2)
-        labels.append(np.fromfile(store / "epoch-00000.answers", "<u2", 14 * 4)[::2])
+        labels.append(np.fromfile(store / "epoch-00000.targets", "<u2", 14 * 4)[::2])
     assert (labels[0] == labels[1]).all() and len(set(labels[0])) > 1
-    train(changed(recipe, distill={"answers": str(store)}, run={"batch": 12}), quiet=True)
+    train(changed(recipe, distill={"target_cache": str(store)}, run={"batch": 12}), quiet=True)
     assert not list(store.glob(".*partial"))  # nothing had to be asked
 
 
@@ -167,10 +169,10 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     seen = {}
 
     class Looking(Trainer):
-        def step(self, mixed, answers, step, *rest):
+        def step(self, mixed, targets, step, *rest):
             noted = (mixed.images.clone(), mixed.epoch, self.stochastic_depth(mixed, 1))
             seen.setdefault((step - 1) // 3, []).append(noted)
-            return super().step(mixed, answers, step, *rest)
+            return super().step(mixed, targets, step, *rest)
 
     monkeypatch.setattr(build, "Trainer", Looking)
     train(recipe, quiet=True)
@@ -181,21 +183,21 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     assert not torch.equal(seen[0][0][0], seen[1][0][0])
     assert not torch.equal(seen[0][0][2], seen[2][0][2])  # but stochastic depth is drawn anew
 
-    stored = into(recipe, tmp_path / "stored", answers=str(tmp_path / "store"))
+    stored = into(recipe, tmp_path / "stored", target_cache=str(tmp_path / "store"))
     assert teach(stored, quiet=True)["epochs"] == 2
     train(stored, quiet=True, on_step=lambda run: pytest.fail("teachers") if run.parts.teachers else None)
     assert_same(weights(tmp_path / "stored"), weights(tmp_path / "live"))
     # written through, the first cycle serves the later ones of the same run
-    through = into(recipe, tmp_path / "through", answers=str(tmp_path / "written"))
+    through = into(recipe, tmp_path / "through", target_cache=str(tmp_path / "written"))
     train(through, quiet=True)
-    assert len(list((tmp_path / "written").glob("epoch-*.answers"))) == 2
+    assert len(list((tmp_path / "written").glob("epoch-*.targets"))) == 2
     assert_same(weights(tmp_path / "through"), weights(tmp_path / "live"))
     # more views than are stored: only the new ones are asked for; fewer: none
     more = changed(stored, distill={"views": 3})
     assert teach(more, quiet=True)["asked"] == 24
     for views in (1, 3):
         again = into(
-            changed(stored, distill={"views": views}), tmp_path / f"views-{views}", answers=str(tmp_path / "store")
+            changed(stored, distill={"views": views}), tmp_path / f"views-{views}", target_cache=str(tmp_path / "store")
         )
         train(again, quiet=True, on_step=lambda run: pytest.fail("teachers") if run.parts.teachers else None)
     # a budget by the clock needs them
@@ -216,23 +218,23 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     ],
 )
 def test_a_mismatch_is_refused_with_the_field(recipe, store_of, change, named):
-    other = changed(changed(recipe, distill={"answers": store_of}), **change)
-    with pytest.raises(UserError, match=f"^{named}: the answers in .* set it back"):
+    other = changed(changed(recipe, distill={"target_cache": store_of}), **change)
+    with pytest.raises(UserError, match=f"^{named}: the targets in .* set it back"):
         train(other, quiet=True)
 
 
 @pytest.fixture(scope="module")
 def store_of(teachers, image_folder, tmp_path_factory):
     """Answers of one epoch of `recipe`."""
-    folder = tmp_path_factory.mktemp("store") / "answers"
+    folder = tmp_path_factory.mktemp("store") / "targets"
     distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
     recipe = changed(from_dict(Recipe, {**SMALL, "distill": distill}), data={"train": str(image_folder)})
-    teach(changed(recipe, distill={"answers": str(folder)}, run={"length": "1 epoch"}), quiet=True)
+    teach(changed(recipe, distill={"target_cache": str(folder)}, run={"length": "1 epoch"}), quiet=True)
     return str(folder)
 
 
 def test_other_teachers_and_other_data_are_refused(recipe, teachers, store_of, image_folder, tmp_path):
-    recipe = changed(recipe, distill={"answers": store_of}, run={"length": "1 epoch"})
+    recipe = changed(recipe, distill={"target_cache": store_of}, run={"length": "1 epoch"})
     swapped = changed(recipe, distill={"teachers": recipe.distill.teachers[::-1]})
     with pytest.raises(UserError, match=r"distill.teachers.0.weights: .* of other weights"):
         train(swapped, quiet=True)
@@ -250,8 +252,8 @@ def test_other_teachers_and_other_data_are_refused(recipe, teachers, store_of, i
     try:
         with pytest.raises(UserError, match=r"distill.teachers.0.* lacks 2 of 3 epochs"):
             train(changed(recipe, run={"length": "3 epochs"}), quiet=True)
-        with pytest.raises(UserError, match=r"distill.teachers.0.weights: .* no answers are stored yet"):
-            teach(changed(recipe, distill={"answers": str(tmp_path / "new")}), quiet=True)
+        with pytest.raises(UserError, match=r"distill.teachers.0.weights: .* no targets are stored yet"):
+            teach(changed(recipe, distill={"target_cache": str(tmp_path / "new")}), quiet=True)
     finally:
         away.rename(teachers)
 
@@ -260,10 +262,10 @@ def test_teach_on_the_command_line(recipe, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe))
     store = str(tmp_path / "store")
-    assert cli.main(["teach", str(path), "--distill.answers", store, "--views", "1", "--quiet", "--json"]) == 0
+    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--quiet", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["epochs"] == data["views"] == 1 and data["asked"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
-    assert cli.main(["teach", str(path), "--distill.answers", store, "--distill.views", "1", "--quiet"]) == 0
+    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--distill.views", "1", "--quiet"]) == 0
     assert "--distill.views 1" in capsys.readouterr().out
     assert cli.main(["teach", str(path), "--quiet"]) == 2
-    assert "distill.answers: is empty" in capsys.readouterr().err
+    assert "distill.target_cache: is empty" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Names that earlier versions wrote into files, and what they are called now; the only module that knows them.
+
+Version 0.1.0: recipe fields, checkpoint metadata and tensors, the files of a target cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FIELDS = {"distill.answers": "distill.target_cache"}
+"""dotted names of recipe fields"""
+META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
+"""keys of a checkpoint's metadata"""
+TENSORS = {"aside.": "snapshot."}
+"""prefixes of a checkpoint's tensors"""
+CACHE_HEADER, CACHE_SUFFIX = "answers.json", ".answers"
+"""a target cache's header, and the suffix of its epochs"""
+
+
+def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values with today's field names; where a recipe has both names, today's counts."""
+    for old, new in FIELDS.items():
+        section, _, key = old.partition(".")
+        values = data.get(section)
+        if isinstance(values, dict) and key in values:
+            values = dict(values)
+            values.setdefault(new.partition(".")[2], values.pop(key))
+            data = {**data, section: values}
+    return data
+
+
+def upgrade_meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata with today's keys."""
+    return {META.get(key, key): value for key, value in meta.items()}
+
+
+def upgrade_tensors(tensors: dict[str, T]) -> dict[str, T]:
+    """A checkpoint's tensors under today's names."""
+
+    def renamed(name: str) -> str:
+        for old, new in TENSORS.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def cache_file(path: Path) -> Path:
+    """`path`, or the file of an earlier version's target cache that stands in its place."""
+    old = path.with_name(CACHE_HEADER) if path.suffix == ".json" else path.with_suffix(CACHE_SUFFIX)
+    return old if old.is_file() and not path.is_file() else path
