@@ -26,7 +26,7 @@ from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.teachers.teacher import Teachers, autocast
 from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of
 
-PRECISIONS = ("float32", "bfloat16", "int8", "float8")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ venv=.venv constraints=constraints.txt
 if [ "$goal" = oldest ] || [ "$goal" = newest ]; then # all but torch and what comes with it stays as it was tested
   venv=.venv-$goal constraints=.venv-$goal/constraints.txt
   mkdir -p "$venv"
-  with_torch='^(torch|torchvision|torchao|triton|cuda-[a-z]+|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx)[a-z0-9-]*)=='
+  with_torch='^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nccl|nvjitlink|nvshmem|nvtx)[a-z0-9-]*)=='
   kept=$(grep -vE "$with_torch" constraints.txt)
   [ "$goal" = newest ] || kept+=$(sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)",$/\n\1==\2.*/p' pyproject.toml)
 fi

@@ -140,7 +140,6 @@ def lock() -> None:
 ELSEWHERE = {
     "atheris": "Apache-2.0 (its licence file)",
     "ffcv": "Apache-2.0 (its repository's licence file)",
-    "torchao": "BSD-3-Clause (its licence file)",
     "cuda-toolkit": "not said; the packages it stands for are NVIDIA's",
 }
 """of packages whose metadata say nothing: read where it says"""

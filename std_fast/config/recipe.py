@@ -169,9 +169,8 @@ class TeacherSpec:
     )
     options: dict = opt({}, "arguments of the model's builder, as in student.options")
     image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
-    precision: Literal["auto", "float32", "bfloat16", "int8", "float8"] = opt(
-        "auto",
-        "auto: as run.precision; `int8`, `float8`: of its linear layers, by torchao, see `std-fast bench teachers`",
+    precision: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "auto: as run.precision; `std-fast bench teachers` measures what it costs and gains"
     )
     mean: tuple[float, float, float] | None = opt(None, "normalisation mean of its training; default: its own config")
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")

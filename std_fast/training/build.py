@@ -25,13 +25,10 @@ from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
-from std_fast.teachers.fold import random_image
 from std_fast.teachers.graphs import ReplayedTeachers
 from std_fast.teachers.overlap import Overlap
-from std_fast.teachers.quantize import LOW, quantize
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import (
-    Teacher,
     Teachers,
     autocast,
     build_classifier,
@@ -186,9 +183,8 @@ def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Te
 
 
 def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Of what is not quantized; float8's products give bfloat16."""
-    run = precision_of(recipe, device)
-    chosen = {"auto": run, "int8": run, "float8": "bfloat16"}.get(spec.precision, spec.precision)
+    """Type of a teacher's weights, from its own precision or the run's."""
+    chosen = precision_of(recipe, device) if spec.precision == "auto" else spec.precision
     return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
@@ -217,18 +213,11 @@ def build_missing_teachers(
 def make_fast(
     recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None
 ) -> tuple[Teachers | None, str | None]:
-    """Quantizes and compiles in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's
-    backend.
+    """Compiles in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's backend.
 
     Raises:
-        UserError: the compiler or torchao lacks what it needs.
+        UserError: the compiler lacks what it needs.
     """
-    if teachers is not None:
-        for i, (spec, teacher) in enumerate(zip(recipe.distill.teachers, teachers.teachers, strict=True)):
-            if spec.precision in LOW:
-                assert isinstance(teacher, Teacher)
-                image = random_image(teacher.image_size or recipe.data.image_size).to(device, teacher.dtype)
-                quantize(teacher.model, spec.precision, image, f"distill.teachers.{i}")
     backend = backend_of(recipe, device)
     if backend is not None:
         if options(backend)["backend"] == "inductor":

@@ -34,6 +34,10 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
             {"distill": {"mode": "std", "teachers": [{"name": "a"}], "temperature": 3}},
             "distill.temperature: has no effect",
         ),
+        (
+            {"distill": {"mode": "std", "teachers": [{"name": "a", "precision": "int8"}]}},
+            "distill.teachers.0.precision: 'int8' is not one of auto, float32, bfloat16",
+        ),
         ({"distill": {"alpha": 1.5}}, "distill.alpha: 1.5"),
         ({"distill": {"mine": {"every": "2 samples"}}}, "distill.mine.every"),
         ({"augment": {"flip": 2}}, "augment.flip"),

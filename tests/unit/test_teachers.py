@@ -22,6 +22,7 @@ from std_fast.config.recipe import TeacherSpec
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import build_classifier, read_weights
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, in_precision
+from std_fast.training.build import teacher_dtype
 
 K = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)  # the student's
@@ -116,6 +117,21 @@ def test_low_precision_is_in_the_weights_and_autocast_changes_nothing(trained, w
         plain = teacher(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(teacher(images), plain)
+
+
+@pytest.mark.parametrize(
+    ("own", "run", "expected"),
+    [
+        ("auto", "float32", torch.float32),
+        ("auto", "bfloat16", torch.bfloat16),
+        ("float32", "bfloat16", torch.float32),
+        ("bfloat16", "float32", torch.bfloat16),
+    ],
+)
+def test_precision_is_the_teachers_own_or_the_runs(own, run, expected):
+    spec = TeacherSpec(name="resnet18", precision=own)
+    recipe = recipes.from_dict(recipes.Recipe, {"run": {"precision": run}})
+    assert teacher_dtype(spec, recipe, torch.device("cpu")) == expected
 
 
 class Float32Inside(nn.Module):
