@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.harness import conditions
 from pipelines.read.batch import Batch, Loader
 from std_fast import cli
-from std_fast.cli import STOPPED
+from std_fast.commands.arguments import STOPPED
 from std_fast.commands.demo import write_digits
 from std_fast.config import recipe as recipes
 from std_fast.runtime.budget import in_words

@@ -23,7 +23,7 @@ import yaml
 from benchmarks import harness, workload
 from benchmarks.study_sizes import BOTH, PUSHED, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
-from std_fast.cli import STOPPED
+from std_fast.commands.arguments import STOPPED
 from std_fast.config import files as recipe_files
 from std_fast.config import recipe as recipes
 from std_fast.config.schema import merge

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from std_fast import cli
+from std_fast.commands.arguments import STOPPED
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.run import train
@@ -120,7 +120,7 @@ def test_asked_to_stop_at_random_moments(recipe, undisturbed):
         earlier, done = done, int(noted.read_text() or 0) if noted.exists() else 0
         saved = checkpoint.newest(out / "checkpoints")
         assert (saved[2]["step"] if saved else 0) == done, child.text
-        if codes[-1] not in (0, cli.STOPPED):  # no handler yet, and nothing done; or none any more, and all done
+        if codes[-1] not in (0, STOPPED):  # no handler yet, and nothing done; or none any more, and all done
             assert codes[-1] in (-signal.SIGTERM, -signal.SIGUSR1) and done in (earlier, STEPS), child.text
         if codes[-1] == 0:
             look(out, expected)

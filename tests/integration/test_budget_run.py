@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from std_fast import cli
+from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
@@ -121,7 +121,7 @@ def test_asked_to_stop_at_any_moment_it_says_that_it_can_go_on(recipe, tmp_path)
                 assert process.poll() is None and time.monotonic() < limit
                 time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == cli.STOPPED, seen
+            assert process.wait(60) == STOPPED, seen
         finally:
             process.kill()
         assert seen == "held" or not checkpoint.listed(tmp_path / "run" / "checkpoints")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from std_fast import cli
+from std_fast.commands.arguments import split_overrides
 from std_fast.config import files as recipe_files
 from std_fast.config import recipe as recipes
 
@@ -80,7 +81,9 @@ def test_info_and_recipes(capsys):
         (["trian", "x"], "did you mean 'train'"),
         (["train"], "the following arguments are required: recipe"),
         (["train", "digits_sdt"], "did you mean 'digits_std'"),
-        (["train", "digits_mixer", "--optim.lrr", "3"], "optim.lrr: unknown key; did you mean 'lr'"),
+        (["train", "--resume", "--optim.lrr", "3", "digits_mixer"], "optim.lrr: unknown key; did you mean 'lr'"),
+        (["train", "digits_mixer", "--optim.lr"], "--optim.lr: needs a value"),
+        (["train", "digits_mixer", "extra"], "unrecognized arguments: extra"),
         (["inspect", "/nothing.beton"], "/nothing.beton"),
         (["inspect", __file__], "test_cli.py"),
         (["convert", "/nothing", "x.beton"], "/nothing"),
@@ -122,8 +125,8 @@ def test_every_command_of_the_readme_exists():
         words = shlex.split(command.split("#")[0])
         assert words[0] in cli.VERBS, command
         if words[0] in ("train", "preview", "plan", "teach"):
-            pairs = cli.read_overrides([w for w in words[2:] if w != "--resume"])
-            recipes.load(words[1], pairs)
+            own, overrides = split_overrides(words[1:], {"--resume", "--quiet", "--json"})
+            recipes.load(own[0], overrides)
 
 
 def test_the_readme_speaks_of_files_that_exist_and_shows_the_example_as_it_is():
@@ -135,3 +138,9 @@ def test_the_readme_speaks_of_files_that_exist_and_shows_the_example_as_it_is():
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     example = (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8")
     assert code[code.index("def distil") :].strip() in example
+
+
+def test_resume_is_a_flag_and_fields_may_come_first():
+    own, overrides = split_overrides(["--resume", "--optim.lr", "-1", "mine", "--run.out=a=b"], {"--resume"})
+    assert own == ["--resume", "mine"]
+    assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]

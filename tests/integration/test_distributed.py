@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
-from std_fast import cli
+from std_fast.commands.arguments import PEER_LOST
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
@@ -334,7 +334,7 @@ def test_a_rank_that_hangs_is_an_error_on_the_others(recipe, tmp_path):
         ranks.append(subprocess.Popen(command, env=environment() | place, stderr=subprocess.PIPE, text=True))
     try:
         _, err = ranks[0].communicate(timeout=120)
-        assert ranks[0].returncode == cli.PEER_LOST, err
+        assert ranks[0].returncode == PEER_LOST, err
         assert "std-fast: rank 0: another process has died, or has not answered for 3 seconds" in err
         assert ranks[1].poll() is None
     finally:

@@ -11,6 +11,7 @@ import torch
 
 from pipelines.errors import UserError
 from std_fast import cli
+from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict, to_dict
@@ -181,7 +182,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys):
     path.write_text(recipes.dump(recipe))
     original = cli_train_with(lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None)
     try:
-        assert cli.main(["train", str(path), "--quiet"]) == cli.STOPPED
+        assert cli.main(["train", str(path), "--quiet"]) == STOPPED
     finally:
         original()
     assert "step 2, saved" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from benchmarks import gpu_suite, harness, kernels, naive, peers, workload
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast import cli
+from std_fast.commands import tool_verbs
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.library import create_student
@@ -90,7 +91,7 @@ def test_mistakes_end_with_one_line_and_code_2(capsys):
 def test_the_cli_knows_every_benchmark_and_no_other():
     folder = harness.ROOT / "benchmarks"
     runnable = {path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
-    assert set(cli.BENCHMARKS) == runnable
+    assert set(tool_verbs.BENCHMARKS) == runnable
 
 
 def test_the_cli_starts_a_benchmark_with_its_own_arguments(capfd):

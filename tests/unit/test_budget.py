@@ -307,13 +307,13 @@ def test_warmup_in_epochs_is_a_share_of_a_budget(clock_time, caplog):
 
 
 def test_gpu_hours_on_the_command_line():
-    from std_fast.cli import read_overrides
+    from std_fast.commands.arguments import split_overrides
 
-    recipe = recipes.load("digits_mixer", read_overrides(["--budget.gpu-hours", "8"]))
+    recipe = recipes.load("digits_mixer", split_overrides(["--budget.gpu-hours", "8"])[1])
     assert recipe.run.length == "8 gpu-hours"
     assert recipes.loads(recipes.dump(recipe)) == recipe
     for wrong in ("eight", "-1", "0", "nan"):
         with pytest.raises(UserError, match="run.length"):
-            recipes.load("digits_mixer", read_overrides([f"--budget.gpu_hours={wrong}"]))
+            recipes.load("digits_mixer", split_overrides([f"--budget.gpu_hours={wrong}"])[1])
     with pytest.raises(UserError, match="run.eval_every: write epochs, steps or samples"):
         recipes.load("digits_mixer", [("run.eval_every", "1 gpu-hours")])

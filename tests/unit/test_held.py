@@ -115,7 +115,8 @@ def test_the_command_line_leaves_word_before_torch_is_imported(tmp_path):
     """And knows the folder from the recipe, its base and what the command line changes."""
     (tmp_path / "mine.yaml").write_text("base: digits_mixer\nrun: {out: 'runs/{name}-{seed}'}\n")
     code = (
-        "import sys; from std_fast import cli; cli.train_recipe = lambda args: print('torch' in sys.modules) or "
+        "import sys; from std_fast import cli; from std_fast.commands import train_verbs; "
+        "train_verbs.train_recipe = lambda args: print('torch' in sys.modules) or "
         "sys.exit(7); cli.main(['train', 'mine.yaml', '--run.seed', '3'])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,0 +1,102 @@
+"""What the verbs of `std-fast` share: the parser, a recipe's fields on the command line, JSON output, exit codes.
+
+Imports nothing heavy, as all modules `*_verbs.py`: `std-fast --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from pipelines.errors import UserError
+
+# exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
+STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors as UserError: one line, without the usage."""
+
+    takes_recipe = False
+
+    def format_help(self) -> str:
+        if self.takes_recipe:
+            self.epilog = recipe_fields()
+        return super().format_help()
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+class Verb(NamedTuple):
+    """One command: `std-fast NAME ...`."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    """does it and returns the exit code, None for 0"""
+    add_arguments: Callable[[Parser], None]
+    text: str
+    """one line for `std-fast --help`"""
+
+
+def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """The arguments of one verb. Where it takes a recipe, `overrides` holds the fields that the words set.
+
+    Raises:
+        UserError: an argument that the verb does not have, or one without its value.
+    """
+    if not parser.takes_recipe:
+        return parser.parse_args(words)
+    own, overrides = split_overrides(words, set(parser._option_string_actions))
+    args = parser.parse_args(own)
+    args.overrides = overrides
+    return args
+
+
+def split_overrides(words: list[str], options: Collection[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
+    """A verb's own words, and the recipe's fields: `--a.b value` or `--a.b=value` for each that is none of `options`.
+
+    argparse itself would take a field's value for the recipe where the field comes first.
+
+    Raises:
+        UserError: a field without a value.
+    """
+    own, overrides = [], []
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or f"--{key}" in options:
+            own.append(word)
+            continue
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise UserError(f"--{key}: needs a value")
+            value = following
+        overrides.append((key.replace("-", "_"), value))
+    return own, overrides
+
+
+def show(args: argparse.Namespace, data: dict, text: str) -> None:
+    """One JSON document on standard output with --json, otherwise the text."""
+    print(json.dumps(data, indent=1) if args.json else text)
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def add_recipe(parser: Parser) -> None:
+    parser.add_argument("recipe", help="a recipe file, or the name of a built-in recipe")
+    parser.takes_recipe = True
+
+
+def recipe_fields() -> str:
+    """For the help of a verb that takes a recipe. Importing them takes seconds: only help that is printed does."""
+    from std_fast.config.recipe import Recipe
+    from std_fast.config.schema import describe
+
+    rows = [f"  --{name:<28} {text} [{default}]" for name, default, text in describe(Recipe)]
+    rows.append("  --budget.gpu-hours N            the same as --run.length 'N gpu-hours'")
+    return "fields of the recipe, each set by --section.key value:\n" + "\n".join(rows)

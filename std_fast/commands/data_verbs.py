@@ -1,0 +1,152 @@
+"""Verbs about data: convert, inspect, verify, warm, preview."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from std_fast.commands.arguments import Parser, Verb, add_json, add_recipe, show
+
+CONVERT_HELP = {
+    "side": "which side `--size` limits: shortest or longest",
+    "size": "images larger than this on that side are reduced to it; default: kept as they are",
+    "quality": "of JPEGs that are encoded anew",
+    "mode": "jpg, raw, or proportion (a share of them raw)",
+    "raw_share": "with --mode proportion",
+    "seed": "the samples are stored in an order shuffled by it; `none` keeps the source's order",
+    "labels": "label file of a source that has none",
+    "classes": "file with the class names in order: another beton's manifest, or one name a line",
+    "split": "part of a source that holds several: train or test",
+    "page_size": "bytes, a power of two; no sample may be larger",
+    "max_pixels": "largest image that is accepted",
+    "max_bytes": "largest encoded image that is accepted",
+}
+
+
+def add_convert(parser: Parser) -> None:
+    from dataclasses import fields
+
+    from pipelines.convert.job import ON_ERROR, ConvertSettings
+
+    parser.add_argument(
+        "src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet files or CIFAR's files"
+    )
+    parser.add_argument("dst", help="the .beton to write")
+    for field in fields(ConvertSettings):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", default=None, help=f"{CONVERT_HELP[field.name]} [{field.default}]"
+        )
+    parser.add_argument("--workers", type=int, default=0, help="processes [one per core]")
+    parser.add_argument(
+        "--on-error", choices=ON_ERROR, default="stop", help="what to do about unreadable images [stop]"
+    )
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="convert part I (from 0) of N, one beton each")
+    add_json(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    from pipelines.convert.job import ConvertSettings
+    from pipelines.convert.job import convert as run_conversion
+    from std_fast.config.schema import from_dict
+    from std_fast.runtime.metrics import Progress
+
+    given = {name: getattr(args, name) for name in CONVERT_HELP if getattr(args, name) is not None}
+    settings = from_dict(ConvertSettings, {k: None if v == "none" else v for k, v in given.items()})
+    part, slash, parts = args.shard.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit()):
+        raise UserError(f"--shard: {args.shard!r} is not I/N, such as 0/4")
+    bar: list[Progress] = []
+
+    def progress(now: Any) -> None:  # of pipelines.convert.job
+        if not bar:
+            bar.append(Progress("converted", now.total, "images"))
+        bar[0].update(now.done)
+        left = f"{now.seconds_left:.0f} s left, " if now.phase == "converting" else ""
+        bar[0].note(
+            now.done, f"{now.phase}: {now.rate:.0f} images/s, {left}{now.estimated_bytes / 1e6:.0f} MB in the end"
+        )
+
+    try:
+        manifest = run_conversion(
+            args.src,
+            args.dst,
+            settings=settings,
+            workers=args.workers,
+            on_error=args.on_error,
+            shard=(int(part), int(parts)),
+            progress=progress,
+        )
+    finally:
+        for one in bar:
+            one.close()
+    counts = manifest["counts"]
+    show(args, manifest, f"{args.dst}: {json.dumps(counts)}")
+
+
+def add_inspect(parser: Parser) -> None:
+    parser.add_argument("path", help="a .beton")
+    parser.add_argument("--sheet", default="", metavar="PNG", help="draw a contact sheet of its images")
+    add_json(parser)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from pipelines.convert.verify import contact_sheet
+    from pipelines.convert.verify import inspect as look
+
+    data = look(args.path)
+    if args.sheet:
+        contact_sheet(args.path, args.sheet)
+    show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
+
+
+def add_verify(parser: Parser) -> None:
+    parser.add_argument("path", help="a .beton")
+    parser.add_argument("--decode", action="store_true", help="decode every image too")
+    add_json(parser)
+
+
+def verify(args: argparse.Namespace) -> int:
+    from pipelines.convert.verify import verify as check
+
+    faults = check(args.path, decode=args.decode)
+    show(args, {"path": args.path, "faults": faults}, "\n".join(faults) or f"{args.path}: complete")
+    return 1 if faults else 0
+
+
+def add_warm(parser: Parser) -> None:
+    parser.add_argument("path", help="a .beton")
+    add_json(parser)
+
+
+def warm(args: argparse.Namespace) -> None:
+    from pipelines.convert.verify import warm as read_through
+
+    data = read_through(args.path)
+    show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
+
+
+def add_preview(parser: Parser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--out", default="preview.png", help="the PNG to write [preview.png]")
+    parser.add_argument("--epoch", type=int, default=0, help="the epoch that is drawn [0]")
+    parser.add_argument("--images", type=int, default=64, help="how many of the epoch's first images [64]")
+
+
+def preview(args: argparse.Namespace) -> None:
+    from std_fast.config import recipe as recipes
+    from std_fast.training.build import preview as draw
+
+    draw(recipes.load(args.recipe, args.overrides), Path(args.out), args.epoch, args.images)
+    print(args.out)
+
+
+VERBS = {
+    "convert": Verb(convert, add_convert, "image folder, tars, parquet or CIFAR files to .beton"),
+    "inspect": Verb(inspect, add_inspect, "what a .beton holds"),
+    "verify": Verb(verify, add_verify, "whether a .beton is complete and as its manifest says"),
+    "warm": Verb(warm, add_warm, "read a .beton into the page cache"),
+    "preview": Verb(preview, add_preview, "draw what a student sees: a contact sheet of augmented images"),
+}

@@ -1,0 +1,63 @@
+"""Verbs about models and the machine: info, bench, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from pipelines.errors import UserError
+from std_fast.commands.arguments import Parser, Verb, add_json, show
+
+BENCHMARKS = (
+    "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "teachers",
+    "loader", "mine_gaussians", "ranks", "budget_runs", "soak", "evidence", "gpu_suite",
+)  # fmt: skip
+
+
+def add_info(parser: Parser) -> None:
+    parser.add_argument("model", help="a student's or any timm model's name")
+    parser.add_argument("--teachers", type=int, default=0, help="with STD modules for this many teachers [0]")
+    parser.add_argument("--classes", type=int, default=1000, help="number of classes [1000]")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels [224]")
+    parser.add_argument("--options", default="{}", help="builder's options as YAML, e.g. '{patch_size: 4}'")
+    add_json(parser)
+
+
+def info(args: argparse.Namespace) -> None:
+    from std_fast.commands.info import describe_model
+    from std_fast.config.schema import read_yaml
+
+    options = read_yaml(args.options, "--options")
+    if not isinstance(options, dict):
+        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
+    data = describe_model(args.model, args.teachers, args.classes, args.image_size, options)
+    show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
+
+
+def add_bench(parser: Parser) -> None:
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...", help="its own arguments: std-fast bench NAME --help"
+    )
+
+
+def bench(args: argparse.Namespace) -> int:
+    """In a process of its own: std_fast imports no benchmark, and nothing is loaded that would disturb it."""
+    try:
+        return subprocess.run([sys.executable, "-m", f"benchmarks.{args.name}", *args.words]).returncode
+    except KeyboardInterrupt:  # the benchmark got it too
+        return 130
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from std_fast.commands import doctor as look
+
+    return look.main(args.json)
+
+
+VERBS = {
+    "info": Verb(info, add_info, "parameters and multiply-accumulates of a model"),
+    "bench": Verb(bench, add_bench, "time a part against what a user would otherwise run"),
+    "doctor": Verb(doctor, add_json, "what is installed, what is missing, how to get it"),
+}

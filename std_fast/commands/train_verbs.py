@@ -1,0 +1,128 @@
+"""Verbs that train, or prepare a training: train, plan, teach, recipes, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from std_fast.commands.arguments import NOT_FINITE, PEER_LOST, STOPPED, Parser, Verb, add_json, add_recipe, show
+
+
+def add_train(parser: Parser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run's newest complete checkpoint, if it has one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_json(parser)
+
+
+def train(args: argparse.Namespace) -> int:
+    from std_fast.config import files as recipe_files
+    from std_fast.runtime.held import starting
+
+    with starting(recipe_files.run_folder(recipe_files.read(args.recipe, args.overrides))):
+        return train_recipe(args)
+
+
+def train_recipe(args: argparse.Namespace) -> int:
+    from std_fast.config import recipe as recipes
+    from std_fast.runtime.budget import in_words
+    from std_fast.runtime.distributed import PeerLost, rank
+    from std_fast.training.not_finite import NotFinite
+    from std_fast.training.run import Stopped, resolved
+    from std_fast.training.run import train as run_training
+
+    recipe = recipes.load(args.recipe, args.overrides)
+    try:
+        summary = run_training(recipe, resume=args.resume, quiet=args.quiet)
+    except (Stopped, NotFinite) as end:
+        if rank() == 0:
+            print(f"std-fast: {end}", file=sys.stderr)
+        return STOPPED if isinstance(end, Stopped) else NOT_FINITE
+    except PeerLost as error:
+        print(f"std-fast: {error}", file=sys.stderr)
+        return PEER_LOST
+    if rank() != 0:
+        return 0
+    result = summary["result"]
+    heads = "  ".join(f"{k} {v:.2f} %" for k, v in result.items() if k.startswith("top1"))
+    where = resolved(recipe).run.out
+    lines = [heads or "no validation data", f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
+    show(args, summary, "\n".join([*lines, in_words(summary["seconds"])]))
+    return 0
+
+
+def add_plan(parser: Parser) -> None:
+    add_recipe(parser)
+    parser.add_argument(
+        "--from", dest="stored", default="", metavar="JSON", help="a stored measurement, of any machine"
+    )
+    parser.add_argument(
+        "--save", default="", metavar="JSON", help="store the measurement, for a plan on another machine"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure, after the start [60]")
+    add_json(parser)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from std_fast.commands import plan as plans
+    from std_fast.config import recipe as recipes
+
+    made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds)
+    show(args, plans.as_dict(made), plans.as_text(made))
+
+
+def add_teach(parser: Parser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--views", default="", metavar="N", help="store N views of each image, cycled: distill.views")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_json(parser)
+
+
+def teach(args: argparse.Namespace) -> int:
+    from std_fast.commands.teach import teach as ask_teachers
+    from std_fast.config import recipe as recipes
+    from std_fast.runtime.distributed import PeerLost, rank
+
+    views = [("distill.views", args.views)] if args.views else []
+    try:
+        data = ask_teachers(recipes.load(args.recipe, [*args.overrides, *views]), quiet=args.quiet)
+    except PeerLost as error:
+        print(f"std-fast: {error}", file=sys.stderr)
+        return PEER_LOST
+    if rank() == 0:
+        text = f"{data['targets']}: {data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB, {data['asked']} images asked"
+        with_views = f" --distill.views {data['views']}" if data["views"] else ""
+        show(args, data, f"{text}\ntrain with --distill.target-cache {data['targets']}{with_views}")
+    return 0
+
+
+def list_recipes(args: argparse.Namespace) -> None:
+    from std_fast.config.files import RECIPES, read
+
+    summaries = {path.stem: read(path.stem)["summary"] for path in sorted(RECIPES.glob("*.yaml"))}
+    show(args, summaries, "\n".join(f"{name:<24} {summary}" for name, summary in summaries.items()))
+
+
+def add_demo(parser: Parser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="folder for everything that it makes [runs/demo]")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each student [3]")
+    add_json(parser)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from std_fast.commands.demo import run_demo
+
+    data, text = run_demo(Path(args.out), args.seeds)
+    show(args, data, text)
+
+
+VERBS = {
+    "train": Verb(train, add_train, "train a recipe: a distilled student, a plain model, or a teacher"),
+    "plan": Verb(plan, add_plan, "what a budget of GPU-hours buys, before it is spent"),
+    "teach": Verb(teach, add_teach, "store the teacher targets, for any number of later runs"),
+    "recipes": Verb(list_recipes, add_json, "the built-in recipes, a line each"),
+    "demo": Verb(demo, add_demo, "distil a vision MLP on handwritten digits, in a few minutes, without downloads"),
+}
