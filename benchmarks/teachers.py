@@ -106,14 +106,14 @@ def answering(recipe: Recipe, spec: TeacherSpec, classes: int, device: torch.dev
     """One teacher, as a run would have it."""
     alone = replace(recipe, distill=replace(recipe.distill, teachers=(spec,), assign=None, taps=None))
     teachers = build_teachers(alone, classes, device)
-    fast, _ = make_fast(alone, device, Augment(alone.augment, alone.run.seed), teachers)
-    assert isinstance(fast, Teachers)
+    assert isinstance(teachers, Teachers)
+    make_fast(alone, device, Augment(alone.augment, alone.run.seed), teachers)
     precision = precision_of(alone, device)
 
     @torch.no_grad()
     def ask(images: Tensor) -> Any:
         with autocast(device, precision):
-            return fast(images)
+            return teachers(images)
 
     return ask
 

@@ -50,7 +50,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             teachers = build_teachers(recipe, loader.num_classes, device)
             assert teachers is not None
             augment = Augment(recipe.augment, recipe.run.seed).to(device)
-            teachers, _ = make_fast(recipe, device, augment, teachers)
+            make_fast(recipe, device, augment, teachers)
             cast = functools.partial(autocast, device, precision)
             bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
             began, asked = time.perf_counter(), 0

@@ -8,10 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.errors import UserError
+
 T = TypeVar("T")
 
 FIELDS = {"distill.answers": "distill.target_cache"}
 """dotted names of recipe fields"""
+REMOVED: dict[str, tuple[Any, ...]] = {"run.cuda_graphs": ("off", False)}
+"""dotted names of recipe fields that are gone, each with the values that ask for nothing"""
 META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
 """keys of a checkpoint's metadata"""
 TENSORS = {"aside.": "snapshot."}
@@ -21,7 +25,11 @@ CACHE_HEADER, CACHE_SUFFIX = "answers.json", ".answers"
 
 
 def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's plain values with today's field names; where a recipe has both names, today's counts."""
+    """A recipe's plain values with today's field names; where a recipe has both names, today's counts.
+
+    Raises:
+        UserError: a field that is gone asks for something.
+    """
     for old, new in FIELDS.items():
         section, _, key = old.partition(".")
         values = data.get(section)
@@ -29,6 +37,13 @@ def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
             values = dict(values)
             values.setdefault(new.partition(".")[2], values.pop(key))
             data = {**data, section: values}
+    for old, defaults in REMOVED.items():
+        section, _, key = old.partition(".")
+        values = data.get(section)
+        if isinstance(values, dict) and key in values:
+            if values[key] not in defaults:
+                raise UserError(f"{old}: {values[key]!r} is no longer offered; leave {old} out, or use std-fast 0.1.0")
+            data = {**data, section: {name: value for name, value in values.items() if name != key}}
     return data
 
 

@@ -320,7 +320,6 @@ class Run:
     overlap: Literal["auto", "on", "off"] = opt(
         "auto", "teachers answer the next batch beside the student, on a GPU; auto: where a trial shows a gain"
     )
-    cuda_graphs: Literal["off", "teachers"] = opt("off", "capture the teachers as a CUDA graph, for small batches")
     eval_every: str = opt("1 epoch", "between evaluations; there is always one at the end")
     eval_batch: int = opt(0, "images per evaluation step; 0: as in training")
     save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")

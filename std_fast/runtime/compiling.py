@@ -3,7 +3,7 @@ augmentation.
 
 The optimizer is one fused kernel already, and what is left between the regions is small. Every region has fixed shapes
 (training drops the last, smaller batch), so that it is compiled once; the student and its objective twice: with MINE
-and without. Evaluation runs uncompiled. Order matters: compile, then DDP (distributed.py), then capture (graphs.py).
+and without. Evaluation runs uncompiled. Order matters: compile, then DDP (distributed.py).
 
 Backends: `inductor` fuses, into Triton kernels on a GPU and C++ on a CPU. `max-autotune` is inductor that also measures
 which kernels are best (two runs may choose differently, and so differ in the last bits), without its CUDA graphs, whose

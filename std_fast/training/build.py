@@ -25,7 +25,6 @@ from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
-from std_fast.teachers.graphs import ReplayedTeachers
 from std_fast.teachers.overlap import Overlap
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import (
@@ -210,10 +209,8 @@ def build_missing_teachers(
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
 
 
-def make_fast(
-    recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None
-) -> tuple[Teachers | None, str | None]:
-    """Compiles in place, as the recipe says; returns the teachers, captured if wanted, and the compiler's backend.
+def make_fast(recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None) -> str | None:
+    """Compiles augmentation and teachers in place, as the recipe says; returns the compiler's backend, None for off.
 
     Raises:
         UserError: the compiler lacks what it needs.
@@ -225,11 +222,7 @@ def make_fast(
         augment.compile(**options(backend))
         if teachers is not None:
             teachers.compile(**options(backend))
-    if recipe.run.cuda_graphs == "teachers" and teachers is not None:
-        if device.type == "cuda":
-            return ReplayedTeachers(teachers), backend
-        log.info("run.cuda_graphs: teachers has no effect on a CPU")
-    return teachers, backend
+    return backend
 
 
 def build(recipe: Recipe, world: World = SINGLE_PROCESS) -> Parts:
@@ -263,7 +256,7 @@ def build(recipe: Recipe, world: World = SINGLE_PROCESS) -> Parts:
         whole = not (subset or recipe.student.early_size)  # else an image's arithmetic is not always the same: no MFU
         flops = flops_per_image(student, teachers, recipe.data.image_size) if whole else None
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        teachers, backend = make_fast(recipe, device, augment, teachers)
+        backend = make_fast(recipe, device, augment, teachers)
         objective = Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher)
         watch = Stopwatch(device)
         decay = recipe.optim.ema ** (recipe.run.batch / recipe.optim.ema_batch) if recipe.optim.ema else 0.0

@@ -65,7 +65,7 @@ def trial(recipe: Recipe) -> Callable[[int], bool]:
     compiled, which takes rather more memory than less.
     """
     data = replace(recipe.data, val="", backend="torch", threads=1, resample="auto")
-    run = replace(recipe.run, compile="off", cuda_graphs="off", overlap="off")
+    run = replace(recipe.run, compile="off", overlap="off")
     parts: list[Parts] = []
 
     def fits(batch: int) -> bool:

@@ -46,7 +46,6 @@ RESUMABLE_CHANGES = (
     "summary",
     "name",
     "run.overlap",
-    "run.cuda_graphs",
 )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.convert.verify import verify
+from pipelines.errors import UserError
 from pipelines.read.source import BetonSource
 from std_fast import __version__
 from std_fast.commands.export import trained_student
@@ -54,6 +56,17 @@ def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
     assert found["parameters"] == expected["parameters"] and found["samples"] == expected["samples"]
     assert found["result"]["loss"] == pytest.approx(expected["result"]["loss"], rel=1e-3)
     assert found["result"]["top1"] == pytest.approx(expected["result"]["top1"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("cuda_graphs", "teachers")])
+def test_a_recipe_with_a_field_that_is_gone(old, field, value):
+    """It is read where the field has its default, and refused in one line where it asks for something."""
+    text = Path("run/recipe.yaml").read_text(encoding="utf-8")
+    assert f"  {field}: " in text and recipes.loads(text)
+    Path("new.yaml").write_text(re.sub(f"  {field}: .*", f"  {field}: {value}", text), encoding="utf-8")
+    with pytest.raises(UserError, match=f"run.{field}: .* is no longer offered; leave run.{field} out") as caught:
+        recipes.load("new.yaml")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_is_evaluated_and_exported(old):
