@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 FIELDS = {"distill.answers": "distill.target_cache"}
 """dotted names of recipe fields"""
-REMOVED: dict[str, tuple[Any, ...]] = {"run.cuda_graphs": ("off", False)}
+REMOVED: dict[str, tuple[Any, ...]] = {"run.cuda_graphs": ("off", False), "run.compress_gradients": (False,)}
 """dotted names of recipe fields that are gone, each with the values that ask for nothing"""
 META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
 """keys of a checkpoint's metadata"""

@@ -312,7 +312,6 @@ class Run:
     precision: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU, where bfloat16 pays with AMX only"
     )
-    compress_gradients: bool = opt(False, "send gradients between GPUs as bfloat16")
     timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
     compile: Literal["auto", "off", "inductor", "max-autotune", "aot_eager", "eager"] = opt(
         "auto", "torch.compile's backend; auto: inductor on a GPU, off on a CPU; aot_eager needs neither Triton nor C++"

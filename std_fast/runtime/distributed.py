@@ -178,27 +178,19 @@ class Agreement:
         return bool(agreed[0] > 0), *agreed[1:].tolist()
 
 
-def replicate(module: Callable, world: World, device: torch.device, compress: bool) -> Callable:
+def replicate(module: Callable, world: World, device: torch.device) -> Callable:
     """`module` (compiled already, if at all) in DistributedDataParallel.
 
     Every parameter must get a gradient in every step; step.py sees to it where MINE pauses. Gradients are views into
     DDP's buckets. Running statistics of batch norms stay each rank's own until `World.share_buffers`.
-
-    Args:
-        compress: send gradients as bfloat16.
     """
     if world.size == 1:
         return module
     assert isinstance(module, nn.Module)
-    ddp = nn.parallel.DistributedDataParallel(
+    return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         static_graph=True,
     )
-    if compress:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        ddp.register_comm_hook(None, bf16_compress_hook)
-    return ddp

@@ -58,7 +58,7 @@ def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
     assert found["result"]["top1"] == pytest.approx(expected["result"]["top1"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("cuda_graphs", "teachers")])
+@pytest.mark.parametrize(("field", "value"), [("cuda_graphs", "teachers"), ("compress_gradients", "true")])
 def test_a_recipe_with_a_field_that_is_gone(old, field, value):
     """It is read where the field has its default, and refused in one line where it asks for something."""
     text = Path("run/recipe.yaml").read_text(encoding="utf-8")
