@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import difflib
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,9 @@ VERBS: dict[str, Verb] = {name: _ALL[name] for name in _ORDER.split()}
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code (0 done, 2 the user's mistake, 3 to 5: see commands/arguments.py)."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is escaped, and no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("std_fast").setLevel(logging.INFO)
     try:

@@ -28,16 +28,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.convert.beton_writer import ROW_TYPE, Packer, data_start, finish, write_payload
-from pipelines.convert.journal import Journal, WorkFolder
+from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
 from pipelines.convert.sources import list_source
-from pipelines.convert.workers import SAMPLE_TYPE, Done, Task, Workers
+from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError
 from pipelines.read.image_prep import ConvertSettings, library_versions
 from pipelines.read.source import TABLE_TYPE, printable
 from pipelines.untrusted import read_json
 
-__all__ = ["ConvertSettings", "Progress", "convert"]
+__all__ = ["ConvertSettings", "ConvertProgress", "convert"]
 
 log = logging.getLogger("std_fast")
 
@@ -50,7 +50,7 @@ ON_ERROR = ("stop", "skip")
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConvertProgress:
     """How far a conversion is."""
 
     phase: str
@@ -75,7 +75,7 @@ def convert(
     workers: int = 0,
     on_error: str = "stop",
     shard: tuple[int, int] = (0, 1),
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ConvertProgress], None] | None = None,
 ) -> dict[str, Any]:
     """Converts `src` (see sources_in) to the beton `dst` and returns its manifest. Run again after an interruption, it
     goes on where it was; run again after its end, it finds the work done.
@@ -105,7 +105,7 @@ def convert(
         if finished is not None:
             folder.remove()
             return finished
-        with contextlib.closing(Journal(folder, conversion.identity)) as journal:
+        with contextlib.closing(ConvertJournal(folder, conversion.identity)) as journal:
             conversion.run(journal, workers or len(os.sched_getaffinity(0)), progress)
             return conversion.complete(journal, on_error, progress)
     except OSError as error:
@@ -136,7 +136,7 @@ class _Conversion:
         self.tasks = -(-self.total // TASK)
         self.start = data_start(self.total, settings.page_size)
         self.packer = Packer(self.start, settings.page_size)
-        self.done: list[Done] = []
+        self.done: list[DoneTask] = []
         shown = asdict(settings)
         for name in ("labels", "classes", "split"):  # what they do to the samples shows in the listing
             del shown[name]
@@ -163,11 +163,11 @@ class _Conversion:
         """Numbers in the listing of a task's images."""
         return self.order[task * TASK : (task + 1) * TASK]
 
-    def _task(self, number: int, sources: npt.NDArray[np.int64]) -> Task:
+    def _task(self, number: int, sources: npt.NDArray[np.int64]) -> ConvertTask:
         indices = sources.tolist()
-        return Task(number, indices, [self.listing.place(i) for i in indices], self.raw[sources].tolist())
+        return ConvertTask(number, indices, [self.listing.place(i) for i in indices], self.raw[sources].tolist())
 
-    def run(self, journal: Journal, count: int, progress: Callable[[Progress], None] | None) -> None:
+    def run(self, journal: ConvertJournal, count: int, progress: Callable[[ConvertProgress], None] | None) -> None:
         """Converts what earlier runs have not."""
         digests = [self.listing.digest(self.sources(task)) for task in range(self.tasks)]
         self.done = journal.resume(digests, self.packer)
@@ -223,7 +223,9 @@ class _Conversion:
                 "free some, choose another disk, or lower `size` or `quality`"
             )
 
-    def complete(self, journal: Journal, on_error: str, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+    def complete(
+        self, journal: ConvertJournal, on_error: str, progress: Callable[[ConvertProgress], None] | None
+    ) -> dict[str, Any]:
         """Checks the whole, writes header and manifest, and gives both files their names."""
         faults = self.listing.faults + sorted(
             (printable(self.listing.names[source]), reason) for done in self.done for source, reason in done.faults
@@ -235,7 +237,7 @@ class _Conversion:
         finish(journal.data_fd, samples, packer.place(samples["size"]), labels, packer.end, self.settings.page_size)
         os.fsync(journal.data_fd)
         if progress is not None:
-            progress(Progress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
+            progress(ConvertProgress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
         manifest = {
             "format": MANIFEST_VERSION,
             "samples": len(samples),
@@ -260,7 +262,7 @@ class _Conversion:
         # The manifest first: where there is a beton, its manifest is there too.
         os.rename(self.folder.file("manifest"), f"{self.dst}.json")
         os.rename(self.folder.file("data"), self.dst)
-        _sync_folder(os.path.dirname(os.path.abspath(self.dst)))
+        sync_directory(os.path.dirname(os.path.abspath(self.dst)))
         with contextlib.suppress(FileNotFoundError):
             os.remove(_faults_file(self.dst))
         self.folder.remove()
@@ -298,7 +300,7 @@ class _Conversion:
 class _Meter:
     """Calls `progress` a few times a second."""
 
-    def __init__(self, run: _Conversion, per_image: float, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(self, run: _Conversion, per_image: float, progress: Callable[[ConvertProgress], None] | None) -> None:
         self._run, self._per_image, self._progress = run, per_image, progress
         self._began = self._shown = time.monotonic()
         self._counted = 0
@@ -322,7 +324,7 @@ class _Meter:
         left = (run.total - self._done) / max(rate, 1e-9)
         per_image = written / self._done if self._done > TASK else self._per_image
         final = run.packer.end + int((run.total - self._done) * per_image) + run.total * TABLE_TYPE.itemsize
-        self._progress(Progress("converting", self._done, run.total, written, rate, left, final))
+        self._progress(ConvertProgress("converting", self._done, run.total, written, rate, left, final))
 
 
 def _order(n: int, seed: int | None) -> npt.NDArray[np.int64]:
@@ -360,7 +362,7 @@ def _sha256(fd: int) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(path: str) -> None:
+def sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

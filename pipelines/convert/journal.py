@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from pipelines.convert.beton_writer import Packer, runs
-from pipelines.convert.workers import SAMPLE_TYPE, Done
+from pipelines.convert.workers import SAMPLE_TYPE, DoneTask
 from pipelines.errors import UserError
 from pipelines.read.source import printable
 
@@ -75,7 +75,7 @@ class WorkFolder:
         self._lock.close()
 
 
-class Journal:
+class ConvertJournal:
     """The record of finished tasks, and the data file it speaks of."""
 
     def __init__(self, folder: WorkFolder, identity: str) -> None:
@@ -89,11 +89,11 @@ class Journal:
         self._last = time.monotonic()
         self._running: Future[None] | None = None
 
-    def resume(self, digests: list[str], packer: Packer) -> list[Done]:
+    def resume(self, digests: list[str], packer: Packer) -> list[DoneTask]:
         """Finished tasks from the first on, without payloads, as far as they hold; digests: of each task's sources. The
         rest is cut off; `packer` stands behind them."""
         self._file.seek(0)
-        done: list[Done] = []
+        done: list[DoneTask] = []
         good = 0
         for number, line in enumerate(self._file):
             entry = _parse(line)
@@ -111,7 +111,7 @@ class Journal:
             self._pending.append(_line({"identity": self._identity}))
         return done
 
-    def _check(self, entry: dict | None, number: int, digest: str, packer: Packer) -> Done | None:
+    def _check(self, entry: dict | None, number: int, digest: str, packer: Packer) -> DoneTask | None:
         """The task of a journal's line, None when its sources have changed or its data is not as it was written."""
         if entry is None or entry.get("task") != number or entry.get("sources") != digest:
             return None
@@ -125,9 +125,9 @@ class Journal:
             packer.end = before
             return None
         faults = [(int(source), str(reason)) for source, reason in entry["faults"]]
-        return Done(number, samples, b"", entry["sha256"], faults, entry["how"])
+        return DoneTask(number, samples, b"", entry["sha256"], faults, entry["how"])
 
-    def add(self, done: Done, digest: str) -> None:
+    def add(self, done: DoneTask, digest: str) -> None:
         """Records a task whose payload has been written. It reaches the disk, data first, about once a second, behind
         the back of the caller. Raises OSError of an earlier write."""
         entry = {

@@ -1,4 +1,4 @@
-"""Looks into a converted dataset: what it holds (inspect, contact_sheet), whether it is whole (verify), and brings it
+"""Looks into a converted dataset: what it holds (inspect, sample_sheet), whether it is whole (verify), and brings it
 into the page cache (warm)."""
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _manifest(path: str) -> dict[str, Any] | None:
     return manifest
 
 
-def contact_sheet(path: str, out_png: str, n: int = 32) -> None:
+def sample_sheet(path: str, out_png: str, n: int = 32) -> None:
     """Draws `n` samples, evenly spread over the beton, with their class names, as one PNG. Raises UserError when it is
     no beton, a sample does not decode or the picture cannot be written."""
     source = BetonSource(path)

@@ -39,7 +39,7 @@ _BEAT = struct.Struct("<q")
 _START = "import sys; from pipelines.convert.workers import work; work(*map(int, sys.argv[1:]))"
 
 
-class Task(NamedTuple):
+class ConvertTask(NamedTuple):
     """Samples to convert, in the order in which they are stored."""
 
     number: int
@@ -50,7 +50,7 @@ class Task(NamedTuple):
     raw: list[bool]
 
 
-class Done(NamedTuple):
+class DoneTask(NamedTuple):
     number: int
     samples: npt.NDArray[Any]
     """SAMPLE_TYPE [converted]"""
@@ -112,10 +112,10 @@ class Workers:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
+    def run(self, tasks: Iterable[ConvertTask]) -> Iterator[DoneTask]:
         """The tasks' results, in the tasks' order. Raises UserError when a worker dies or hangs: it names the image."""
         todo = enumerate(tasks)
-        ready: dict[int, Done] = {}
+        ready: dict[int, DoneTask] = {}
         following = 0  # the next result to hand out
         more = True
         while True:
@@ -148,7 +148,7 @@ class Workers:
         except OSError:
             raise self._dead(index) from None
 
-    def _receive(self, index: int) -> Done:
+    def _receive(self, index: int) -> DoneTask:
         try:
             result = self._pipes[index].recv()
         except (EOFError, OSError):
@@ -230,7 +230,7 @@ def read_place(path: str, offset: int, size: int, whole: bool, max_bytes: int) -
     return data
 
 
-def convert_task(task: Task, settings: ConvertSettings, files: list[str], is_cifar: bool, beat: Any) -> Done:
+def convert_task(task: ConvertTask, settings: ConvertSettings, files: list[str], is_cifar: bool, beat: Any) -> DoneTask:
     """Converts a task's samples one by one; `beat` is called with each one's number in the listing."""
     samples, payloads, faults = [], [], []
     how: collections.Counter[str] = collections.Counter()
@@ -251,7 +251,7 @@ def convert_task(task: Task, settings: ConvertSettings, files: list[str], is_cif
         how.update(made.how)
     payload = b"".join(payloads)
     sha256 = hashlib.sha256(payload).hexdigest()
-    return Done(task.number, np.array(samples, SAMPLE_TYPE), payload, sha256, faults, dict(how))
+    return DoneTask(task.number, np.array(samples, SAMPLE_TYPE), payload, sha256, faults, dict(how))
 
 
 def work(socket_fd: int, beats_fd: int, index: int) -> None:
@@ -269,7 +269,7 @@ def work(socket_fd: int, beats_fd: int, index: int) -> None:
         while True:
             task = pipe.recv()
             try:
-                answer: Done | str = convert_task(task, settings, files, is_cifar, beat)
+                answer: DoneTask | str = convert_task(task, settings, files, is_cifar, beat)
             except Exception:  # a fault of this program: the parent shows it
                 answer = traceback.format_exc()
             pipe.send(answer)

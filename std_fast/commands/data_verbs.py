@@ -93,12 +93,12 @@ def add_inspect(parser: Parser) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from pipelines.convert.verify import contact_sheet
     from pipelines.convert.verify import inspect as look
+    from pipelines.convert.verify import sample_sheet
 
     data = look(args.path)
     if args.sheet:
-        contact_sheet(args.path, args.sheet)
+        sample_sheet(args.path, args.sheet)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
 
 

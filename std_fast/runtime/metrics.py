@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,28 @@ def read_jsonl(path: Path) -> list[dict]:
     return records
 
 
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere. Everything goes to standard error."""
+LINE_SECONDS, LINE_SHARE, LINE_GAP = 10.0, 0.05, 1.0
 
-    def __init__(self, what: str, total: float, unit: str, quiet: bool = False) -> None:
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere. Everything goes to standard error.
+
+    Away from a terminal a line is printed at the beginning and at the end, and between them when LINE_SECONDS have
+    passed since the last one, or LINE_SHARE of the total is done since then and LINE_GAP seconds have passed.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: float,
+        unit: str,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """clock: seconds, for tests."""
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self._clock = clock
+        self._printed: tuple[float, float] | None = None  # when the last line was printed, and how much was done
         self._bar = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -168,11 +186,20 @@ class Progress:
             self._bar.update(self._task, completed=done)
 
     def note(self, done: float, text: str) -> None:
-        """A line of the log: beside the bar on a terminal, a line of its own elsewhere."""
+        """A line of the log: beside the bar on a terminal; elsewhere a line of its own, where one is due."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=text)
-        elif not self.quiet:
+        elif not self.quiet and self._line_due(done):
             print(f"{self.what} {done:g}/{self.total:g} {self.unit}  {text}", file=sys.stderr, flush=True)
+
+    def _line_due(self, done: float) -> bool:
+        now = self._clock()
+        if self._printed is not None and not 0 < self.total <= done:
+            seconds, amount = now - self._printed[0], done - self._printed[1]
+            if seconds < LINE_SECONDS and (not 0 < LINE_SHARE * self.total <= amount or seconds < LINE_GAP):
+                return False
+        self._printed = now, done
+        return True
 
     def say(self, text: str) -> None:
         """A line that stays."""

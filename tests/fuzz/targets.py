@@ -457,7 +457,7 @@ class Tar(Target):
 
     def read(self, data: bytes) -> None:
         from pipelines.convert.sources import list_source
-        from pipelines.convert.workers import Task, convert_task
+        from pipelines.convert.workers import ConvertTask, convert_task
         from pipelines.read.image_prep import ConvertSettings
 
         path = self.folder / "x.tar"
@@ -467,7 +467,7 @@ class Tar(Target):
         if (listing.offsets < 0).any() or (listing.offsets + listing.sizes > len(data)).any():
             raise Finding("an image that lies outside the archive")
         count = len(listing)
-        task = Task(0, list(range(count)), [listing.place(i) for i in range(count)], [False] * count)
+        task = ConvertTask(0, list(range(count)), [listing.place(i) for i in range(count)], [False] * count)
         convert_task(task, settings, listing.files, False, lambda source: None)
 
 

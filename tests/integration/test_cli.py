@@ -1,8 +1,12 @@
 """The commands as a user types them, and the README's claims about them."""
 
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +148,16 @@ def test_resume_is_a_flag_and_fields_may_come_first():
     own, overrides = split_overrides(["--resume", "--optim.lr", "-1", "mine", "--run.out=a=b"], {"--resume"})
     assert own == ["--resume", "mine"]
     assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]
+
+
+def test_a_class_name_that_the_terminal_lacks_is_escaped(image_folder, tmp_path):
+    """An old cluster's locale is ASCII."""
+    (tmp_path / "src").mkdir()
+    shutil.copytree(next(image_folder.iterdir()), tmp_path / "src" / "Ärger")
+    beton = tmp_path / "x.beton"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    for words in (["convert", tmp_path / "src", beton], ["inspect", beton]):
+        command = [sys.executable, "-m", "std_fast.cli", *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert rb"\xc4rger" in done.stdout

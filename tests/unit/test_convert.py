@@ -18,7 +18,7 @@ import pytest
 
 from pipelines.convert import job as convert_module
 from pipelines.convert import workers as convert_workers
-from pipelines.convert.job import ConvertSettings, Progress, convert
+from pipelines.convert.job import ConvertProgress, ConvertSettings, convert
 from pipelines.convert.journal import WorkFolder
 from pipelines.convert.verify import decode_sample, verify
 from pipelines.errors import DataError, UserError
@@ -467,10 +467,10 @@ def test_run_again_it_finds_its_work_done(images: Path, tmp_path: Path) -> None:
 # processes
 
 
-def a_task(images: Path) -> tuple[convert_workers.Task, list[str], list[str]]:
+def a_task(images: Path) -> tuple[convert_workers.ConvertTask, list[str], list[str]]:
     names = sorted(str(path.relative_to(images)) for path in (images / "class 0").glob("*.jpg"))
     places = [(0, os.path.basename(name), 0, (images / name).stat().st_size) for name in names]
-    return convert_workers.Task(0, list(range(50)), places, [False] * 50), [str(images / "class 0")], names
+    return convert_workers.ConvertTask(0, list(range(50)), places, [False] * 50), [str(images / "class 0")], names
 
 
 def test_a_worker_that_is_killed_is_noticed_at_once(images: Path, tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_a_file_that_shrinks_or_vanishes_is_reported(images: Path, tmp_path: Pat
 
 
 def test_progress(images: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[ConvertProgress] = []
     path = tmp_path / "x.beton"
     convert(str(images), str(path), settings=KEEP, workers=1, progress=seen.append)
     done = [p.done for p in seen]

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from pipelines.convert.job import ConvertSettings, convert
-from pipelines.convert.verify import contact_sheet, inspect, verify, warm
+from pipelines.convert.verify import inspect, sample_sheet, verify, warm
 from pipelines.errors import UserError
 from pipelines.read.source import BetonSource
 from tests.beton_tools import encoded, jpeg_sample, pixels, raw_sample, write_beton
@@ -65,16 +65,16 @@ def test_inspect_without_a_manifest(tmp_path: Path) -> None:
     assert found["manifest"] is None and found["classes"] == 3 and found["empty_classes"] == 1
 
 
-def test_contact_sheet(made: Path, tmp_path: Path) -> None:
+def test_sample_sheet(made: Path, tmp_path: Path) -> None:
     """Thumbnails of the samples, in rows of eight."""
-    contact_sheet(str(made), str(tmp_path / "sheet.png"), n=10)
+    sample_sheet(str(made), str(tmp_path / "sheet.png"), n=10)
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (8 * 128, 2 * (128 + 14))
         drawn = np.asarray(sheet)
     assert drawn[64, 64 : 8 * 128 : 128].std() > 0  # eight pictures
     assert (drawn[142 + 64, 2 * 128 :] == 255).all()  # two in the second row, then paper
     with pytest.raises(UserError, match="cannot be written"):
-        contact_sheet(str(made), str(tmp_path / "no" / "sheet.png"))
+        sample_sheet(str(made), str(tmp_path / "no" / "sheet.png"))
 
 
 def test_a_whole_beton_has_no_faults(made: Path) -> None:
