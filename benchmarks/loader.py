@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from benchmarks import harness
 from pipelines.errors import UserError
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
+from pipelines.read.settings import Resample
 
 Epoch = Callable[[int], Iterator[int]]
 """epoch number -> sizes of the batches, each given when it is there"""
@@ -58,11 +59,11 @@ class Settings:
 # The loaders of this project
 
 
-def _spec(s: Settings, resample: str = "auto") -> LoaderSpec:
+def _spec(s: Settings, resample: Resample = "auto") -> LoaderSpec:
     return LoaderSpec(
         s.data,
-        s.image_size,
         s.batch,
+        image_size=s.image_size,
         shuffle=True,
         drop_last=True,
         crop=CropSpec(),
@@ -235,7 +236,7 @@ def differences(settings: Settings, names: list[str]) -> list[dict[str, Any]]:
 
     def first_batches(name: str) -> list[Any]:
         backend, _, resample = name.partition(", ")
-        with open_loader(_spec(settings, resample or "auto"), backend) as loader:
+        with open_loader(_spec(settings, cast(Resample, resample or "auto")), backend) as loader:
             return [batch for batch, _ in zip(loader.epoch(0), range(_COMPARED_STEPS), strict=False)]
 
     reference = first_batches("torch")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from pipelines.augment.device import AugmentSpec
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from std_fast.method.student import ModulePlan, Prediction, Student, plan_modules
 from std_fast.method.tokens import TokenKind

@@ -71,7 +71,7 @@ def read(path: Path, backend: str) -> str:
     from pipelines.read.batch import LoaderSpec
     from pipelines.read.crops import CropSpec
 
-    spec = LoaderSpec(str(path), 16, 4, shuffle=False, drop_last=False, crop=CropSpec("full"), threads=2)
+    spec = LoaderSpec(str(path), 4, image_size=16, shuffle=False, drop_last=False, crop=CropSpec("full"), threads=2)
     outcome = ""
     try:
         with open_loader(spec, backend) as loader:

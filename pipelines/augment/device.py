@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from pipelines import rng
 from pipelines.augment.randaugment import color_jitter, randaugment
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 ERASE_ASPECT = (0.3, 1 / 0.3)  # timm's RandomErasing
 BETA_CELLS = 4096  # of the inverse distribution function; see beta_table
 NOISE_POOL = 1 << 20  # normal numbers from which erased boxes are filled
@@ -37,78 +36,6 @@ NOISE_POOL = 1 << 20  # normal numbers from which erased boxes are filled
 
 # Four uniform numbers per sample, each float64 [B] in [0, 1), for each (purpose, draw) that a spec needs.
 Uniforms = dict[tuple[Purpose, int], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class AugmentSpec:
-    """What is done to a training batch. Probabilities and areas are fractions.
-
-    flip              probability of a horizontal flip
-    shift             random translation by up to this many pixels in each direction, reflect padding (0 = off)
-    mixup             alpha of mixup's Beta(alpha, alpha) (0 = off); Zhang et al. 2018
-    cutmix            alpha of cutmix's Beta(alpha, alpha) (0 = off); Yun et al. 2019
-    mix_prob          probability that a sample is mixed at all
-    switch            probability of cutmix rather than mixup where both are on
-    erase             probability of random erasing with normal noise; Zhong et al. 2020
-    erase_scale       smallest and largest erased share of the image
-    randaugment_n     operations per image (0 = off), each applied with probability 0.5: timm's rand-mM-nN-mstdS-inc1
-    randaugment_m     their magnitude, 0..10
-    randaugment_mstd  its standard deviation
-    color_jitter      brightness, contrast, saturation by factors within 1 +- this (0 = off, as timm with RandAugment)
-    mean, std         of pixels in [0, 1]
-
-    Raises UserError naming `augment.FIELD` when a value is out of range.
-    """
-
-    flip: float = 0.5
-    shift: int = 0
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mix_prob: float = 1.0
-    switch: float = 0.5
-    erase: float = 0.25
-    erase_scale: tuple[float, float] = (0.02, 1 / 3)
-    randaugment_n: int = 0
-    randaugment_m: float = 9.0
-    randaugment_mstd: float = 0.5
-    color_jitter: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "mix_prob", "switch", "erase"):
-            self._number(name, "a probability from 0 to 1", lambda v: 0 <= v <= 1)
-        for name in ("randaugment_m", "randaugment_mstd"):
-            self._number(name, "a number from 0 to 10", lambda v: 0 <= v <= 10)
-        self._number("randaugment_n", "a whole number from 0 (off) to 8", lambda v: isinstance(v, int) and 0 <= v <= 8)
-        self._number("color_jitter", "a number from 0 (off) to 1", lambda v: 0 <= v <= 1)
-        for name in ("mixup", "cutmix"):
-            self._number(name, "0 (off) or an alpha from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)
-        self._number("shift", "a whole number of pixels, 0 or more", lambda v: isinstance(v, int) and v >= 0)
-        self._numbers("erase_scale", 2, "two areas, 0 < smallest <= largest < 1", lambda v: 0 < v[0] <= v[1] < 1)
-        self._numbers("mean", 3, "three numbers from 0 to 1 (not 0..255)", lambda v: all(0 <= x <= 1 for x in v))
-        self._numbers("std", 3, "three numbers above 0, at most 1 (not 0..255)", lambda v: all(0 < x <= 1 for x in v))
-
-    @property
-    def mixes(self) -> bool:
-        """Whether any sample can be mixed with its neighbour."""
-        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
-
-    def _number(self, name: str, wanted: str, valid: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not valid(value):
-            raise UserError(f"augment.{name} must be {wanted}, not {value!r}")
-
-    def _numbers(self, name: str, count: int, wanted: str, valid: Callable[[Any], bool]) -> None:
-        value = getattr(self, name)
-        listed = isinstance(value, (list, tuple)) and len(value) == count and all(_is_number(v) for v in value)
-        if not listed or not valid(value):
-            raise UserError(f"augment.{name} must be {wanted}, not {value!r}")
-        object.__setattr__(self, name, tuple(value))  # a list from YAML; the spec stays hashable
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)

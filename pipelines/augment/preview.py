@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pipelines.augment.device import AugmentSpec, TrainBatch
+from pipelines.augment.device import TrainBatch
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 
 CELL = 96  # pixels: a smaller image is enlarged by a whole factor to at least this width, so that a caption fits

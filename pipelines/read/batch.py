@@ -14,14 +14,11 @@ import numpy.typing as npt
 import torch
 
 from pipelines.errors import UserError
-from pipelines.read.crops import CropSpec
 from pipelines.read.order import Plan, Shard
+from pipelines.read.settings import ReadSettings
 
 if TYPE_CHECKING:
     from pipelines.read.source import Source
-
-RESAMPLES = ("auto", "area", "bilinear", "bicubic")
-ON_CORRUPT = ("stop", "replace", "leave_out")
 
 
 @dataclass(frozen=True)
@@ -46,52 +43,28 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class LoaderSpec:
-    """What determines a loader's batches, and how they are made (device, threads, ahead). Raises UserError (range)."""
+class LoaderSpec(ReadSettings):
+    """What determines a loader's batches, and how they are made (device, threads, ahead).
+
+    Raises UserError for a value out of range. on_corrupt `skip` shows another sample where `shuffle` is set, and leaves
+    the place empty where it is not (see `corrupt`).
+    """
 
     path: str | tuple[str, ...]
-    """a beton, an image folder, or several betons of one dataset (see `source.open_source`)"""
-    image_size: int
+    """a beton, an image folder, or all betons of one dataset (see `source.open_source`)"""
     global_batch: int
+    """samples per step over all processes"""
     _: KW_ONLY
     shuffle: bool
     drop_last: bool
-    crop: CropSpec
     shard: Shard = field(default_factory=Shard)
     seed: int = 0
     device: str = "cpu"
-    threads: int = 0
-    """decoding threads; 0 = as many as there are cores for this process"""
-    ahead: int = 2
-    """batches prepared beyond the one in use: bounds the loader's memory"""
-    resample: str = "auto"
-    """"auto" is antialiased bilinear in every backend, "bicubic" is antialiased too; "area", the mean over the pixel's
-    footprint, is in ffcv only: the others refuse it by name.
-    """
-    on_corrupt: str = "stop"
-    """what becomes of a sample that cannot be decoded: "stop" raises, "replace" shows another one, "leave_out" none
-    (see `intact`)
-    """
-    corrupt_limit: int = 100
-    """so many different ones; one more raises all the same"""
-    hw_decoder_load: float | None = None
-    """dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; None: the best of a short sweep"""
 
     def __post_init__(self) -> None:
-        for name, lowest in (
-            ("image_size", 1),
-            ("global_batch", 1),
-            ("threads", 0),
-            ("ahead", 1),
-            ("corrupt_limit", 1),
-        ):
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} {getattr(self, name)} must be {lowest} or more")
-        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"hw_decoder_load {self.hw_decoder_load} must lie in 0..1")
-        for name, known in (("resample", RESAMPLES), ("on_corrupt", ON_CORRUPT)):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        super().__post_init__()
+        if self.global_batch < 1:
+            raise UserError(f"run.batch: {self.global_batch} is too small; use 1 or more")
 
     def plan(self, num_samples: int) -> Plan:
         """Which positions each step takes, for a dataset of this many samples."""

@@ -95,7 +95,7 @@ class CorruptTracker:
             return self.found[index]
         if self.spec.on_corrupt == "stop":
             raise error
-        other = self._next(index) if self.spec.on_corrupt == "replace" else -1
+        other = self._next(index) if self.spec.shuffle else -1
         with self._lock:
             if index not in self.found:
                 if len(self.found) >= self.spec.corrupt_limit:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipelines import rng
 from pipelines.errors import UserError
+from pipelines.options import opt
 
 Sizes = npt.NDArray[np.integer]
 Boxes = npt.NDArray[np.int32]
@@ -90,12 +91,12 @@ def _central(heights: Sizes, widths: Sizes, h: Sizes, w: Sizes) -> Boxes:
 
 @dataclass(frozen=True)
 class CropSpec:
-    """How boxes are drawn: scale and ratio serve "random_resized", fraction "center". Raises UserError (range)."""
+    """How boxes are drawn. Raises UserError naming `crop.FIELD` for a value out of range."""
 
-    kind: str = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    fraction: float = 0.875
+    kind: str = opt("random_resized", f"one of {', '.join(KINDS)}")
+    scale: tuple[float, float] = opt((0.08, 1.0), "random_resized: least and largest share of the image's area")
+    ratio: tuple[float, float] = opt((3 / 4, 4 / 3), "random_resized: least and largest width/height")
+    fraction: float = opt(0.875, "center: side of the square, as a share of the image's shorter side")
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

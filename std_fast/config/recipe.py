@@ -12,9 +12,10 @@ from typing import Literal
 
 import yaml
 
-from pipelines.augment.device import AugmentSpec
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
+from pipelines.read.settings import ReadSettings, Resample
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.legacy import upgrade_recipe
 from std_fast.config.schema import from_dict, opt, read_yaml, require, to_dict
@@ -93,40 +94,13 @@ def parse_warmup(text: str) -> Duration | float:
     return duration
 
 
-Resample = Literal["auto", "area", "bilinear", "bicubic"]
-
-
 @dataclass(frozen=True)
-class Data:
+class Data(ReadSettings):
     train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
     val: str = opt("", "validation data, likewise; empty: no evaluation")
-    image_size: int = opt(224, "side of the images that the student sees, in pixels")
-    crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
-    eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
     backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
-    resample: Resample = opt(
-        "auto", "how training crops are resized; auto: bilinear, antialiased; area: as FFCV's own loader"
-    )
-    eval_resample: Resample = opt("auto", "likewise in evaluation; timm evaluates most teachers with bicubic")
-    threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
-    ahead: int = opt(2, "batches prepared ahead")
-    on_corrupt: Literal["stop", "skip"] = opt(
-        "stop",
-        "when an image cannot be decoded: `stop`; or `skip` it: in training the next good one of the dataset is shown "
-        "in its place, in evaluation it is not counted",
-    )
-    corrupt_limit: int = opt(100, "so many different images are skipped by a process, at one more it stops")
-    hw_decoder_load: float | None = opt(
-        None, "dali on a GPU: share of the images that its JPEG engine decodes, 0 to 1; default: a short sweep decides"
-    )
-
-    def __post_init__(self) -> None:
-        require(self.image_size >= 8, "data.image_size", f"{self.image_size} is too small; use 8 or more")
-        require(self.threads >= 0, "data.threads", "cannot be negative; 0 means all cores")
-        require(self.ahead >= 1, "data.ahead", "must be 1 or more")
-        require(self.corrupt_limit >= 1, "data.corrupt_limit", "must be 1 or more; for none, data.on_corrupt stop")
-        load = self.hw_decoder_load
-        require(load is None or 0 <= load <= 1, "data.hw_decoder_load", f"{load} must be in [0, 1]")
+    eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
+    eval_resample: Resample = opt("auto", "how evaluation crops are resized; timm evaluates most teachers with bicubic")
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,15 @@ import difflib
 import math
 import types
 import typing
-from dataclasses import field
 from typing import Any, Literal, Union
 
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.options import opt as opt
 
 MAX_YAML = 1 << 20  # characters
 MAX_VALUES = 100_000
-
-
-def opt(default: Any, text: str) -> Any:
-    """A field with its default and the text that `std-fast train --help` prints."""
-    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 def require(condition: bool, where: str, message: str) -> None:

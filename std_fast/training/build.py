@@ -91,20 +91,13 @@ def open_train_loader(
         raise UserError("data.train: is empty; give a .beton or an image folder, e.g. --data.train imagenet.beton")
     spec = LoaderSpec(
         path=recipe.data.train,
-        image_size=recipe.data.image_size,
         global_batch=recipe.run.batch,
-        seed=recipe.run.seed,
         shuffle=True,
         drop_last=drop_last,
-        crop=recipe.data.crop,
-        device=str(device),
-        threads=recipe.data.threads,
-        ahead=recipe.data.ahead,
-        hw_decoder_load=recipe.data.hw_decoder_load,
-        resample=recipe.data.resample,
-        on_corrupt="replace" if recipe.data.on_corrupt == "skip" else "stop",
-        corrupt_limit=recipe.data.corrupt_limit,
         shard=world.shard,
+        seed=recipe.run.seed,
+        device=str(device),
+        **recipe.data.shared(),
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 
@@ -118,20 +111,13 @@ def open_val_loader(
         return None
     spec = LoaderSpec(
         path=path,
-        image_size=recipe.data.image_size,
         global_batch=recipe.run.eval_batch or recipe.run.batch,
-        seed=recipe.run.seed,
         shuffle=False,
         drop_last=False,
-        crop=recipe.data.eval_crop,
-        device=str(device),
-        threads=recipe.data.threads,
-        ahead=recipe.data.ahead,
-        hw_decoder_load=recipe.data.hw_decoder_load,
-        resample=recipe.data.eval_resample,
-        on_corrupt="leave_out" if recipe.data.on_corrupt == "skip" else "stop",
-        corrupt_limit=recipe.data.corrupt_limit,
         shard=world.shard,
+        seed=recipe.run.seed,
+        device=str(device),
+        **recipe.data.shared(crop=recipe.data.eval_crop, resample=recipe.data.eval_resample),
     )
     return pipelines.open_loader(spec, recipe.data.backend)
 

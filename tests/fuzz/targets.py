@@ -185,7 +185,7 @@ class Loading(Beton):
         from pipelines.read.crops import CropSpec
 
         crop = CropSpec("full")  # the whole image, so that damage anywhere in it is seen by all
-        return LoaderSpec(path, 8, 64, shuffle=False, drop_last=False, crop=crop, threads=1, ahead=1)
+        return LoaderSpec(path, 64, image_size=8, shuffle=False, drop_last=False, crop=crop, threads=1, ahead=1)
 
     def _first(self, path: str, backend: str) -> float:
         from pipelines import open_loader

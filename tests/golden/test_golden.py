@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.augment.device import Augment, AugmentSpec
+from pipelines.augment.device import Augment
+from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict

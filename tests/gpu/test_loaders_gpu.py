@@ -34,7 +34,7 @@ def beton(tmp_path_factory):
 
 def spec(path, device):
     options = {"threads": 4, "device": device, "hw_decoder_load": 0.5}
-    return LoaderSpec(path, 96, 8, shuffle=True, drop_last=True, crop=CropSpec(), seed=3, **options)
+    return LoaderSpec(path, 8, image_size=96, shuffle=True, drop_last=True, crop=CropSpec(), seed=3, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -36,7 +36,7 @@ def beton(photographs, tmp_path_factory):
 
 def one_epoch(path, backend, crop=RANDOM, size=160, resample="auto"):
     spec = LoaderSpec(
-        path, size, 8, shuffle=crop is RANDOM, drop_last=crop is RANDOM, crop=crop, seed=1, resample=resample
+        path, 8, image_size=size, shuffle=crop is RANDOM, drop_last=crop is RANDOM, crop=crop, seed=1, resample=resample
     )
     with open_loader(spec, backend) as loader:
         return list(loader.epoch(1))

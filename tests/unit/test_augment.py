@@ -14,13 +14,13 @@ from torch._dynamo.testing import CompileCounter
 from pipelines import rng
 from pipelines.augment.device import (
     Augment,
-    AugmentSpec,
     beta_table,
     cutmix_boxes,
     erase_boxes,
     inverse_cdf,
     noise_pool,
 )
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch
 from pipelines.rng import Purpose

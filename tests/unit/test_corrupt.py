@@ -95,7 +95,7 @@ def number_of_bad():
 def test_the_next_good_sample_takes_the_place(betons, backend, caplog):
     """Over epochs whose small boxes seldom reach the damage: as if the dataset had held the others from the start."""
     path, as_shown = betons
-    spec = training(path, 6, crop=SMALL_BOXES, on_corrupt="replace")
+    spec = training(path, 6, crop=SMALL_BOXES, on_corrupt="skip")
     good_spec = training(as_shown, 6, crop=SMALL_BOXES)
     with caplog.at_level(logging.WARNING, "std_fast"), open_loader(spec, backend) as loader:
         with open_loader(good_spec, backend) as good:
@@ -115,7 +115,7 @@ def test_in_evaluation_the_place_stays_empty(betons, backend):
     path, as_shown = betons
     bad = torch.tensor([one.data in DAMAGED.values() for one in mixture()[0]])
     everything = []
-    with open_loader(evaluation(path, on_corrupt="leave_out"), backend) as loader:
+    with open_loader(evaluation(path, on_corrupt="skip"), backend) as loader:
         for _ in range(2):
             everything = list(loader.epoch(0))
     for batch, good in zip(everything, batches(evaluation(as_shown), backend), strict=True):
@@ -143,14 +143,14 @@ def test_more_than_the_limit_is_an_error(betons, backend):
     with pytest.raises(
         DataError, match=r"sample \d+: cannot be decoded .*; 3 others were corrupt too \(data.corrupt_limit\)"
     ):
-        batches(training(betons[0], 6, on_corrupt="replace", corrupt_limit=3), backend)
+        batches(training(betons[0], 6, on_corrupt="skip", corrupt_limit=3), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_good_at_all(tmp_path, backend):
     path = str(write_beton(tmp_path / "bad.beton", [Sample(DAMAGED["zeros"], 64, 56, 0)] * 4))
     with pytest.raises(DataError, match=r"bad\.beton: no sample in it can be decoded"):
-        batches(training(path, 2, on_corrupt="replace"), backend)
+        batches(training(path, 2, on_corrupt="skip"), backend)
 
 
 @needs_turbojpeg
@@ -167,7 +167,7 @@ def test_in_folders_too(tmp_path, backend):
                 data = {0: b"", 2: b"no image", 4: data[: len(data) // 2], 6: data[: len(data) // 2]}[i]
             (folder / f"{i}.{kind.lower()}").write_bytes(data)
     expected = batches(training(str(tmp_path / "shown"), 4), backend)
-    found = batches(training(str(tmp_path / "found"), 4, on_corrupt="replace"), backend)
+    found = batches(training(str(tmp_path / "found"), 4, on_corrupt="skip"), backend)
     assert all(torch.equal(a.images, b.images) for a, b in zip(found, expected, strict=True)) and len(found) == 2
     with pytest.raises(CorruptImage, match="only/"):
         batches(training(str(tmp_path / "found"), 4), backend)
@@ -179,7 +179,7 @@ def test_a_file_that_is_gone_is_no_corrupt_image(tmp_path, backend):
     folder.mkdir(parents=True)
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(encoded(pixels(50, 60, i)))
-    with open_loader(training(str(tmp_path / "images"), 2, on_corrupt="replace"), backend) as loader:
+    with open_loader(training(str(tmp_path / "images"), 2, on_corrupt="skip"), backend) as loader:
         (folder / "2.jpg").unlink()
         with pytest.raises(DataError, match=r"2\.jpg: not a readable image \(.*No such file") as error:
             list(loader.epoch(0))
@@ -203,11 +203,11 @@ def test_a_remark_about_the_header_hides_no_damage():
 
 def test_the_fields_are_checked():
     for change, complaint in (
-        ({"on_corrupt": "ignore"}, "on_corrupt 'ignore'"),
-        ({"corrupt_limit": 0}, "corrupt_limit 0"),
+        ({"on_corrupt": "ignore"}, "data.on_corrupt: 'ignore'"),
+        ({"corrupt_limit": 0}, "data.corrupt_limit: 0"),
     ):
         with pytest.raises(UserError, match=complaint):
-            LoaderSpec("x", 8, 8, shuffle=True, drop_last=True, crop=CropSpec(), **change)
+            LoaderSpec("x", 8, image_size=8, shuffle=True, drop_last=True, crop=CropSpec(), **change)
 
 
 @needs_turbojpeg

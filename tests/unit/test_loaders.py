@@ -45,7 +45,7 @@ def beton(tmp_path_factory):
 
 def training(path, batch=6, **changes):
     spec = {"shuffle": True, "drop_last": True, "crop": CropSpec(), "seed": 5, "threads": 2} | changes
-    return LoaderSpec(path, SIZE, batch, **spec)
+    return LoaderSpec(path, batch, image_size=SIZE, **spec)
 
 
 def evaluation(path, batch=6, **changes):
@@ -374,7 +374,7 @@ def test_sweep_measures_each_load_and_names_the_best(beton):
         ({"resample": "area"}, "torch", "resample: 'area'"),
         ({"resample": "area"}, "resident", "resample: 'area'"),
         pytest.param({"resample": "area"}, "dali", "resample: 'area'", marks=needs_dali),
-        ({"hw_decoder_load": 1.5}, "dali", "hw_decoder_load 1.5 must lie in 0..1"),
+        ({"hw_decoder_load": 1.5}, "dali", "data.hw_decoder_load: 1.5 must lie in 0..1"),
     ],
 )
 def test_mistakes_are_named(beton, changes, backend, message):

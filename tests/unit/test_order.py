@@ -1,5 +1,6 @@
 """The order of an epoch is a reproducible permutation; plans cover it exactly, on any number of shards."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
 from pipelines.read.order import Plan, Shard, epoch_order, indices_at
+from pipelines.read.settings import ReadSettings
 
 
 def plans(n, local, world, *, shuffle, drop_last):
@@ -108,7 +110,7 @@ def test_impossible_shards(rank, world):
 
 
 def spec(**values):
-    return LoaderSpec("x.beton", 32, 8, shuffle=True, drop_last=True, crop=CropSpec(), **values)
+    return LoaderSpec("x.beton", 8, image_size=32, shuffle=True, drop_last=True, crop=CropSpec(), **values)
 
 
 def test_a_loader_follows_the_plan_of_its_spec():
@@ -119,3 +121,22 @@ def test_a_loader_follows_the_plan_of_its_spec():
 def test_impossible_loaders_name_the_field(field, value):
     with pytest.raises(UserError, match=field):
         spec(**{field: value})
+
+
+def test_a_spec_takes_every_setting_that_it_shares_with_the_recipe():
+    settings = ReadSettings(
+        image_size=40,
+        crop=CropSpec("full"),
+        resample="area",
+        threads=3,
+        ahead=4,
+        on_corrupt="skip",
+        corrupt_limit=5,
+        hw_decoder_load=0.5,
+    )
+    taken = LoaderSpec("x.beton", 8, shuffle=True, drop_last=True, **settings.shared(resample="bicubic"))
+    default = ReadSettings()
+    for field in dataclasses.fields(ReadSettings):
+        value = getattr(taken, field.name)
+        assert value == ("bicubic" if field.name == "resample" else getattr(settings, field.name))
+        assert value != getattr(default, field.name) and field.metadata["help"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.augment.device import Augment, AugmentSpec, TrainBatch
+from pipelines.augment.device import Augment, TrainBatch
+from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words

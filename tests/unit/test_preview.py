@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.augment.device import Augment, AugmentSpec, TrainBatch
+from pipelines.augment.device import Augment, TrainBatch
 from pipelines.augment.preview import CELL, GAP, LINE, contact_sheet, denormalise
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 
 

@@ -12,8 +12,9 @@ from timm.data import auto_augment
 
 from pipelines import rng
 from pipelines.augment import randaugment as ra
-from pipelines.augment.device import Augment, AugmentSpec
+from pipelines.augment.device import Augment
 from pipelines.augment.randaugment import Op
+from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
 
