@@ -2,7 +2,7 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest faults lint fuzz clean distclean
+.PHONY: help demo test test-oldest test-newest faults lint fuzz lock licences clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
@@ -38,6 +38,22 @@ lint: .venv/.ready-test  ## ruff and mypy
 
 fuzz: .venv/.ready-test  ## the fuzzers of all that reads files; option: MINUTES=60
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-index-url --no-header
+
+lock: .venv/.ready-test  ## versions and hashes of all dependencies, from pyproject.toml; UPGRADE=1 takes the newest ones
+	$(BIN)/python -m pip install -q uv
+	$(COMPILE) $(if $(UPGRADE),--upgrade,-c constraints.txt) pyproject.toml scripts/build.in --all-extras -o constraints.txt
+	sed -i -E "s/ *(;| and) (python_full_version < '3.14'|platform_machine == 'x86_64'|sys_platform == 'linux'|platform_python_implementation != 'PyPy')//g" constraints.txt
+	$(COMPILE) --generate-hashes -c constraints.txt pyproject.toml scripts/build.in -o scripts/demo.lock
+	$(COMPILE) --generate-hashes -c constraints.txt scripts/build.in -o scripts/build.lock
+	for part in ffcv dali dev; do \
+	  $(COMPILE) --generate-hashes -c constraints.txt pyproject.toml scripts/build.in --extra $$part $$([ $$part = dev ] && echo --extra fuzz) -o scripts/$$part.lock; \
+	done
+
+licences: .venv/.ready-test  ## docs/LICENCES.md, from the metadata of what is installed
+	$(BIN)/python -m pip install -q pip-licenses
+	$(BIN)/pip-licenses --format markdown --with-urls --ignore-packages std-fast pip-licenses prettytable wcwidth >docs/LICENCES.md
 
 clean:  ## remove caches and build products; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

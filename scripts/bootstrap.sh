@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bootstrap.sh demo|test|oldest|newest: makes .venv on a Linux machine with as little as make and bash on it, then stamps it .ready-GOAL.
-#   demo  the package with FFCV           test  the same and DALI and the developer's tools
+# bootstrap.sh demo|image|test|oldest|newest: makes .venv on a Linux machine with as little as make and bash on it, then stamps it .ready-GOAL.
+#   demo  the package with FFCV      image  the same and DALI      test  the same and the developer's tools
 #   oldest, newest  as test, but into .venv-GOAL and with the oldest torch that pyproject.toml allows, the newest that pip finds
 # Missing system packages come from apt, as root or through sudo; where neither works, the one line to type is printed. FFCV and DALI are
 # optional: without them one line says so and the rest is installed, except under CI (variable CI set), where every part must be there.
@@ -12,9 +12,10 @@ unset PYTHONPATH PYTHONHOME # packages found there would count as installed
 
 goal=${1:-}
 case $goal in
-demo) always="demo" optional="ffcv" ;;
-test | oldest | newest) always="demo dev" optional="ffcv dali" ;;
-*) echo "usage: $0 demo|test|oldest|newest" >&2 && exit 2 ;;
+demo) always=demo optional="ffcv" ;;
+image) always=demo optional="ffcv dali" ;;
+test | oldest | newest) always=dev optional="ffcv dali" ;;
+*) echo "usage: $0 demo|image|test|oldest|newest" >&2 && exit 2 ;;
 esac
 venv=.venv constraints=constraints.txt
 if [ "$goal" = oldest ] || [ "$goal" = newest ]; then # all but torch and what comes with it stays as it was tested
@@ -84,16 +85,13 @@ pip() {
   "$venv/bin/python" -m pip install "$([ -t 2 ] && echo --progress-bar=on || echo -qq)" --disable-pip-version-check "$@"
 }
 
-# PART...: what stands in their lock files, and nothing else, by SHA-256; where these do not hold, by version alone
-parts() {
-  local part extras=""
+# PART: installs what scripts/PART.lock lists and nothing else, by SHA-256; where the locks do not hold, by version alone.
+part() {
   if [ -n "$hashed" ]; then
-    # shellcheck disable=SC2046 # words
-    pip --no-build-isolation --require-hashes $(printf -- ' -r scripts/%s.lock' "$@")
-    return
+    pip --no-build-isolation --require-hashes -r "scripts/$1.lock"
+  else
+    pip -c "$constraints" --build-constraint "$constraints" -e ".$([ "$1" = demo ] || echo "[$1]")"
   fi
-  for part in "$@"; do [ "$part" = demo ] || extras+=,$part; done
-  pip -c "$constraints" --build-constraint "$constraints" -e ".${extras:+[${extras#,}]}"
 }
 
 if [ -e "$unfinished" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -114,12 +112,12 @@ else
   say "no hashes are kept for these files: versions alone hold them"
   pip -c "$constraints" --upgrade pip
 fi
-# shellcheck disable=SC2086 # a list of words
-parts $always
+[ -z "$hashed" ] || pip --require-hashes -r scripts/build.lock
+part "$always"
 [ -z "$hashed" ] || pip --no-build-isolation --no-deps -e .
 lacking=""
 for extra in $optional; do
-  if parts demo "$extra" >"$venv/install-$extra.log" 2>&1 &&
+  if part "$extra" >"$venv/install-$extra.log" 2>&1 &&
     "$venv/bin/python" -c "import $([ "$extra" = ffcv ] && echo ffcv.libffcv || echo nvidia.dali)" >>"$venv/install-$extra.log" 2>&1; then
     continue
   fi

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from pipelines.errors import UserError
 from std_fast.commands.arguments import Parser, Verb, add_json, show
@@ -44,8 +46,12 @@ def add_bench(parser: Parser) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """In a process of its own: std_fast imports no benchmark, and nothing is loaded that would disturb it."""
+    package = Path(__file__).resolve().parents[1]
+    home = package.parent if (package.parent / "benchmarks" / "harness.py").is_file() else package / "_benchmarks"
+    path = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     try:
-        return subprocess.run([sys.executable, "-m", f"benchmarks.{args.name}", *args.words]).returncode
+        words = [sys.executable, "-m", f"benchmarks.{args.name}", *args.words]
+        return subprocess.run(words, env={**os.environ, "PYTHONPATH": path}).returncode
     except KeyboardInterrupt:  # the benchmark got it too
         return 130
 
