@@ -1,4 +1,4 @@
-"""Out of memory: which errors mean it. No torch is imported here; see `largest_batch` for what then fits."""
+"""Out of memory: which errors mean it, and the line that a user then gets. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -16,5 +16,12 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
 
 
-def of_the_device(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's; of the host torch says RuntimeError
+def out_of_memory_line(error: BaseException, batch: int) -> str:
+    """What a user can change whose training of `batch` images a step ran out of memory."""
+    reason = " ".join(str(error).split())[:200]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; of the host's memory torch raises RuntimeError
+        return (
+            f"run.batch: {batch} does not fit in the device's memory ({reason}); lower it, take a smaller student, "
+            "teacher or data.image_size, or end what else uses the device"
+        )
+    return f"run.batch: memory was short with {batch} images a step ({reason}); lower it, or data.ahead, data.threads"

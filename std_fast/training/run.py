@@ -24,12 +24,11 @@ from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, produc
 from std_fast.runtime.compiling import counted
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.held import process_seconds
-from std_fast.runtime.memory import of_the_device, ran_out
+from std_fast.runtime.memory import out_of_memory_line, ran_out
 from std_fast.runtime.metrics import Journal, Progress
 from std_fast.runtime.speed import peak_memory, speed_in_words
 from std_fast.teachers.overlap import taught
 from std_fast.teachers.teacher import Teachers
-from std_fast.training import largest_batch
 from std_fast.training.build import Parts, build, resolved, uses_gpu
 from std_fast.training.evaluate import Abandoned, evaluate
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
@@ -425,9 +424,8 @@ def train(
         except Exception as error:
             if not ran_out(error):
                 raise
-            of_device, text = of_the_device(error), str(error)
-        largest_batch.free_memory()  # the error is forgotten here, and with it all that its frames held
-        raise largest_batch.explained(recipe, of_device, text, world.size)
+            line = out_of_memory_line(error, recipe.run.batch)
+        raise UserError(line)  # outside of `except`: the error is forgotten, and with it the memory its frames hold
 
 
 def _train(
