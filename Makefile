@@ -2,7 +2,7 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest faults lint fuzz lock licences clean distclean
+.PHONY: help demo test test-oldest test-newest faults lint docs fuzz lock licences clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
@@ -40,6 +40,9 @@ fuzz: .venv/.ready-test  ## the fuzzers of all that reads files; option: MINUTES
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-index-url --no-header
+
+docs: .venv/.ready-test  ## the API reference, from the docstrings, into build/docs
+	$(BIN)/python -W error -m pdoc --docformat google -o build/docs std_fast pipelines
 
 lock: .venv/.ready-test  ## versions and hashes of all dependencies, from pyproject.toml; UPGRADE=1 takes the newest ones
 	$(BIN)/python -m pip install -q uv

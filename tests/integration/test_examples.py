@@ -3,18 +3,22 @@
 The stand-in of `std-fast` ends with the code that the test sets for its rank, or waits for SIGTERM and then "saves".
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from std_fast.commands.demo import write_digits
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = """#!/bin/bash
-trap 'exit 3' TERM
+trap 'exit 3' TERM USR1
 rank=${RANK:-0}
 echo "$rank of ${WORLD_SIZE:-1}: $*" >> calls
 code=$(head -n 1 "codes-$rank")
@@ -25,11 +29,28 @@ while true; do sleep 0.02; done
 """
 
 
+SRUN = """#!/usr/bin/env python3
+# srun on two nodes: a process for each task, their signals and the highest exit code
+import os, signal, subprocess, sys
+words, tasks = sys.argv[2:], int(os.environ["SLURM_NTASKS"])
+def task(rank):
+    of_task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % (tasks // 2)), "SLURM_CPUS_PER_TASK": "1"}
+    return subprocess.Popen(words, env={**os.environ, **of_task})
+running = [task(rank) for rank in range(tasks)]
+for signum in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(signum, lambda signum, frame: [process.send_signal(signum) for process in running])
+sys.exit(max(process.wait() for process in running))
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$*" >> scontrol-calls; fi
+"""
+
+
 @pytest.fixture
 def place(tmp_path):
     """A folder with the stand-ins, to run in."""
-    for name, text in (("std-fast", TRAINING), ("scontrol", '#!/bin/bash\necho "$*" >> scontrol-calls\n')):
-        (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("std-fast", TRAINING), ("scontrol", SCONTROL), ("srun", SRUN)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
@@ -45,8 +66,8 @@ def start(place, script, *words, codes, **environment):
 
 
 def slurm(place, codes):
-    environment = {"SLURM_JOB_ID": "7041", "SLURM_GPUS_ON_NODE": str(len(codes))}
-    return start(place, "slurm_requeue.sh", "mine", "--budget.gpu-hours", "8", codes=codes, **environment)
+    environment = {"SLURM_JOB_ID": "7041", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": str(len(codes))}
+    return start(place, "slurm.sh", "mine", "--budget.gpu-hours", "8", codes=codes, **environment)
 
 
 def ended(process):
@@ -67,25 +88,37 @@ def calls(place, name="calls"):
 
 def test_slurm_starts_a_process_for_each_gpu_and_ends_when_they_do(place):
     assert ended(slurm(place, [[0], [0]])) == (0, "")
-    line = "train mine --budget.gpu-hours 8 --run.out runs/slurm-7041 --resume"
+    line = "train mine --budget.gpu-hours 8 --run.out runs/slurm-7041 --resume --data.threads 1"
     assert calls(place) == [f"0 of 2: {line}", f"1 of 2: {line}"]
     assert not calls(place, "scontrol-calls")
 
 
-@pytest.mark.parametrize("signum", (signal.SIGUSR1, signal.SIGTERM))
-def test_slurm_puts_the_job_back_when_its_time_is_up(place, signum):
+def test_slurm_requeues_the_job_when_its_time_is_up(place):
     process = slurm(place, [["wait"], ["wait"]])
     await_ranks(place, (0, 1))
-    process.send_signal(signum)
+    (srun,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(srun), signal.SIGUSR1)  # SLURM signals the tasks, not the batch script
     assert ended(process)[0] == 3
     assert calls(place, "scontrol-calls") == ["requeue 7041"]
 
 
-@pytest.mark.parametrize("codes", ([["2"], ["wait"]], [["wait"], ["2"]]))
-def test_slurm_ends_with_the_code_of_the_rank_that_fails_and_stops_the_others(place, codes):
-    process = slurm(place, codes)
+def test_slurm_ends_with_the_code_of_the_rank_that_fails(place):
+    process = slurm(place, [["2"], ["0"]])
     assert ended(process)[0] == 2
     assert not calls(place, "scontrol-calls")
+
+
+def test_two_nodes_train_over_gloo_with_the_slurm_script(place):
+    """Two "nodes" of one process each, on this machine."""
+    write_digits(place / "digits")
+    command = f'#!/bin/bash\nexec {sys.executable} -m std_fast.cli "$@"\n'
+    (place / "bin" / "std-fast").write_text(command)
+    data = ["--data.train", "digits/train", "--data.val", "digits/val", "--run.device", "cpu", "--run.length", "2 steps"]
+    environment = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+    environment |= {"STD_FAST_OUT": "run", "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    code, err = ended(start(place, "slurm.sh", "digits_mixer", *data, codes=[], **environment))
+    assert code == 0, err
+    assert json.loads((place / "run" / "summary.json").read_text())["steps"] == 2
 
 
 def test_spot_starts_again_after_a_save_and_ends_with_the_run(place):
@@ -101,7 +134,7 @@ def test_spot_goes_away_with_its_machine(place):
     assert ended(process)[0] == 3 and len(calls(place)) == 1
 
 
-@pytest.mark.parametrize("script", ("slurm_requeue.sh", "spot.sh"))
+@pytest.mark.parametrize("script", ("slurm.sh", "spot.sh"))
 def test_without_a_recipe_they_say_how_they_are_used(place, script):
     code, err = ended(start(place, script, codes=[]))
     assert code == 2 and err.startswith("usage: ") and not calls(place)
