@@ -113,7 +113,8 @@ def test_two_nodes_train_over_gloo_with_the_slurm_script(place):
     write_digits(place / "digits")
     command = f'#!/bin/bash\nexec {sys.executable} -m std_fast.cli "$@"\n'
     (place / "bin" / "std-fast").write_text(command)
-    data = ["--data.train", "digits/train", "--data.val", "digits/val", "--run.device", "cpu", "--run.length", "2 steps"]
+    data = ["--data.train", "digits/train", "--data.val", "digits/val"]
+    data += ["--run.device", "cpu", "--run.length", "2 steps"]
     environment = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
     environment |= {"STD_FAST_OUT": "run", "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     code, err = ended(start(place, "slurm.sh", "digits_mixer", *data, codes=[], **environment))
