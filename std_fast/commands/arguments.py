@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -97,6 +99,10 @@ def recipe_fields() -> str:
     from std_fast.config.recipe import Recipe
     from std_fast.config.schema import describe
 
-    rows = [f"  --{name:<28} {text} [{default}]" for name, default, text in describe(Recipe)]
-    rows.append("  --budget.gpu-hours N            the same as --run.length 'N gpu-hours'")
-    return "fields of the recipe, each set by --section.key value:\n" + "\n".join(rows)
+    rows = [*describe(Recipe), ("budget.gpu-hours", "", "the same as --run.length 'N gpu-hours'")]
+    width = shutil.get_terminal_size().columns - 2
+    lines = ["fields of the recipe, each set by --section.key value; [default]:"]
+    for name, default, text in rows:
+        lines.append(f"  --{name}" + (f"  [{default}]" if default else ""))
+        lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)

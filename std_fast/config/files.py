@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    data = read_yaml(read_text(path), str(path))
+    data = read_yaml(read_text(path), str(path), words=True)
     if data is None:
         data = {}
     if not isinstance(data, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.errors import UserError
+from std_fast.config.schema import plain_value
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ CACHE_HEADER, CACHE_SUFFIX = "answers.json", ".answers"
 def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
     """A recipe's plain values with today's field names; where a recipe has both names, today's counts.
 
+    With teachers but neither a base nor a mode, distill.mode is std, as it was by default.
+
     Raises:
         UserError: a field that is gone asks for something.
     """
@@ -41,9 +44,12 @@ def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
         section, _, key = old.partition(".")
         values = data.get(section)
         if isinstance(values, dict) and key in values:
-            if values[key] not in defaults:
+            if plain_value(values[key]) not in defaults:
                 raise UserError(f"{old}: {values[key]!r} is no longer offered; leave {old} out, or use std-fast 0.1.0")
             data = {**data, section: {name: value for name, value in values.items() if name != key}}
+    distill = data.get("distill")
+    if "base" not in data and isinstance(distill, dict) and distill.get("teachers"):
+        data = {**data, "distill": {"mode": "std", **distill}}
     return data
 
 

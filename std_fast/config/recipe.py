@@ -98,7 +98,10 @@ def parse_warmup(text: str) -> Duration | float:
 class Data(ReadSettings):
     train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
     val: str = opt("", "validation data, likewise; empty: no evaluation")
-    backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt("auto", "what reads and decodes")
+    backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt(
+        "auto",
+        "loader that reads and decodes; auto: resident for small data, else ffcv where it is installed, else torch",
+    )
     eval_crop: CropSpec = opt(CropSpec("center", fraction=0.875), "the crop of evaluation")
     eval_resample: Resample = opt("auto", "how evaluation crops are resized; timm evaluates most teachers with bicubic")
 
@@ -188,12 +191,16 @@ class Distill:
     taps: tuple[int, ...] | None = opt(None, "blocks after which the STD modules read, from 1; default: 2/3 and last")
     assign: tuple[tuple[int, ...], ...] | None = opt(None, "for each module the teachers it serves; default: its own")
     alpha: float = opt(0.5, "weight of the distillation loss; the class loss has 1 - alpha")
-    labels: Literal["hard", "soft"] = opt("hard", "teachers' argmax, or their distribution at `temperature`")
-    temperature: float = opt(1.0, "of soft labels")
+    labels: Literal["hard", "soft"] = opt(
+        "hard", "teacher targets: their argmax, or their distribution at `temperature`"
+    )
+    temperature: float = opt(1.0, "temperature of soft labels")
     top_k: int = opt(0, "soft labels keep this many of the largest probabilities, the rest is spread evenly; 0: all")
     reweight: bool = opt(True, "weigh the teachers by their confidence, per image")
     mine: MineSpec = opt(MineSpec(), "mutual information regularisation")
-    predict: Literal["mean", "class", "distill"] = opt("mean", "which heads answer in evaluation")
+    predict: Literal["mean", "class", "distill"] = opt(
+        "mean", "which heads predict in evaluation: their mean, the class head or the distillation heads"
+    )
     target_cache: str = opt(
         "", "folder of stored teacher targets: epochs that it holds are read, others are added to it"
     )
@@ -236,7 +243,11 @@ class Distill:
                 "has no effect with tokens: deit; leave taps and assign out",
             )
         else:
-            require(not self.teachers, "distill.teachers", "has no effect with mode: none; leave it out")
+            require(
+                not self.teachers,
+                "distill.teachers",
+                "have no effect without distill.mode std; set it, or leave them out",
+            )
 
     @property
     def uses_mine(self) -> bool:
@@ -254,10 +265,10 @@ class Optim:
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
     min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
     warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
-    weight_decay: float = opt(0.05, "never on tokens, biases, norms and affine scales")
-    betas: tuple[float, float] = opt((0.9, 0.999), "of Adam and LAMB")
-    eps: float = opt(1e-8, "of Adam and LAMB")
-    momentum: float = opt(0.95, "of Muon")
+    weight_decay: float = opt(0.05, "weight decay; never on tokens, biases, norms and affine scales")
+    betas: tuple[float, float] = opt((0.9, 0.999), "decay rates of the moments of Adam and LAMB")
+    eps: float = opt(1e-8, "epsilon in the denominator of Adam and LAMB")
+    momentum: float = opt(0.95, "momentum of Muon")
     clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
     ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
     ema_batch: int = opt(1024, "the batch for which `ema` is meant; the decay is raised to batch / ema_batch")
@@ -279,34 +290,36 @@ class Optim:
 @dataclass(frozen=True)
 class Run:
     out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
-    seed: int = opt(0, "of everything random")
+    seed: int = opt(0, "seed of everything random")
     batch: int = opt(1024, "images per step over all GPUs")
-    length: str = opt("300 epochs", "epochs, steps, samples or gpu-hours")
-    device: Literal["auto", "cuda", "cpu"] = opt("auto", "auto: a GPU where there is one")
+    length: str = opt("300 epochs", "length of the training in epochs, steps, samples or gpu-hours")
+    device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; auto: a GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "auto: bfloat16 autocast on a GPU, float32 on a CPU, where bfloat16 pays with AMX only"
     )
-    timeout: str = opt("10 minutes", "of many processes: how long one may keep the others waiting before all stop")
+    timeout: str = opt("10 minutes", "how long one process may keep the others waiting before all stop")
     compile: Literal["auto", "off", "inductor", "max-autotune", "aot_eager", "eager"] = opt(
         "auto", "torch.compile's backend; auto: inductor on a GPU, off on a CPU; aot_eager needs neither Triton nor C++"
     )
     overlap: Literal["auto", "on", "off"] = opt(
-        "auto", "teachers answer the next batch beside the student, on a GPU; auto: where a trial shows a gain"
+        "auto",
+        "run the teachers on the next batch while the student trains, on a GPU; auto: where a trial shows a gain",
     )
-    eval_every: str = opt("1 epoch", "between evaluations; there is always one at the end")
+    eval_every: str = opt(
+        "1 epoch",
+        "epochs, steps or samples between evaluations; there is always one at the end, and with `0 steps` no other",
+    )
     eval_batch: int = opt(0, "images per evaluation step; 0: as in training")
-    save_every: str = opt("10 minutes", "between checkpoints, by the clock: seconds, minutes or hours")
-    keep_checkpoints: int = opt(2, "how many of the newest stay on disk")
-    log_every: int = opt(50, "steps between lines of the log; the only moments at which metrics are read")
+    save_every: str = opt("10 minutes", "time between checkpoints: seconds, minutes or hours")
+    keep_checkpoints: int = opt(2, "how many of the newest checkpoints stay on disk")
+    log_every: int = opt(50, "steps between lines of the log; metrics are read only then")
     not_finite: Literal["stop", "skip", "rollback"] = opt(
         "stop",
         "when a loss or gradient is not finite: `stop` and save what was before; `skip` that step, which then changes "
-        "nothing; `rollback` to the last multiple of `rollback_every` and go on behind the bad batch",
+        "nothing; `rollback` to the last snapshot and continue after the bad batch",
     )
     not_finite_limit: int = opt(10, "so many such steps are skipped or rolled back over, at one more the run stops")
-    rollback_every: str = opt(
-        "500 steps", "with rollback: how often the state to go back to is put aside, on the device"
-    )
+    rollback_every: str = opt("500 steps", "with rollback: how often a snapshot of the state is taken, on the device")
 
     def __post_init__(self) -> None:
         require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
@@ -354,7 +367,7 @@ def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
 
 def loads(text: str, where: str = "recipe") -> Recipe:
     """A resolved recipe as it was saved with a run. UserError, which names `where` it was, for anything else."""
-    data = read_yaml(text, where)
+    data = read_yaml(text, where, words=True)
     try:
         return from_dict(Recipe, upgrade_recipe(data) if isinstance(data, dict) else data)
     except UserError as error:

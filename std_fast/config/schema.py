@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -19,6 +20,7 @@ from pipelines.options import opt as opt
 
 MAX_YAML = 1 << 20  # characters
 MAX_VALUES = 100_000
+NEAR = 0.6  # least similarity of a name that is proposed, as difflib counts it
 
 
 def require(condition: bool, where: str, message: str) -> None:
@@ -27,35 +29,66 @@ def require(condition: bool, where: str, message: str) -> None:
         raise UserError(f"{where}: {message}")
 
 
-def from_dict(cls: type, data: Any, where: str = "") -> Any:
-    """Builds dataclass `cls` from plain values. UserError names the field for unknown keys and wrong types."""
+class Word(str):
+    """A word as it was typed, on the command line or unquoted in a file. `where` names its place in messages.
+
+    A text field takes it as it is; for fields of other types `from_dict` reads it as YAML.
+    """
+
+    where: str
+
+    def __new__(cls, text: str, where: str) -> Word:
+        word = super().__new__(cls, text)
+        word.where = where
+        return word
+
+
+class UnknownKey(UserError):
+    """A key that no field has; `path` is its dotted name."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: unknown key; {message}")
+        self.path = path
+
+
+def from_dict(cls: type, data: Any, where: str = "", base: Any = None) -> Any:
+    """Builds dataclass `cls` from plain values and `Word`s; fields that are not in them are as in `base`.
+
+    By default they are as `cls` has them: a section's fields as in the default of that section.
+
+    Raises:
+        UserError: an unknown key (`UnknownKey`) or a value of the wrong type; names the field.
+    """
+    data = _opened(data)
     if not isinstance(data, dict):
         raise UserError(f"{where or 'recipe'}: expected a section with keys, got {data!r}")
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise UserError(f"{path}: unknown key; did you mean {near[0]!r}? (known: {', '.join(sorted(known))})")
-        values[key] = _convert(hints[key], value, path)
-    return cls(**values)
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=NEAR)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UnknownKey(path, f"{hint}(known: {', '.join(sorted(known))})")
+        factory = known[key].default_factory
+        default = getattr(base, key) if base is not None else None if factory is dataclasses.MISSING else factory()
+        values[key] = _convert(hints[key], value, path, default)
+    return cls(**values) if base is None else dataclasses.replace(base, **values)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
+        if plain_value(value) is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
-        value = "none" if value is None and "none" in args else value  # an unquoted none or off in YAML
-        value = "off" if value is False and "off" in args else value
-        if value not in args:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
-        return value
+        return _choice(args, value, where)
+    if hint in (str, int, float):
+        return _text_or_number(hint, value, where)
     if origin is tuple:
+        value = _opened(value)
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
         if args[-1] is Ellipsis:
@@ -64,16 +97,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
         return tuple(_convert(a, v, f"{where}.{i}") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, value, where)
-    try:
-        if hint is float and not isinstance(value, bool) and math.isfinite(float(value)):
-            return float(value)  # YAML reads 1e-3 as a string
-        if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value)) if not isinstance(value, int) else value
-    except (TypeError, ValueError, OverflowError):
-        pass
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
+        return value if isinstance(value, hint) else from_dict(hint, value, where, default)
+    value = plain_value(value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is dict and isinstance(value, dict) and _plain(value):
@@ -81,8 +106,66 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
-def read_yaml(text: str, where: str) -> Any:
+def _choice(choices: tuple, value: Any, where: str) -> Any:
+    """One of a Literal's values: as typed, or as YAML reads an unquoted on, off, yes, no or null."""
+    if value not in choices:
+        read = plain_value(value)
+        words = {True: ("on", "yes", "true"), False: ("off", "no", "false")}[read] if isinstance(read, bool) else ()
+        value = next((choice for choice in choices if choice in words or (choice == "none" and read is None)), value)
+    if value not in choices:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}")
+    return choices[choices.index(value)]
+
+
+def _text_or_number(hint: type, value: Any, where: str) -> Any:
+    """The text as typed; a number as Python reads it, so that 0123 is 123 and 12:30 none."""
+    wrong = UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise wrong
+    if hint is str:
+        return str(value)
+    try:
+        if hint is int and isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+            return int(value)  # more digits than a float has
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if not math.isfinite(number) or (hint is int and number != int(number)):
+        raise wrong
+    return number if hint is float else value if isinstance(value, int) else int(number)
+
+
+def _opened(value: Any) -> Any:
+    """A section or list that was typed as one word, its own words as they were typed; anything else as it is."""
+    return read_yaml(str(value), value.where, words=True) if isinstance(value, Word) else value
+
+
+def plain_value(value: Any) -> Any:
+    """`value` with each `Word` in it as YAML reads it, keys included."""
+    if isinstance(value, Word):
+        return read_yaml(str(value), value.where)
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(item) for key, item in value.items()}
+    return [plain_value(item) for item in value] if isinstance(value, list) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose unquoted numbers, dates and truth values are `Word`s."""
+
+    where = ""
+
+    def word(self, node: yaml.ScalarNode) -> Word:
+        return Word(node.value, self.where)
+
+
+for _tag in ("bool", "int", "float", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.word)
+
+
+def read_yaml(text: str, where: str, words: bool = False) -> Any:
     """Plain values from YAML, tags of Python's refused. UserError for what is no YAML, or expands beyond all use.
+
+    With `words`, unquoted numbers, dates and truth values are `Word`s, for `from_dict`.
 
     A few lines of aliases to aliases can stand for any number of values, and so can merges (`<<`); and the composer
     calls itself for each level. So the document's size with all aliases written out is counted before it is built.
@@ -90,7 +173,8 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         if len(text) > MAX_YAML:
             raise yaml.YAMLError(f"{len(text)} characters, more than {MAX_YAML}")
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text) if words else yaml.SafeLoader(text)
+        loader.where = where
         try:
             node = loader.get_single_node()
             if node is None:
@@ -150,8 +234,7 @@ def merge(under: dict, over: dict) -> dict:
 
 
 def set_dotted(data: dict, dotted: str, text: str) -> None:
-    """`set_dotted(d, "distill.teachers.0.weights", "runs/t")`; the value is read as YAML. Lists take an index."""
-    value = read_yaml(text, f"--{dotted}")
+    """`set_dotted(d, "distill.teachers.0.weights", "runs/t")`; `from_dict` reads the `Word`. Lists take an index."""
     keys = dotted.split(".")
     node: Any = data
     for i, key in enumerate(keys):
@@ -165,10 +248,10 @@ def set_dotted(data: dict, dotted: str, text: str) -> None:
         elif not isinstance(node, dict):
             raise UserError(f"--{dotted}: {'.'.join(keys[:i])} is a single value, it has no {key!r}")
         if last:
-            node[key] = value
+            node[key] = Word(text, f"--{dotted}")
         else:
-            if isinstance(node, dict) and node.get(key) is None:
-                node[key] = [] if keys[i + 1].isdigit() else {}
+            inner = _opened(node[key] if isinstance(node, list) else node.get(key))  # type: ignore[call-overload]
+            node[key] = inner if inner is not None else [] if keys[i + 1].isdigit() else {}
             node = node[key]
 
 
@@ -184,14 +267,29 @@ def difference(one: Any, two: Any, where: str = "") -> list[str]:
     return names
 
 
-def describe(cls: type, where: str = "") -> list[tuple[str, str, str]]:
-    """(dotted name, default, text) of every field, for `--help`."""
+def describe(section: Any, where: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, default as one types it, text) of every field of a dataclass or an instance, for `--help`.
+
+    Fields of the items of a list, such as a teacher's, have `N` in the item's place.
+    """
     rows = []
-    for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        path = f"{where}.{f.name}" if where else f.name
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            rows += describe(type(default), path)
-        else:
-            rows.append((path, str(default), f.metadata.get("help", "")))
+    defaults = section() if isinstance(section, type) else section
+    for f, hint in zip(dataclasses.fields(defaults), _hints(type(defaults)), strict=True):
+        default, path = getattr(defaults, f.name), f"{where}.{f.name}" if where else f.name
+        if dataclasses.is_dataclass(default):
+            rows += describe(default, path)
+            continue
+        typed = default or "''" if isinstance(default, str) else json.dumps(default)
+        text = f.metadata.get("help", "")
+        if typing.get_origin(hint) is Literal:
+            text += f" ({', '.join(map(str, typing.get_args(hint)))})"
+        rows.append((path, typed, text))
+        item = typing.get_args(hint)[:1]
+        if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item[0]):
+            rows += describe(item[0], f"{path}.N")
     return rows
+
+
+def _hints(cls: type) -> list[Any]:
+    hints = typing.get_type_hints(cls)
+    return [hints[f.name] for f in dataclasses.fields(cls)]

@@ -20,7 +20,7 @@ PLAIN = {
     "data": {"image_size": 16, "threads": 1},
     "run": {"batch": 8, "length": "1 gpu-hours", "eval_every": "5 epochs", "device": "cpu"},
 }
-TAUGHT = {**PLAIN, "distill": {"teachers": [{"name": "test_resnet"}, {"name": "test_vit"}]}}
+TAUGHT = {**PLAIN, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}, {"name": "test_vit"}]}}
 
 
 def recipe_of(data=TAUGHT, **run):
@@ -123,7 +123,7 @@ def test_a_stored_measurement_is_of_the_same_work(figures, tmp_path):
         (recipe_of(batch=16), "run.batch"),
         (recipe_of({**TAUGHT, "data": {"image_size": 32}}), "data.image_size"),
         (recipe_of(PLAIN), "distill.mode"),
-        (recipe_of({**TAUGHT, "distill": {"teachers": [{"name": "test_resnet"}]}}), "distill.teachers"),
+        (recipe_of({**TAUGHT, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}]}}), "distill.teachers"),
     ]:
         with pytest.raises(UserError, match=f"bench.json: was measured with another {name}"):
             plan.read(path, other)
@@ -149,7 +149,11 @@ def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys):
     recipe, weights = tmp_path / "tiny.yaml", tmp_path / "teacher.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
     data = {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1}
-    taught = {**TAUGHT, "data": data, "distill": {"teachers": [{"name": "test_resnet", "weights": str(weights)}]}}
+    taught = {
+        **TAUGHT,
+        "data": data,
+        "distill": {"mode": "std", "teachers": [{"name": "test_resnet", "weights": str(weights)}]},
+    }
     taught["run"] = {**TAUGHT["run"], "out": str(tmp_path / "runs" / "tiny")}
     recipe.write_text(recipes.dump(from_dict(Recipe, taught)))
     saved = tmp_path / "bench.json"

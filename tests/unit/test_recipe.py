@@ -5,8 +5,8 @@ import pytest
 from pipelines.errors import UserError
 from std_fast.config import files as recipe_files
 from std_fast.config import recipe as recipes
-from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup
-from std_fast.config.schema import describe, difference, from_dict, merge, to_dict
+from std_fast.config.recipe import Duration, Recipe, TeacherSpec, parse_seconds, parse_warmup
+from std_fast.config.schema import describe, difference, from_dict, merge, set_dotted, to_dict
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))
@@ -28,7 +28,10 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
         ({"run": {"length": "300 epoch s"}}, "run.length"),
         ({"run": {"device": "tpu"}}, "run.device: 'tpu' is not one of"),
         ({"distill": {"mode": "std"}}, "distill.teachers: is empty"),
-        ({"distill": {"mode": "none", "teachers": [{"name": "resnet18"}]}}, "distill.teachers: has no effect"),
+        (
+            {"distill": {"mode": "none", "teachers": [{"name": "resnet18"}]}},
+            "distill.teachers: have no effect without distill.mode std",
+        ),
         ({"distill": {"mode": "std", "teachers": [{}]}}, "distill.teachers.0: needs a name or weights"),
         (
             {"distill": {"mode": "std", "teachers": [{"name": "a"}], "temperature": 3}},
@@ -93,7 +96,9 @@ def test_overrides_into_the_wrong_place():
     for key, text, complaint in [
         ("optim.lr.x", "1", "single value"),
         ("distill.teachers.7.name", "a", "no place in a list"),
-        ("optim.lr", "[", "cannot be read as YAML"),
+        ("optim.lr", "[", r"optim.lr: expected float, got '\['"),
+        ("student.options", "[", "--student.options: cannot be read as YAML"),
+        ("distill.teachers", "[{name: a}", "--distill.teachers: cannot be read as YAML"),
     ]:
         with pytest.raises(UserError, match=complaint):
             recipes.load("digits_std", [(key, text)])
@@ -125,6 +130,112 @@ def test_difference_names_fields():
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-def test_every_field_is_described():
+def test_every_field_has_a_text():
     rows = describe(Recipe)
-    assert {"data.train", "distill.mine.every", "optim.ema", "run.length"} <= {name for name, _, _ in rows}
+    assert {"data.train", "data.crop.scale", "augment.mean", "distill.mine.every", "distill.teachers.N.name"} <= {
+        name for name, _, _ in rows
+    }
+    assert not [name for name, _, text in rows if not text.strip()]
+
+
+def test_every_default_of_the_help_is_the_true_one_as_one_types_it():
+    rows = {name: default for name, default, _ in describe(Recipe)}
+    assert (rows["distill.mode"], rows["data.eval_crop.kind"], rows["run.out"]) == ("none", "center", "runs/{name}")
+    for name, default in rows.items():
+        data: dict = {}
+        dotted = name.replace(".N.", ".0.")
+        set_dotted(data, dotted, "" if default == "''" else default)
+        if dotted == name:
+            assert from_dict(Recipe, data) == Recipe(), name
+        else:
+            assert from_dict(TeacherSpec, data["distill"]["teachers"][0]) == TeacherSpec(), name
+
+
+# Words as they are typed
+
+
+@pytest.mark.parametrize("word", ["runs #2", "0123", "12:30:00", "true", "null", "[a", "b: c", "1e3", "", " a ", "'q'"])
+def test_a_text_field_takes_the_word_as_typed(word):
+    recipe = recipes.load("digits_mixer", [("run.out", word), ("data.val", word)])
+    assert (recipe.run.out, recipe.data.val) == (word, word)
+    assert type(recipe.run.out) is str
+    assert recipes.loads(recipes.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("written", "out"),
+    [("0123", "0123"), ("12:30:00", "12:30:00"), ("2026-13-01", "2026-13-01"), ("1e3", "1e3"), ("yes", "yes"),
+     ("'0123'", "0123"), ("runs #2", "runs")],
+)  # fmt: skip
+def test_an_unquoted_word_in_a_file_is_text_where_text_is_due(tmp_path, written, out):
+    (tmp_path / "mine.yaml").write_text(f"run:\n  out: {written}\n")
+    recipe = recipes.load(str(tmp_path / "mine.yaml"))
+    assert recipe.run.out == out
+    assert recipes.loads(recipes.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
+        ("run.overlap", "on", "on"),
+        ("run.overlap", "off", "off"),
+        ("run.overlap", "yes", "on"),
+        ("run.overlap", "No", "off"),
+        ("run.overlap", "auto", "auto"),
+        ("run.compile", "off", "off"),
+        ("distill.mode", "none", "none"),
+        ("distill.mode", "null", "none"),
+        ("distill.reweight", "off", False),
+        ("distill.reweight", "yes", True),
+        ("run.seed", "0123", 123),
+        ("run.seed", "9223372036854775807", 9223372036854775807),
+        ("run.batch", "5.12e2", 512),
+        ("optim.lr", "1e-3", 0.001),
+        ("data.hw_decoder_load", "null", None),
+        ("data.hw_decoder_load", "0.5", 0.5),
+        ("student.options", "{patch_size: 4, act: no, name: 0x10}", {"patch_size": 4, "act": False, "name": 16}),
+        ("optim.betas", "[0.9, 1e-1]", (0.9, 0.1)),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_other_fields_read_the_word_by_their_type(tmp_path, key, word, value, in_file):
+    section, field = key.split(".")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{section}: {{{field}: {word}}}\n" if in_file else "{}")
+    recipe = recipes.load(str(path), [] if in_file else [(key, word)])
+    got = getattr(getattr(recipe, section), field)
+    assert got == value and type(got) is type(value)
+
+
+def test_a_section_keeps_its_own_defaults_when_one_of_its_fields_is_set():
+    recipe = recipes.load("imagenet", [("data.eval_crop.fraction", "0.9"), ("distill.predict", "class")])
+    assert (recipe.data.eval_crop.kind, recipe.data.eval_crop.fraction) == ("center", 0.9)
+    assert recipe.distill.mode == "none"
+
+
+@pytest.mark.parametrize("word", ["12:30", "0x10", "1,000", "nan", "inf", "true", "null", ""])
+def test_a_number_is_no_time_and_no_truth_value(word):
+    with pytest.raises(UserError, match=f"run.seed: expected int, got '{word}'"):
+        recipes.load("digits_mixer", [("run.seed", word)])
+
+
+def test_words_within_lists_and_options():
+    recipe = recipes.load(
+        "digits_std",
+        [
+            ("distill.teachers", "[{weights: 0123}, {name: resnet18}]"),
+            ("distill.teachers.1.options", "{small_stem: yes}"),
+            ("distill.teachers.1.options.width", "8"),
+            ("student.options.patch_size", "2"),
+        ],
+    )
+    assert [(t.weights, t.options) for t in recipe.distill.teachers] == [
+        ("0123", {}),
+        ("", {"small_stem": True, "width": 8}),
+    ]
+    assert recipe.student.options["patch_size"] == 2
+
+
+def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
+    (tmp_path / "old.yaml").write_text("distill: {teachers: [{name: resnet18}]}\nrun: {compress_gradients: false}\n")
+    assert recipes.load(str(tmp_path / "old.yaml")).distill.mode == "std"
