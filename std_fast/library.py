@@ -13,9 +13,8 @@ from torch import nn
 
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
-from std_fast.method.student import ModulePlan, Prediction, Student, plan_modules
+from std_fast.method.student import Prediction, Student, backbone_and_modules
 from std_fast.method.tokens import TokenKind
-from std_fast.models import Backbone, build_backbone
 
 if TYPE_CHECKING:
     import torch
@@ -66,30 +65,10 @@ def create_student(
     Raises:
         UserError: an unknown name or option, sizes or a placement that do not fit together.
     """
-    backbone, modules = parts_of(name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options)
+    backbone, modules = backbone_and_modules(
+        name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
+    )
     return Student(backbone, num_classes, modules, tokens, mine_weight, mine_width, mine_ema, predict)
-
-
-def parts_of(
-    name: str,
-    num_classes: int,
-    image_size: int,
-    teachers: int,
-    drop_path: float,
-    tokens: str,
-    taps: Taps,
-    assign: Assignment,
-    options: dict[str, object],
-) -> tuple[Backbone, tuple[ModulePlan, ...]]:
-    """Backbone and placement of a student. Arguments and errors as for `create_student`."""
-    if tokens == "deit" and teachers:
-        if taps is not None or assign is not None:
-            raise UserError("taps, assign: have no effect with tokens='deit'; leave them out")
-        options = {**options, "distill_token": True}
-    backbone = build_backbone(name, num_classes, image_size, drop_path, **options)
-    taps = None if taps is None else tuple(taps)
-    assign = None if assign is None else tuple(tuple(group) for group in assign)
-    return backbone, plan_modules(backbone, teachers, taps, assign)
 
 
 def create_teachers(

@@ -1,8 +1,8 @@
 """The students as timm models: `timm.create_model("std_mixer_s16_224", num_classes=10)`.
 
-Registered when `std_fast` and timm have both been imported, in either order (`std_fast/__init__.py`). Every backbone of
-this project has a name: `std_NAME_224` where NAME is a published size (also with another `img_size`), `std_mixer`,
-`std_resmlp` and `std_cyclemlp` for any other shape, which takes the builder's options (`patch_size`, `dim`, ...).
+Importing this module registers them. Every backbone of this project has a name: `std_NAME_224` where NAME is a
+published size (also with another `img_size`), `std_mixer`, `std_resmlp` and `std_cyclemlp` for any other shape, which
+takes the builder's options (`patch_size`, `dim`, ...).
 Further arguments: `teachers` (how many distillation heads, 0 for the plain model), `tokens`, `taps`, `assign` and
 `predict` of `std_fast.create_student`.
 
@@ -19,8 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor
 
 from pipelines.errors import UserError
-from std_fast.library import parts_of
-from std_fast.method.student import Student, predict
+from std_fast.method.student import Student, backbone_and_modules, predict
 from std_fast.models import (
     BACKBONES,
     Backbone,
@@ -117,7 +116,7 @@ def build(
     if height != width:
         raise UserError(f"img_size: {height} x {width}, but the students take square images")
     K = max(num_classes, 1)  # heads that timm's num_classes=0 then empties
-    backbone, modules = parts_of(name, K, height, teachers, drop_path_rate, tokens, taps, assign, options)
+    backbone, modules = backbone_and_modules(name, K, height, teachers, drop_path_rate, tokens, taps, assign, options)
     student = TimmStudent(backbone, K, modules, tokens, predict=predict)
     if num_classes == 0:
         student.reset_classifier(0)

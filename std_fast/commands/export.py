@@ -391,7 +391,9 @@ def readme(report: dict, recipe: Recipe, chosen: list[str]) -> str:
     size, classes, differences = report["image_size"], report["classes"], report["differences"]
     taught = f", distilled from {len(d.teachers)} teacher(s) by STD (tokens: {d.tokens})" if d.mode == "std" else ""
     ours = (
-        "import std_fast  # registers the architecture\n" if (report["architecture"] or "").startswith("std_") else ""
+        "import std_fast.registry  # registers the architecture\n"
+        if (report["architecture"] or "").startswith("std_")
+        else ""
     )
     uses = {
         "timm": f'{ours}import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',

@@ -5,6 +5,7 @@ Shapes: B batch, P patches, C channels, K classes, M teachers, H distillation he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from pipelines.errors import UserError
 from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule, TokenKind
+from std_fast.models import Backbone, build_backbone
 from std_fast.models.common import DropPathMask
 
 Prediction = Literal["mean", "class", "distill"]
@@ -156,6 +158,28 @@ def predict(output: StudentOutput, how: Prediction = "mean") -> Tensor:
         return output.class_logits
     distilled = output.dist_logits.mean(1)
     return distilled if how == "distill" else (output.class_logits + distilled) / 2
+
+
+def backbone_and_modules(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    teachers: int,
+    drop_path: float,
+    tokens: str,
+    taps: Sequence[int] | None,
+    assign: Sequence[Sequence[int]] | None,
+    options: dict[str, object],
+) -> tuple[Backbone, tuple[ModulePlan, ...]]:
+    """Backbone and placement of a student. Arguments and errors as for `std_fast.create_student`."""
+    if tokens == "deit" and teachers:
+        if taps is not None or assign is not None:
+            raise UserError("taps, assign: have no effect with tokens='deit'; leave them out")
+        options = {**options, "distill_token": True}
+    backbone = build_backbone(name, num_classes, image_size, drop_path, **options)
+    taps = None if taps is None else tuple(taps)
+    assign = None if assign is None else tuple(tuple(group) for group in assign)
+    return backbone, plan_modules(backbone, teachers, taps, assign)
 
 
 def plan_modules(

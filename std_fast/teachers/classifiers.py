@@ -61,8 +61,10 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
 
 
 def timm_config(name: str) -> Any:
-    """timm's `PretrainedCfg` of a model. UserError with the nearest name unless timm knows it."""
+    """timm's `PretrainedCfg` of a model. UserError with the nearest name unless timm has it."""
     import timm
+
+    import std_fast.registry  # noqa: F401 - an exported student can be a teacher
 
     try:
         if timm.is_model(name):

@@ -73,7 +73,8 @@ def test_the_report_and_the_folder(exported):
     assert student.mine and not any(name.startswith("mine.") for name in tensors)
     assert tensors.keys() == {name for name in student.state_dict() if not name.startswith("mine.")}
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\n") and 'timm.create_model("local-dir:FOLDER"' in card
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert 'import std_fast.registry  # registers the architecture\nimport timm\nmodel = timm.create_model("loc' in card
 
 
 @torch.no_grad()
