@@ -1,5 +1,10 @@
 """Errors that end with one line for the user instead of a traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 1500  # characters of a message: it may quote a file that holds megabytes
 
 
@@ -33,3 +38,9 @@ def one_line(text: str) -> str:
     text = printable(text if len(text) <= 2 * LONGEST else text[:LONGEST] + text[-LONGEST:])
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[: half - 3]} ... {text[2 - half :]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'NEAR'?` to end a message with, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import difflib
 import io
 import logging
 import os
@@ -17,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
 from std_fast.commands.arguments import STOPPED, Parser, Verb, parse
 from std_fast.runtime.memory import ran_out
@@ -92,8 +91,7 @@ def run(argv: list[str]) -> int:
         return 0
     name, *words = argv
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.0)[0]
-        raise UserError(f"{name}: unknown verb; did you mean {near!r}? (verbs: {', '.join(VERBS)})")
+        raise UserError(f"{name}: unknown verb{did_you_mean(name, VERBS)} (verbs: {', '.join(VERBS)})")
     verb = VERBS[name]
     parser = Parser(
         prog=f"std-fast {name}", description=verb.text, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -5,12 +5,11 @@ Imports nothing heavy, so that the run's folder is known before torch is importe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.untrusted import read_bytes
 from std_fast.config.legacy import FIELDS, upgrade_recipe
 from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
@@ -26,8 +25,8 @@ def find(name: str, beside: Path | None = None) -> Path:
         if path.is_file():
             return path
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UserError(f"{name}: no such recipe file, nor a built-in recipe; did you mean {near[0] if near else names!r}?")
+    hint = did_you_mean(name, names) or "; `std-fast recipes` lists them"
+    raise UserError(f"{name}: no such recipe file, nor a built-in recipe{hint}")
 
 
 def read_text(path: Path) -> str:

@@ -17,8 +17,9 @@ from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
 from pipelines.read.settings import ReadSettings, Resample
 from std_fast.config.files import OUT, read, read_text
+from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
-from std_fast.config.schema import from_dict, opt, read_yaml, require, to_dict
+from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict
 
 LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
 LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -362,7 +363,10 @@ def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, or a value has the wrong type or range.
     """
-    return from_dict(Recipe, read(name, overrides))
+    try:
+        return from_dict(Recipe, read(name, overrides))
+    except UnknownKey as error:
+        raise explained(error, Recipe) from None
 
 
 def loads(text: str, where: str = "recipe") -> Recipe:

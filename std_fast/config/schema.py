@@ -6,21 +6,20 @@ Knows nothing of recipes; `recipe.py` has the fields.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, Literal, Union
 
 import yaml
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.options import opt as opt
 
 MAX_YAML = 1 << 20  # characters
 MAX_VALUES = 100_000
-NEAR = 0.6  # least similarity of a name that is proposed, as difflib counts it
 
 
 def require(condition: bool, where: str, message: str) -> None:
@@ -44,11 +43,15 @@ class Word(str):
 
 
 class UnknownKey(UserError):
-    """A key that no field has; `path` is its dotted name."""
+    """A key that no field has; `wanted` is the dotted name of what was to be set there."""
 
-    def __init__(self, path: str, message: str) -> None:
-        super().__init__(f"{path}: unknown key; {message}")
-        self.path = path
+    def __init__(self, path: str, value: Any, known: Collection[str]) -> None:
+        hint = did_you_mean(path.rpartition(".")[2], known)
+        super().__init__(f"{path}: unknown key{hint} (known: {', '.join(sorted(known))})")
+        self.wanted = path
+        while isinstance(value, dict) and value:
+            key, value = next(iter(value.items()))
+            self.wanted += f".{key}"
 
 
 def from_dict(cls: type, data: Any, where: str = "", base: Any = None) -> Any:
@@ -68,9 +71,7 @@ def from_dict(cls: type, data: Any, where: str = "", base: Any = None) -> Any:
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=NEAR)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UnknownKey(path, f"{hint}(known: {', '.join(sorted(known))})")
+            raise UnknownKey(path, value, known)
         factory = known[key].default_factory
         default = getattr(base, key) if base is not None else None if factory is dataclasses.MISSING else factory()
         values[key] = _convert(hints[key], value, path, default)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from std_fast.models.common import Backbone, Taps
 from std_fast.models.cyclemlp import CycleMlp
 from std_fast.models.mixer import Mixer
@@ -49,16 +48,13 @@ def build_backbone(name: str, num_classes: int, image_size: int, drop_path: floa
         UserError: unknown name or option, sizes that do not fit together.
     """
     if name not in BACKBONES:
-        raise UserError(f"unknown backbone {name!r}{_nearest(name, BACKBONES)}; known: {', '.join(list_backbones())}")
+        raise UserError(
+            f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} (known: {', '.join(list_backbones())})"
+        )
     builder = BACKBONES[name]
     known = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", "drop_path"}
     for option in options:
         if option not in known:
-            hint = _nearest(option, known)
-            raise UserError(f"{name} has no option {option!r}{hint}; it has: {', '.join(sorted(known))}")
+            hint = did_you_mean(option, known)
+            raise UserError(f"{name} has no option {option!r}{hint} (it has: {', '.join(sorted(known))})")
     return builder(num_classes, image_size, drop_path=drop_path, **options)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -6,14 +6,13 @@ Shapes: B batch, K classes.
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from std_fast.config.recipe import Recipe, loads, refuse_loaders
 from std_fast.models import BACKBONES, build_backbone
 from std_fast.runtime import checkpoint
@@ -72,8 +71,8 @@ def timm_config(name: str) -> Any:
         known = [*BACKBONES, *timm.list_models()]
     except RuntimeError:  # the model is known, its tag is not
         known = timm.list_pretrained(f"{name.split('.')[0]}.*")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    raise UserError(f"{name}: no such model here or in timm {timm.__version__}; did you mean {near[0]!r}?")
+    hint = did_you_mean(name, known) or "; `timm.list_models()` lists them"
+    raise UserError(f"{name}: no such model here or in timm {timm.__version__}{hint}")
 
 
 def use_small_stem(model: nn.Module, name: str) -> nn.Module:

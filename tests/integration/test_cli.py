@@ -83,6 +83,9 @@ def test_info_and_recipes(capsys):
     ("words", "complaint"),
     [
         (["trian", "x"], "did you mean 'train'"),
+        (["frobnicate"], "frobnicate: unknown verb (verbs: convert"),
+        (["train", "xyzzy"], "nor a built-in recipe; `std-fast recipes` lists them"),
+        (["info", "xyzzy"], "`timm.list_models()` lists them"),
         (["train"], "the following arguments are required: recipe"),
         (["train", "digits_sdt"], "did you mean 'digits_std'"),
         (["train", "--resume", "--optim.lrr", "3", "digits_mixer"], "optim.lrr: unknown key; did you mean 'lr'"),

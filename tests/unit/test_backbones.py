@@ -212,8 +212,8 @@ def test_macs_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name, size, options, message", [
-    ("mixr_s16", 224, {}, r"unknown backbone 'mixr_s16' \(did you mean 'mixer_s16'\?\)"),
-    ("mixer", 32, dict(patchsize=4), r"no option 'patchsize' \(did you mean 'patch_size'\?\)"),
+    ("mixr_s16", 224, {}, r"unknown backbone 'mixr_s16'; did you mean 'mixer_s16'\? \(known: "),
+    ("mixer", 32, dict(patchsize=4), r"no option 'patchsize'; did you mean 'patch_size'\? \(it has: "),
     ("cyclemlp", 32, dict(distill_token=True), "cyclemlp has no option 'distill_token'"),
     ("mixer_s16", 225, {}, "image_size 225 is not a multiple of patch_size 16: use e.g. 224"),
     ("mixer_s16", 8, {}, "image_size 8 is not a multiple of patch_size 16: use e.g. 16"),

@@ -5,6 +5,7 @@ import pytest
 from pipelines.errors import UserError
 from std_fast.config import files as recipe_files
 from std_fast.config import recipe as recipes
+from std_fast.config.foreign import FIELD_OF, FOREIGN_NAMES
 from std_fast.config.recipe import Duration, Recipe, TeacherSpec, parse_seconds, parse_warmup
 from std_fast.config.schema import describe, difference, from_dict, merge, set_dotted, to_dict
 
@@ -239,3 +240,35 @@ def test_words_within_lists_and_options():
 def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
     (tmp_path / "old.yaml").write_text("distill: {teachers: [{name: resnet18}]}\nrun: {compress_gradients: false}\n")
     assert recipes.load(str(tmp_path / "old.yaml")).distill.mode == "std"
+
+
+# Names of neighbours
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("batch_size", "batch_size: unknown key; here it is run.batch (images per step over all GPUs)"),
+        ("run.epochs", "run.epochs: unknown key; here it is run.length"),
+        ("workers", "here it is data.threads"),
+        ("training.label_smoothing", "here it is optim.smoothing"),
+        ("lr", "here it is optim.lr (peak learning rate"),
+        ("run.lr", "here it is optim.lr"),
+        ("distill.drop_path", "here it is student.drop_path"),
+        ("optim.weights", "did you mean student.weights or distill.teachers.N.weights?"),
+        ("optim.lrr", "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("run.frobnicate", "run.frobnicate: unknown key (known: "),
+    ],
+)
+def test_a_neighbours_name_leads_to_ours(key, complaint):
+    with pytest.raises(UserError) as caught:
+        recipes.load("digits_mixer", [(key, "1")])
+    assert complaint in str(caught.value)
+
+
+def test_neighbours_names_lead_to_fields_and_are_none_themselves():
+    fields = {name for name, _, _ in describe(Recipe)}
+    assert set(FOREIGN_NAMES) <= fields
+    own = {name.rpartition(".")[2] for name in fields}
+    assert not own & (FIELD_OF.keys() - {"lr", "scale", "ratio"})  # these are in two sections, and one is meant
+    assert len(FIELD_OF) == sum(len(names.split()) for names in FOREIGN_NAMES.values())
