@@ -42,7 +42,7 @@ fuzz: .venv/.ready-test  ## the fuzzers of all that reads files; option: MINUTES
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-index-url --no-header
 
 docs: .venv/.ready-test  ## the API reference, from the docstrings, into build/docs
-	$(BIN)/python -W error -m pdoc --docformat google -o build/docs std_fast pipelines
+	scripts/docs.sh
 
 lock: .venv/.ready-test  ## versions and hashes of all dependencies, from pyproject.toml; UPGRADE=1 takes the newest ones
 	$(BIN)/python -m pip install -q uv
