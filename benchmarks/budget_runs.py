@@ -44,15 +44,13 @@ class Case:
     throttled: bool = False
     interrupt: tuple[signal.Signals, ...] = ()
     """sent one after the other, each to a process of its own, at random moments"""
-    at_once: bool = False
-    """the first one in the first second, while torch is imported"""
 
 
 CASES = {
     "plain": Case("digits_mixer", 0.01),
     "teachers": Case("digits_std", 0.02),
     "throttled loader": Case("digits_std", 0.03, throttled=True),
-    "killed": Case("digits_std", 0.04, interrupt=(signal.SIGKILL, signal.SIGKILL), at_once=True),
+    "killed": Case("digits_std", 0.04, interrupt=(signal.SIGKILL, signal.SIGKILL)),
     "stopped": Case("digits_mixer", 0.05, interrupt=(signal.SIGTERM, signal.SIGUSR1)),
 }
 
@@ -90,8 +88,6 @@ def run_case(case: Case, hours: float, out: Path, overrides: list[str], throttle
     wall, exits = 0.0, []
     # moments in the first two thirds of the budget, some time apart
     moments = [(0.3 + 0.25 * number + dice.uniform(0, 0.1)) * hours * 3600 for number in range(len(case.interrupt))]
-    if case.at_once:
-        moments[0] = dice.uniform(0.3, 1.0)
     for number, what in enumerate((*case.interrupt, None)):
         began = time.perf_counter()
         process = subprocess.Popen([*command, *(["--resume"] if number else [])], stdout=subprocess.DEVNULL)

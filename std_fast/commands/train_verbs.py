@@ -19,22 +19,16 @@ def add_train(parser: Parser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    from std_fast.config import files as recipe_files
-    from std_fast.runtime.held import starting
-
-    with starting(recipe_files.run_folder(recipe_files.read(args.recipe, args.overrides))):
-        return train_recipe(args)
-
-
-def train_recipe(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
+
+    recipe = recipes.load(args.recipe, args.overrides)
+
     from std_fast.runtime.budget import in_words
     from std_fast.runtime.distributed import PeerLost, rank
     from std_fast.training.not_finite import NotFinite
     from std_fast.training.run import Stopped, resolved
     from std_fast.training.run import train as run_training
 
-    recipe = recipes.load(args.recipe, args.overrides)
     try:
         summary = run_training(recipe, resume=args.resume, quiet=args.quiet)
     except (Stopped, NotFinite) as end:

@@ -1,6 +1,6 @@
 """Recipe files as plain values: which file a name means, what its `base` adds, and what the command line changes.
 
-Imports nothing heavy, so that the run's folder is known before torch is imported (held.py); recipe.py validates.
+Imports nothing heavy; recipe.py validates.
 """
 
 from __future__ import annotations
@@ -75,12 +75,3 @@ def filled_in(out: str, name: str, seed: object) -> Path:
         return Path(out.format(name=name or "run", seed=seed))
     except (AttributeError, KeyError, IndexError, ValueError):
         raise UserError(f"run.out: {out!r} may hold {{name}} and {{seed}}, and no other braces") from None
-
-
-def run_folder(data: dict[str, Any]) -> Path | None:
-    """The folder of the run that `read` gave; None where its values make no sense (recipe.py says why)."""
-    try:
-        run = data.get("run") or {}
-        return filled_in(run.get("out", OUT), data["name"], run.get("seed", 0))
-    except (AttributeError, UserError):
-        return None

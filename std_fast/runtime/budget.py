@@ -17,7 +17,6 @@ import torch
 
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Duration, Recipe, parse_warmup
-from std_fast.runtime import held
 
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
 LEARNING = ("train", "teacher", "data")  # while these run, images are learned from
@@ -37,6 +36,15 @@ def in_words(seconds: Mapping[str, float]) -> str:
     total = sum(seconds.values()) or 1.0
     parts = sorted(((value, part) for part, value in seconds.items() if value >= 0.05), reverse=True)
     return ", ".join(f"{part} {value:.1f} s ({100 * value / total:.0f} %)" for value, part in parts)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, its imports included, by Linux's record; 0.0 where there is none."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 class Ledger:
@@ -116,14 +124,13 @@ class Heartbeat:
 
     The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
     It is replaced whole and not flushed: it outlives the process, and of a machine that loses power the last seconds
-    may be missing. It takes over from `held.starting`.
+    may be missing. A process that is killed before its first beat, while it imports torch, is not counted.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:
         self.path, self.ledger, self.every = folder / HELD, ledger, every
         self._end = threading.Event()
         self._write({})
-        held.take_over(folder)
         self._thread = threading.Thread(target=self._beat, name="std_fast-heartbeat", daemon=True)
         self._thread.start()
 
@@ -154,18 +161,12 @@ class Heartbeat:
 
 
 def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
-    """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost", and so
-    does what was held by processes that died while they started.
+    """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost".
 
     Args:
         step: of the checkpoint that the run goes on from, 0 without one.
         saved: GPU-seconds by part in that checkpoint.
     """
-    parts = _heard(folder, step, saved)
-    return parts | {"lost": parts["lost"] + held.unheard(folder)}
-
-
-def _heard(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
     try:
         beat = read_json(folder / HELD)
         seconds = float(beat["gpu_seconds"])

@@ -20,10 +20,9 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds
 from std_fast.method.losses import TeacherTargets
 from std_fast.method.student import smaller
-from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, productive_seconds
+from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, process_seconds, productive_seconds
 from std_fast.runtime.compiling import counted
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
-from std_fast.runtime.held import process_seconds
 from std_fast.runtime.memory import out_of_memory_line, ran_out
 from std_fast.runtime.metrics import Journal, Progress
 from std_fast.runtime.speed import peak_memory, speed_in_words

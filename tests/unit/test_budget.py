@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -19,6 +21,7 @@ from std_fast.runtime.budget import (
     Timed,
     earlier,
     in_words,
+    process_seconds,
     productive_seconds,
 )
 from std_fast.training.optim import schedule
@@ -33,6 +36,21 @@ class Time:
 
     def pass_by(self, seconds):
         self.now += seconds
+
+
+def test_a_process_counts_its_own_imports():
+    code = """
+import time
+began = time.perf_counter()
+from std_fast.runtime.budget import process_seconds
+print(time.perf_counter() - began, process_seconds())
+"""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imports, found = map(float, done.stdout.split())
+    assert imports < found < time.perf_counter() - began
+    first, began = process_seconds(), time.perf_counter()
+    assert process_seconds() - first == pytest.approx(time.perf_counter() - began, abs=0.5)
 
 
 @pytest.fixture
