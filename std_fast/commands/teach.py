@@ -47,7 +47,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
             even = loader.source.num_samples // 2 * 2  # a last odd one has no neighbour to be mixed with
             store = open_target_cache(recipe, loader, precision, even, world)
             assert store is not None
-            teachers = build_teachers(recipe, loader.num_classes, device)
+            teachers = build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
             assert teachers is not None
             augment = Augment(recipe.augment, recipe.run.seed).to(device)
             make_fast(recipe, device, augment, teachers)

@@ -146,6 +146,11 @@ class TeacherSpec:
         "`pretrained` (needs a network)",
     )
     options: dict = opt({}, "arguments of the model's builder, as in student.options")
+    classes: str = opt(
+        "",
+        "its class names, matched with the data's: `imagenet-1k` or another list of timm's, or a file with one a line; "
+        "default: its run's or folder's own, or ImageNet's where the data's names are WordNet ids",
+    )
     image_size: int | None = opt(None, "input size; default: the student's, or the only one that the model takes")
     precision: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "auto: as run.precision; `std-fast bench teachers` measures what it costs and gains"
@@ -292,6 +297,9 @@ class Optim:
 class Run:
     out: str = opt(OUT, "folder of the run; `{name}` and `{seed}` are filled in")
     seed: int = opt(0, "seed of everything random")
+    init_seed: int | None = opt(
+        None, "seed of the student's first weights alone, for runs that share stored teacher targets; default: run.seed"
+    )
     batch: int = opt(1024, "images per step over all GPUs")
     length: str = opt("300 epochs", "length of the training in epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; auto: a GPU where there is one")
@@ -333,7 +341,8 @@ class Run:
             "run.rollback_every",
             "write epochs, steps or samples, more than nothing",
         )
-        require(0 <= self.seed < 2**63, "run.seed", "must be from 0 to 2^63 - 1")
+        for name, seed in (("run.seed", self.seed), ("run.init_seed", self.init_seed)):
+            require(seed is None or 0 <= seed < 2**63, name, "must be from 0 to 2^63 - 1")
         require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
         every = Duration.parse(self.eval_every, "run.eval_every")
         require(

@@ -141,6 +141,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
 
 
+def stored_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
+    """Rows of the last layer in a state dict; None where it has another name there than in the model."""
+    heads = last_layers(model)
+    for owner, module in model.named_modules():
+        for name, _ in module.named_parameters(owner) if any(module is head for head in heads) else ():
+            if name in state and state[name].ndim:
+                return len(state[name])
+    return None
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Strictly; UserError names the first key or shape that does not fit."""
     own = model.state_dict()
@@ -163,6 +173,7 @@ class StoredRun(NamedTuple):
     recipe: Recipe
     state: dict[str, Tensor]  # the moving average where the run has one
     num_classes: int
+    class_names: list[str] | None
 
 
 def read_run(folder: Path) -> StoredRun:
@@ -179,4 +190,4 @@ def read_run(folder: Path) -> StoredRun:
     path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"])
+    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"], meta["class_names"])

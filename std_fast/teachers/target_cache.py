@@ -42,6 +42,7 @@ from std_fast.config.recipe import Duration, Recipe
 from std_fast.config.schema import to_dict
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.overlap import Overlap, taught
 from std_fast.teachers.teacher import Teachers
@@ -49,7 +50,7 @@ from std_fast.teachers.teacher import Teachers
 FORMAT = 1
 MOST_CLASSES = 65535  # label + 1 has 16 bits
 DIGEST_BYTES = 16
-LEGACY_DEFAULTS = {"precision": "auto"}
+LEGACY_DEFAULTS = {"precision": "auto", "classes": ""}
 """fields of a teacher that stores of earlier versions lack, as they were then"""
 log = logging.getLogger("std_fast")
 Pairs = Iterator[tuple[TrainBatch, TeacherTargets]]
@@ -87,7 +88,10 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     }
     for i, teacher in enumerate(d.teachers):
         digest = weights_digest(teacher.weights, teacher.name)
-        values |= _flat(f"distill.teachers.{i}", to_dict(teacher) | {"weights": digest})
+        names = teacher.classes
+        if Path(names).is_file():
+            names = hashlib.blake2b("\n".join(class_names(names, "")).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        values |= _flat(f"distill.teachers.{i}", to_dict(teacher) | {"weights": digest, "classes": names})
     return values
 
 

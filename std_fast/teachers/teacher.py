@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from pipelines.untrusted import read_json
 from std_fast.config.recipe import TeacherSpec
 from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.models import BACKBONES
+from std_fast.teachers.classes import DataClasses, select_classes, wrong_classes
 from std_fast.teachers.classifiers import (
     build_classifier,
     create_timm,
@@ -29,6 +31,7 @@ from std_fast.teachers.classifiers import (
     load_weights,
     read_run,
     read_weights,
+    stored_classes,
     timm_config,
 )
 from std_fast.teachers.fold import fold_batch_norms, random_image
@@ -45,14 +48,16 @@ class Teacher(nn.Module):
     autocast's cast at each call. Normalisation and resizing are done in the images' own type before.
 
     Args:
-        model: images `[B, 3, S, S]` -> logits `[B, K]`.
+        model: images `[B, 3, S, S]` -> logits of its own classes.
         mean, std: normalisation that the model was trained with, for pixels in [0, 1].
         student_mean, student_std: normalisation of the images that it is given.
         image_size: side S of its input; None takes the images as they are.
+        classes: for each of the K classes of the data the model's own; None where they are the same.
     """
 
     scale: Tensor
     shift: Tensor
+    classes: Tensor | None
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class Teacher(nn.Module):
         student_mean: Triple,
         student_std: Triple,
         image_size: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.image_size = model, image_size
@@ -72,6 +78,7 @@ class Teacher(nn.Module):
         m, s, sm, ss = numbers.view(4, 1, 3, 1, 1)
         self.register_buffer("scale", (ss / s).float(), persistent=False)
         self.register_buffer("shift", ((sm - m) / s).float(), persistent=False)
+        self.register_buffer("classes", None if classes is None else torch.tensor(classes), persistent=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -87,7 +94,8 @@ class Teacher(nn.Module):
             if self.image_size is not None and images.shape[-1] != self.image_size:
                 size = (self.image_size, self.image_size)
                 images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-            return self.model(images.to(self.dtype))
+            logits = self.model(images.to(self.dtype))
+            return logits if self.classes is None else logits.index_select(1, self.classes)
 
 
 class Teachers(nn.Module):
@@ -113,6 +121,7 @@ class Trained(NamedTuple):
     mean: Triple | None = None
     std: Triple | None = None
     image_size: int | None = None  # the side that it is built for; None: it takes any
+    classes: tuple[int, ...] | None = None  # for each class of the data the model's own; None: the same
 
 
 def build_teacher(
@@ -123,45 +132,52 @@ def build_teacher(
     std: Triple,
     where: str,
     dtype: torch.dtype = torch.float32,
+    class_names: Sequence[str] | None = None,
 ) -> Teacher:
     """A teacher as its recipe entry says, in inference form: frozen, batch norms folded, channels-last, in `dtype`.
 
     Args:
         num_classes, image_size, mean, std: of the student.
         where: the recipe's name of the entry, for messages, e.g. `distill.teachers.0`.
+        class_names: of the data, to be matched with the teacher's.
 
     Raises:
-        UserError: unknown name, weights that are missing or do not fit, another number of classes, images of a size
-            that the model cannot take.
+        UserError: unknown name, weights that are missing or do not fit, a class that the teacher lacks, images of a
+            size that the model cannot take.
     """
+    data = DataClasses.of(num_classes, class_names)
     if not spec.weights:
         raise UserError(f"{where}.weights: is empty, and a teacher without training teaches nothing; give a file")
     path = Path(spec.weights)
     if spec.weights == "pretrained":
-        found = from_hub(spec, num_classes, image_size, where)
+        found = from_hub(spec, data, image_size, where)
     elif path.is_dir():
         read = from_folder if (path / "config.json").is_file() else from_run
-        found = read(path, spec, num_classes, image_size, where)
+        found = read(path, spec, data, image_size, where)
         if spec.name and spec.name != found.name:
             raise UserError(f"{where}.name: {spec.name} but {path} is a {found.name}; leave the name out")
         if spec.options:
             raise UserError(f"{where}.options: have no effect, {path} brings its own; leave them out")
     else:
-        found = from_file(path, spec, num_classes, image_size, where)
+        found = from_file(path, spec, data, image_size, where)
     size = spec.image_size or found.image_size or image_size
-    smoke_test(found.model, num_classes, size, where)
+    logits = smoke_test(found.model, size, where)
+    if found.classes is None and logits != num_classes:
+        raise UserError(wrong_classes(where, logits, num_classes))
     folded = fold_batch_norms(found.model, size)
     model = in_precision(found.model, dtype, size, where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     own_mean, own_std = spec.mean or found.mean or mean, spec.std or found.std or std
-    teacher = Teacher(model, own_mean, own_std, mean, std, spec.image_size or found.image_size)
+    teacher = Teacher(model, own_mean, own_std, mean, std, spec.image_size or found.image_size, found.classes)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     text = "%s: %s (%s), %.1f M parameters, %d batch norms folded, %d px, %s"
     log.info(text, where, found.name, spec.weights, millions, folded, size, str(teacher.dtype).removeprefix("torch."))
+    if found.classes is not None:
+        log.info("%s: the data's %d classes are matched by name among the teacher's %d", where, num_classes, logits)
     return teacher
 
 
-def smoke_test(model: nn.Module, num_classes: int, image_size: int, where: str) -> None:
-    """UserError unless a random image of this size is answered by `num_classes` finite logits."""
+def smoke_test(model: nn.Module, image_size: int, where: str) -> int:
+    """Number of the logits of a random image of this size. UserError unless they are finite."""
     try:
         with torch.no_grad():
             logits = model.eval()(random_image(image_size))
@@ -170,10 +186,9 @@ def smoke_test(model: nn.Module, num_classes: int, image_size: int, where: str) 
         raise UserError(
             f"{where}.image_size: the model cannot take {image_size} px ({reason}); set the size that it was trained at"
         ) from None
-    if logits.shape != (1, num_classes):
-        raise UserError(wrong_classes(where, logits.shape[-1], num_classes))
     if not logits.isfinite().all():
         raise UserError(f"{where}.weights: a random image gets logits that are not finite; the weights are damaged")
+    return logits.shape[-1]
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: str) -> nn.Module:
@@ -196,14 +211,10 @@ def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: s
     return low
 
 
-def wrong_classes(where: str, found: int, needed: int) -> str:
-    return f"{where}: a teacher of {found} classes, but the data has {needed}; take one that was trained on this data"
-
-
 # -- where teachers come from -----------------------------------------------------------------------------------------
 
 
-def from_hub(spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
     """timm's pretrained weights. UserError says which file to put where when they cannot be had."""
     import timm
 
@@ -215,8 +226,7 @@ def from_hub(spec: TeacherSpec, num_classes: int, image_size: int, where: str) -
         raise UserError(f"{where}.options: small_stem makes a layer that no pretrained weights fit; leave it out")
     if not timm.is_model_pretrained(name):
         raise UserError(f"{where}.weights: timm has no pretrained weights for {name!r}; give a file")
-    if config.num_classes != num_classes:
-        raise UserError(wrong_classes(f"{where} ({name})", config.num_classes, num_classes))
+    classes = select_classes(spec.classes, config.num_classes, config.label_names, data, f"{where} ({name})")
     fixed = spec.image_size or fixed_size(config, spec.options)
     try:
         model = create_timm(name, fixed or image_size, pretrained=True, **spec.options)
@@ -231,30 +241,34 @@ def from_hub(spec: TeacherSpec, num_classes: int, image_size: int, where: str) -
             f"{where}.weights: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine "
             f"with a network, put it here as {here}, and set {where}.weights to {here}"
         ) from None
-    return Trained(model, name, config.mean, config.std, fixed)
+    return Trained(model, name, config.mean, config.std, fixed, classes)
 
 
-def from_file(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
     """A file of weights for the model that the recipe names: a backbone of this project, or timm's."""
     if not spec.name:
         raise UserError(f"{where}.name: is needed, because {spec.weights!r} is not a folder that says what it holds")
     state = read_weights(path)
     if spec.name not in BACKBONES:
-        return load_timm(path, state, spec, num_classes, image_size, where)
+        return load_timm(path, state, spec, data, image_size, where)
     size = spec.image_size or image_size
-    model = build_classifier(spec.name, num_classes, size, **spec.options)
-    check_classes(model, state, num_classes, f"{where} ({path})")
+    model = build_classifier(spec.name, data.number, size, **spec.options)
+    count = stored_classes(model, state) or data.number
+    classes = select_classes(spec.classes, count, None, data, f"{where} ({path})")
+    if count != data.number:
+        model = build_classifier(spec.name, count, size, **spec.options)
     load_weights(model, state, f"{where}.weights ({path})")
-    return Trained(model, spec.name, image_size=size)
+    return Trained(model, spec.name, image_size=size, classes=classes)
 
 
-def from_folder(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
     """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
     try:
         config = read_json(path / "config.json")
         name, options = str(config["architecture"]), dict(config.get("model_args") or {})
         own = dict(config.get("pretrained_cfg") or config)
-        classes = int(config.get("num_classes", own.get("num_classes")))
+        count = int(config.get("num_classes", own.get("num_classes")))
+        names = _names(config.get("label_names", own.get("label_names")))
         options.pop("num_classes", None)
         fixed = int(own["input_size"][-1]) if own.get("fixed_input_size") else None
         if fixed is not None and not 1 <= fixed <= LARGEST_INPUT:
@@ -264,12 +278,10 @@ def from_folder(path: Path, spec: TeacherSpec, num_classes: int, image_size: int
             raise ValueError(f"std {own_std}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}/config.json: describes no timm model ({error!r}); export the teacher again") from None
-    if classes != num_classes:
-        raise UserError(wrong_classes(f"{where} ({path})", classes, num_classes))
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((path / n for n in names if (path / n).is_file()), path / names[0])
+    files = [path / "model.safetensors", path / "pytorch_model.bin"]
+    file = next((file for file in files if file.is_file()), files[0])
     full = replace(spec, name=name, options=options, image_size=spec.image_size or fixed)
-    found = load_timm(file, read_weights(file), full, num_classes, image_size, where)
+    found = load_timm(file, read_weights(file), full, data, image_size, where, count, names)
     return found._replace(mean=own_mean or found.mean, std=own_std or found.std)
 
 
@@ -283,28 +295,47 @@ def _triple(value: Any) -> Triple | None:
     return numbers
 
 
-def from_run(path: Path, spec: TeacherSpec, num_classes: int, image_size: int, where: str) -> Trained:
+def _names(value: Any) -> list[str] | None:
+    """Different class names, or None where there are none. Raises ValueError for anything else."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        raise ValueError("label_names where different names are due")
+    return value
+
+
+def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
     """The newest whole checkpoint of a plain run of this project."""
-    recipe, state, classes = read_run(path)
+    recipe, state, count, names = read_run(path)
     if recipe.distill.mode != "none":
         raise UserError(f"{where}.weights: {path} is a distilled student; a teacher is a plain run (distill: none)")
-    if classes != num_classes:
-        raise UserError(wrong_classes(f"{where} ({path})", classes, num_classes))
+    classes = select_classes(spec.classes, count, DataClasses.of(count, names).names, data, f"{where} ({path})")
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
-    model = build_classifier(recipe.student.name, num_classes, recipe.data.image_size, **recipe.student.options)
+    size = recipe.data.image_size
+    model = build_classifier(recipe.student.name, count, size, **recipe.student.options)
     load_weights(model, state, f"{where}.weights ({path})")
-    return Trained(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, recipe.data.image_size)
+    return Trained(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, size, classes)
 
 
 def load_timm(
-    file: Path, state: dict[str, Tensor], spec: TeacherSpec, num_classes: int, image_size: int, where: str
+    file: Path,
+    state: dict[str, Tensor],
+    spec: TeacherSpec,
+    data: DataClasses,
+    image_size: int,
+    where: str,
+    count: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> Trained:
-    """timm's `spec.name` with the weights of a file."""
+    """timm's `spec.name` with the weights of a file, of `count` classes if that is known, called `names`."""
     name, place = spec.name, f"{where}.weights ({file})"
     config = timm_config(name)
     fixed = spec.image_size or fixed_size(config, spec.options)
-    model: Any = create_timm(name, fixed or image_size, num_classes=num_classes, **spec.options)
-    check_classes(model, state, num_classes, place)
+    model: Any = create_timm(name, fixed or image_size, num_classes=count or data.number, **spec.options)
+    found = stored_classes(model, state) or count or data.number
+    classes = select_classes(spec.classes, found, names, data, f"{where} ({file})")
+    if found != (count or data.number):
+        model = create_timm(name, fixed or image_size, num_classes=found, **spec.options)
     try:
         load_weights(model, state, place)
     except UserError:
@@ -313,10 +344,10 @@ def load_timm(
         own = model.state_dict()
         if not spec.image_size and any(key in own and own[key].shape != tensor.shape for key, tensor in state.items()):
             raise
-        model = converted(name, state, fixed or image_size, num_classes, spec.options)
+        model = converted(name, state, fixed or image_size, found, spec.options)
         if model is None:
             raise
-    return Trained(model, name, config.mean, config.std, fixed)
+    return Trained(model, name, config.mean, config.std, fixed, classes)
 
 
 def converted(name: str, state: dict[str, Tensor], image_size: int, num_classes: int, options: dict) -> Any:
@@ -338,15 +369,6 @@ def fixed_size(config: Any, options: dict) -> int | None:
         size = options["img_size"]
         return int(size if isinstance(size, int) else size[-1])
     return int(config.input_size[-1]) if config.fixed_input_size else None
-
-
-def check_classes(model: nn.Module, state: dict[str, Tensor], num_classes: int, where: str) -> None:
-    """UserError when the stored classifier has another number of classes than the data."""
-    heads = last_layers(model)
-    for owner, module in model.named_modules():
-        for name, own in module.named_parameters(owner) if any(module is head for head in heads) else ():
-            if name in state and own.shape[0] == num_classes != state[name].shape[0]:
-                raise UserError(wrong_classes(where, state[name].shape[0], num_classes))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

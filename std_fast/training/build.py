@@ -129,7 +129,7 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
         UserError: an unknown name, options or taps that do not fit, weights that do not fit.
     """
     d, s = recipe.distill, recipe.student
-    torch.manual_seed(recipe.run.seed)
+    torch.manual_seed(recipe.run.seed if recipe.run.init_seed is None else recipe.run.init_seed)
     options = dict(s.options)
     if d.tokens == "deit" and d.mode == "std":
         options["distill_token"] = True
@@ -154,14 +154,25 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
     return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
-def build_teachers(recipe: Recipe, num_classes: int, device: torch.device) -> Teachers | None:
+def build_teachers(
+    recipe: Recipe, num_classes: int, device: torch.device, class_names: list[str] | None = None
+) -> Teachers | None:
     """The frozen teachers on the device; None for a plain run."""
     d = recipe.distill
     if d.mode == "none":
         return None
     size, mean, std = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
     teachers = [
-        build_teacher(spec, num_classes, size, mean, std, f"distill.teachers.{i}", teacher_dtype(spec, recipe, device))
+        build_teacher(
+            spec,
+            num_classes,
+            size,
+            mean,
+            std,
+            f"distill.teachers.{i}",
+            teacher_dtype(spec, recipe, device),
+            class_names,
+        )
         for i, spec in enumerate(d.teachers)
     ]
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
@@ -182,14 +193,14 @@ def build_missing_teachers(
         UserError: they are needed and cannot be built.
     """
     if target_cache is None:
-        return build_teachers(recipe, loader.num_classes, device)
+        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
     epochs = epochs_needed(recipe, loader.steps_per_epoch)
     missing = None if epochs is None else target_cache.missing(epochs)
     if missing == []:
         log.info("%s holds all target_cache: no teacher is needed", target_cache.folder)
         return None
     try:
-        return build_teachers(recipe, loader.num_classes, device)
+        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
     except UserError as error:
         lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None

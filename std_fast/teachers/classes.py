@@ -1,0 +1,134 @@
+"""Which classes of a teacher are those of the data: matched by name, or by WordNet id for ImageNet's classes.
+
+A teacher of 1,000 classes can so teach any subset of them: its other logits are dropped before softmax and argmax.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.convert.labels import read_classes
+from pipelines.errors import UserError
+
+IMAGENET = "imagenet-1k"
+SUBSET_OF = {1000: IMAGENET, 11221: "imagenet-21k-miil", 11821: "imagenet-12k", 21841: "imagenet-22k"}
+"""timm's lists of ImageNet classes, by their number of classes; those of other orders have to be asked for by name"""
+WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
+
+
+class DataClasses(NamedTuple):
+    """The classes of a data set, in the order of its labels."""
+
+    number: int
+    names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, count: int, names: Sequence[str] | None) -> DataClasses:
+        """Names that only repeat the labels (0, 1, 2 ...) are none."""
+        known = names is not None and len(names) == count and list(names) != [str(i) for i in range(count)]
+        return cls(count, tuple(names) if known and names is not None else None)
+
+
+def select_classes(
+    asked: str, count: int, own: Sequence[str] | None, data: DataClasses, where: str
+) -> tuple[int, ...] | None:
+    """For each class of the data the teacher's class; None where the two are the same.
+
+    Args:
+        asked: the recipe's `classes`: a list of timm's such as `imagenet-1k`, a file of names, or empty. Empty means
+            `own`, or ImageNet's classes where all of the data's names are WordNet ids of ImageNet-1k and the teacher
+            has as many classes as one of timm's lists.
+        count: classes of the teacher.
+        own: their names, where its weights come with them.
+        where: the recipe's name of the teacher, for messages.
+
+    Raises:
+        UserError: names of another number of classes, a class that the teacher lacks, or another number of classes
+            where there are no names to match.
+    """
+    names = class_names(asked, where) if asked else own
+    if asked and names is not None and len(names) != count:
+        raise UserError(f"{where}: classes: {asked} names {len(names)} classes, but the teacher has {count}")
+    if names is None and data.names is not None and count in SUBSET_OF and set(data.names) <= set(imagenet(IMAGENET)):
+        names = imagenet(SUBSET_OF[count])
+    if names is None or data.names is None or len(names) != count:
+        if count != data.number:
+            raise UserError(wrong_classes(where, count, data.number))
+        return None
+    selected = match(tuple(names), data.names, where)
+    return None if selected == tuple(range(count)) else selected
+
+
+def wrong_classes(where: str, found: int, needed: int) -> str:
+    return (
+        f"{where}: a teacher of {found} classes, but the data has {needed}; take one that was trained on this data, or "
+        "name its classes (classes: imagenet-1k, or a file) and convert the data with its class names"
+    )
+
+
+def match(theirs: tuple[str, ...], ours: tuple[str, ...], where: str) -> tuple[int, ...]:
+    """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id."""
+    place = {name: i for i, name in enumerate(theirs)}
+    by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
+    found = [place[name] if name in place else by_id.get(wordnet_id(name) or "") for name in ours]
+    if None in found:
+        missing = [name for name, at in zip(ours, found, strict=True) if at is None]
+        raise UserError(
+            f"{where}: the teacher lacks the class {missing[0]!r} of the data ({len(missing)} of {len(ours)} "
+            f"such), it has {', '.join(map(repr, theirs[:3]))} ...; take a teacher of these classes"
+        )
+    if len(set(found)) < len(found):
+        twice = next(name for name, at in zip(ours, found, strict=True) if found.count(at) > 1)
+        raise UserError(f"{where}: {twice!r} and another class of the data mean one class of the teacher")
+    return tuple(at for at in found if at is not None)
+
+
+def class_names(asked: str, where: str) -> tuple[str, ...]:
+    """Names of a recipe's `classes`. UserError when it is neither a list of timm's nor a file of names."""
+    if Path(asked).is_file():
+        return tuple(read_classes(asked))
+    names = imagenet(asked)
+    if not names:
+        lists = ", ".join(sorted({*SUBSET_OF.values(), "imagenet-21k-goog", "imagenet-22k-ms"}))
+        raise UserError(f"{where}: classes: {asked!r} is neither a file of class names nor one of {lists}")
+    return names
+
+
+@functools.cache
+def imagenet(subset: str) -> tuple[str, ...]:
+    """WordNet ids of one of timm's lists in the order of its classes; empty for a name that timm does not have."""
+    from timm.data import ImageNetInfo
+
+    try:
+        return tuple(ImageNetInfo(subset).label_names())
+    except (AssertionError, KeyError):  # the latter under python -O
+        return ()
+
+
+def wordnet_id(name: str) -> str | None:
+    """`n01440764`, `n01440764_tench` and, if only one class of ImageNet-1k is called so, `tench` -> `n01440764`."""
+    found = WORDNET_ID.match(name)
+    return found[0] if found else _ids_of_words().get(_words(name.split(",")[0]))
+
+
+@functools.cache
+def _ids_of_words() -> dict[str, str]:
+    """WordNet ids of ImageNet-1k by each of their words, without the words that several have (crane, maillot)."""
+    from timm.data import ImageNetInfo
+
+    ids: dict[str, str] = {}
+    several: set[str] = set()
+    descriptions: Any = ImageNetInfo(IMAGENET).label_descriptions(as_dict=True)
+    for wordnet, words in descriptions.items():
+        for word in map(_words, words.split(",")):
+            several |= {word} & ids.keys()
+            ids[word] = wordnet
+    return {word: wordnet for word, wordnet in ids.items() if word not in several}
+
+
+def _words(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
