@@ -64,7 +64,7 @@ def build_optimizer(student: Student, recipe: Recipe, device: torch.device) -> t
         if group["name"] == "matrices":
             group |= {"muon": True, "momentum": o.momentum}
     kind = Muon if o.name == "muon" else torch.optim.AdamW
-    return kind(groups, lr=torch.zeros((), device=device), betas=o.betas, eps=o.eps, fused=True)
+    return kind(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, psi_lr: float) -> None:

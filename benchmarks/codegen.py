@@ -1,0 +1,425 @@
+"""What the compiler makes of a training step for a GPU, without one: each kernel, sums per region, the least time.
+
+One step is compiled by inductor and run once: student and objective (plain, and with STD and MINE), optimizer, guard
+and moving average, augmentation, teachers. Of each kernel: what is fused in it, bytes read and written, registers,
+spills and shared memory of the configurations that were compiled. Where no GPU is, it runs under the fake GPU (see
+benchmarks/fake_gpu.py), whose kernels do nothing: nothing here is timed.
+
+The least time of a kernel is the larger of its arithmetic over --tflops and its bytes over --tbps; that of a region is
+the sum over its kernels, and assumes that every byte comes from memory, none from the cache, and that launches are
+free. Bytes of Triton's kernels are inductor's count (an operand once, however often it is read), those of all others
+what their operands hold.
+
+    std-fast bench codegen --out benchmarks/results                 # Mixer-S16 for sm_90
+    std-fast bench codegen --model resmlp_s24 --batch 512 --target sm_80
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks import fake_gpu, harness, workload
+from pipelines.augment.device import TrainBatch
+from pipelines.errors import UserError
+from std_fast.method.losses import TeacherTargets
+from std_fast.training.build import Parts
+
+CEILINGS = {"sm_80": (312.0, 19.5, 2.0), "sm_90": (790.0, 67.0, 4.3)}
+"""TFLOP/s in bfloat16 and in float32 (without TF32) and TB/s: by the data sheets of an A100 80 GB and an H200, but for
+the H200's bfloat16 (989 there) and bandwidth (4.8), which are what large products and copies are known to reach"""
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
+PLAIN, STD, ASKED = "plain", "STD, targets given", "STD, teachers asked"
+SHOWN = 0.5  # % of the plain step's least time that a kernel needs to be in the table
+FRESH = "STD_FAST_CODEGEN"  # set in the process that compiles
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    workload.add_arguments(parser)
+    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help="timm names")
+    parser.add_argument("--target", choices=sorted(CEILINGS), default="sm_90", help="compile for this [sm_90]")
+    parser.add_argument("--tflops", type=float, default=0.0, help="ceiling of bfloat16's products [of the target]")
+    parser.add_argument("--tbps", type=float, default=0.0, help="ceiling of memory traffic, TB/s [of the target]")
+    parser.add_argument("--no-teachers", action="store_true", help="leave the teachers out, which compile longest")
+
+
+# -- what is recorded -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kernel:
+    """The launches of one kernel in one region; bytes and operations of all of them together."""
+
+    region: str
+    name: str
+    launches: int = 0
+    read: float = 0.0
+    written: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+    """the least"""
+    compiled: list[dict[str, int]] = field(default_factory=list)
+    """`registers`, `spilled` and `shared` (bytes), `warps` of each configuration; empty for kernels of libraries"""
+
+
+class Recorder(TorchDispatchMode):
+    """Inside, every launch of Triton's kernels and every operator that reaches torch is recorded under `region`."""
+
+    def __init__(self, low: float, single: float, memory: float) -> None:
+        """Ceilings: operations per second in bfloat16 and in float32, bytes per second."""
+        super().__init__()
+        self.low, self.single, self.memory = low, single, memory
+        self.region = "outside"
+        self.kernels: dict[tuple[str, str], Kernel] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled stays so under this mode."""
+        return True
+
+    def add(self, name: str, read: float, written: float, flops: float = 0.0, low: bool = True) -> Kernel:
+        kernel = self.kernels.setdefault((self.region, name), Kernel(self.region, name))
+        kernel.launches += 1
+        kernel.read, kernel.written, kernel.flops = kernel.read + read, kernel.written + written, kernel.flops + flops
+        kernel.seconds += max(flops / (self.low if low else self.single), (read + written) / self.memory)
+        return kernel
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not any(x.is_cuda for x in tensors((args, kwargs, out))):
+            return out
+        read, written = traffic(func, args, kwargs, out)
+        if read or written:
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count is not None else 0.0
+            low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors((args, kwargs)))
+            self.add(str(func).removesuffix(".default"), read, written, flops, low)
+        return out
+
+    def __enter__(self) -> Recorder:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        self._run = run = CachingAutotuner.run
+
+        def recorded(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+            result = run(tuner, *args, **kwargs)
+            names = list(tuner.triton_meta.get("signature", {}))
+            total = 1e9 * tuner.inductor_meta.get("kernel_num_gb", 0.0)
+            outputs = [x for name, x in zip(names, args, strict=False) if "out_ptr" in name and isinstance(x, Tensor)]
+            written = min(total, float(sum(held(x) for x in outputs)))
+            kernel = self.add(tuner.inductor_meta.get("kernel_name", tuner.fn.__name__), total - written, written)
+            if not kernel.compiled:
+                kernel.compiled = configurations(tuner)
+            return result
+
+        CachingAutotuner.run = recorded  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        super().__exit__(*error)
+        CachingAutotuner.run = self._run  # type: ignore[method-assign]
+
+
+def configurations(tuner: Any) -> list[dict[str, int]]:
+    """What ptxas made of each configuration of one of inductor's kernels (its cubin says so)."""
+    found = []
+    for result in tuner.compile_results:
+        binary = result.kernel
+        shared = binary.shared if hasattr(binary, "shared") else binary.metadata.shared
+        numbers = {"registers": binary.n_regs, "spilled": 4 * binary.n_spills, "shared": shared}
+        found.append(numbers | {"warps": result.config.num_warps})
+    return found
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def held(x: Tensor) -> int:
+    """Bytes that all of a tensor occupies; what is broadcast counts once."""
+    return min(x.nbytes, x.untyped_storage().nbytes())
+
+
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
+
+
+def traffic(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[int, int]:
+    """Bytes that an operator reads and writes; views and empty tensors move none."""
+    if func.is_view or str(func).startswith(("aten.empty", "aten.new_empty", "aten._local_scalar", "aten.record")):
+        return 0, 0
+    read = written = 0
+    own = set()
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        size = sum(held(x) for x in tensors(value) if x.is_cuda)
+        if argument.is_write:
+            written += size
+            own |= {id(x) for x in tensors(value)}
+        name = func._schema.name.partition("::")[2].removeprefix("_foreach_")
+        overwritten = argument.is_out or (argument.is_write and name in OVERWRITES)
+        read += 0 if overwritten else size
+    written += sum(held(x) for x in tensors(out) if x.is_cuda and id(x) not in own)
+    return read, written
+
+
+# -- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    workload.settle(args)
+    if args.smoke:
+        args.teachers, args.compile, args.device = [workload.TINY_TEACHER] * 2, "inductor", "cuda"
+    if args.device != "cuda":
+        raise UserError(fake_gpu.missing())
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if here != args.target and not fake_gpu.active():
+        raise UserError(f"--target: this GPU is {here} and runs nothing for {args.target}; hide it, with a fake GPU")
+    tflops, single, tbps = CEILINGS[args.target]
+    args.tflops, args.tbps = args.tflops or tflops, args.tbps or tbps
+    recorder = Recorder(1e12 * args.tflops, 1e12 * single, 1e12 * args.tbps)
+    teachers = tuple(args.teachers)
+    with counting_bytes(), targeted(args.target), workload.workplace(args, teachers) as folder:
+        with workload.built(workload.recipe_for(args, folder, ())) as plain:
+            mixed = torch.no_grad()(plain.augment)(workload.raw_batch(plain))
+            record_step(recorder, PLAIN, plain, mixed, None)
+        del plain
+        with workload.built(workload.recipe_for(args, folder, teachers)) as std:
+            record_step(recorder, STD, std, mixed, workload.given_targets(std))
+            record_rest(recorder, std, not args.no_teachers)
+    return report_of(args, list(recorder.kernels.values()))
+
+
+def record_step(recorder: Recorder, kind: str, parts: Parts, mixed: TrainBatch, targets: TeacherTargets | None) -> None:
+    """A step of `Trainer`, once to compile and once recorded, in regions `KIND: student, backward` and so on."""
+    stepper, trainer = workload.Stepper(parts), parts.trainer
+    harness.progress(f"{kind}: compiling")
+    stepper(mixed, targets)
+    student, objective = trainer.forward, trainer.objective
+
+    def enter(region: str) -> None:
+        recorder.region = f"{kind}: {region}"
+
+    def rest() -> None:
+        enter("optimizer, guard, average")
+
+    def forward(*given: Any) -> Any:
+        enter("student, forward")
+        out = student(*given)
+        for logits in (out.class_logits, out.dist_logits):
+            if logits is not None:
+                logits.register_hook(lambda _: enter("student, backward"))
+        return out
+
+    def losses(*given: Any) -> Any:
+        enter("objective")
+        found = objective(*given)
+        found.total.register_hook(begin_backward)
+        enter("optimizer, guard, average")
+        return found
+
+    def begin_backward(_: Tensor) -> None:
+        enter("objective")
+        torch.autograd.Variable._execution_engine.queue_callback(rest)  # at the end of this backward pass
+
+    trainer.forward, trainer.objective = forward, losses
+    try:
+        with recorder:
+            enter("stochastic depth and the like")
+            stepper(mixed, targets)
+    finally:
+        trainer.forward, trainer.objective = student, objective
+    recorder.region = "outside"
+
+
+def record_rest(recorder: Recorder, parts: Parts, with_teachers: bool) -> None:
+    """Augmentation and teachers."""
+    raw = workload.raw_batch(parts)
+
+    def augment() -> TrainBatch:
+        with torch.no_grad():
+            return parts.augment(raw)
+
+    mixed = augment()
+
+    def ask() -> None:
+        assert parts.teachers is not None
+        with torch.no_grad(), parts.trainer.autocast():
+            parts.teachers(mixed.images)
+
+    calls: dict[str, Callable[[], object]] = {"augmentation": augment} | ({"teachers": ask} if with_teachers else {})
+    for region, call in calls.items():
+        harness.progress(f"{region}: compiling")
+        call()
+        recorder.region = region
+        with recorder:
+            call()
+    recorder.region = "outside"
+
+
+@contextlib.contextmanager
+def counting_bytes() -> Iterator[None]:
+    """Inside, inductor writes its count of bytes into each kernel. UserError where it has no such count."""
+    from torch._inductor import config
+
+    if not hasattr(config, "benchmark_kernel"):
+        raise UserError(f"codegen: torch {torch.__version__} has no count of bytes (config.benchmark_kernel)")
+    with config.patch(benchmark_kernel=True):
+        yield
+
+
+@contextlib.contextmanager
+def targeted(target: str) -> Iterator[None]:
+    """Inside, inductor compiles for `target`, whatever GPU torch sees (it must see one)."""
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    original, capability = DeviceProperties.__dict__["create"], int(target.removeprefix("sm_"))
+
+    def create(cls: Any, device: Any) -> Any:
+        found = original.__get__(None, cls)(device)
+        more = {"cc": capability, "multi_processor_count": MULTIPROCESSORS[target]}
+        return found._replace(**more, **({"major": capability // 10} if hasattr(found, "major") else {}))
+
+    DeviceProperties.create = classmethod(create)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        DeviceProperties.create = original  # type: ignore[method-assign]
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def report_of(args: argparse.Namespace, kernels: list[Kernel]) -> dict[str, Any]:
+    regions: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if kernel.region != "outside":
+            regions.setdefault(kernel.region, []).append(kernel)
+    sums = [sum_of(name, inside) for name, inside in regions.items()]
+    plain = [k for k in kernels if k.region.startswith(f"{PLAIN}: ")]
+    std = [k for k in kernels if k.region.startswith(f"{STD}: ")]
+    around = [k for k in kernels if k.region in ("augmentation", "teachers")]
+    steps = [sum_of(PLAIN, plain), sum_of(STD, std)]
+    if not args.no_teachers:
+        steps.append(sum_of(ASKED, std + around))
+    for step in steps:
+        step["images_per_second"] = harness.significant(args.batch / (step["least_ms"] / 1e3))
+        step["mfu_percent"] = harness.significant(100 * step["gflop"] / args.tflops / step["least_ms"], 3)
+    rows = sorted((row_of(kernel) for inside in regions.values() for kernel in inside), key=lambda r: -r["least_us"])
+    return {
+        "variant": f"{args.model}-{args.target}",
+        "rows": rows,
+        "regions": sums,
+        "steps": steps,
+        "std_percent": harness.significant(100 * (steps[1]["least_ms"] / steps[0]["least_ms"] - 1), 3),
+        "precision": args.precision,
+    }
+
+
+def sum_of(name: str, kernels: list[Kernel]) -> dict[str, Any]:
+    keys = ("launches", "read", "written", "flops", "seconds")
+    total = {key: sum(getattr(kernel, key) for kernel in kernels) for key in keys}
+    triton = [kernel for kernel in kernels if kernel.compiled]
+    return {
+        "name": name,
+        "launches": total["launches"],
+        "triton_launches": sum(kernel.launches for kernel in triton),
+        "gflop": harness.significant(total["flops"] / 1e9),
+        "read_gb": harness.significant(total["read"] / 1e9),
+        "written_gb": harness.significant(total["written"] / 1e9),
+        "least_ms": harness.significant(1e3 * total["seconds"]),
+        "spilling": sum(min(one["spilled"] for one in kernel.compiled) > 0 for kernel in triton),
+    }
+
+
+def row_of(kernel: Kernel) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": kernel.name,
+        "region": kernel.region,
+        "launches": kernel.launches,
+        "read_mb": harness.significant(kernel.read / 1e6),
+        "written_mb": harness.significant(kernel.written / 1e6),
+        "gflop": harness.significant(kernel.flops / 1e9),
+        "least_us": harness.significant(1e6 * kernel.seconds),
+    }
+    for key in ("registers", "spilled", "shared", "warps") if kernel.compiled else ():
+        row[key] = " ".join(str(one[key]) for one in kernel.compiled)
+    return row
+
+
+KERNELS = {
+    "kernel (what is fused is in its name)": "name",
+    "region": "region",
+    "launches": "launches",
+    "read, MB": "read_mb",
+    "written, MB": "written_mb",
+    "GFLOP": "gflop",
+    "least us": "least_us",
+    "registers": "registers",
+    "spilled, B": "spilled",
+    "shared, B": "shared",
+    "warps": "warps",
+}
+SUMS = {
+    "": "name",
+    "launches": "launches",
+    "of Triton": "triton_launches",
+    "GFLOP": "gflop",
+    "read, GB": "read_gb",
+    "written, GB": "written_gb",
+    "least ms": "least_ms",
+    "kernels that spill": "spilling",
+    "images/s at most": "images_per_second",
+    "MFU at most, %": "mfu_percent",
+}
+
+
+def show(report: dict[str, Any]) -> str:
+    settings = report["settings"]
+    head = (
+        f"{settings['model']}, batch {settings['batch']}, {settings['target']}, torch "
+        f"{report['conditions']['versions']['torch']}; least times at {settings['tflops']} TFLOP/s and "
+        f"{settings['tbps']} TB/s. Registers and so on: of each configuration that inductor would choose from.\n\n"
+        "Nothing was timed: predictions, the best that these kernels allow."
+    )
+    last = f"STD and MINE add {report['std_percent']} % to the plain step's least time."
+    parts = (harness.table(report["steps"], SUMS), last, harness.table(report["regions"], SUMS))
+    long = [row for row in report["rows"] if row["least_us"] > 10 * SHOWN * report["steps"][0]["least_ms"]]
+    left = f"{len(report['rows']) - len(long)} kernels below {SHOWN} % of the plain step are left out; --json has them."
+    return "\n\n".join([head, *parts, harness.table(long, KERNELS), left])
+
+
+def main() -> int:
+    """Where torch sees no GPU, the same command under the fake one."""
+    if FRESH not in os.environ and not {"-h", "--help"} & set(sys.argv):
+        tool = None if torch.cuda.is_available() else fake_gpu.find()
+        if not torch.cuda.is_available() and tool is None:
+            print(f"std-fast bench codegen: needs a GPU; {fake_gpu.missing()}", file=sys.stderr)
+            return 2
+        words = ["-m", "benchmarks.codegen", *sys.argv[1:]]
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "std_fast" / "codegen"
+        target = next((word for word in CEILINGS if word in sys.argv), "sm_90")
+        folders = {"TORCHINDUCTOR_CACHE_DIR": str(home / target), "TRITON_CACHE_DIR": str(home / target / "triton")}
+        more = {FRESH: "1", **folders} | ({"FAKE_GPU_MEMORY": "140G"} if tool else {})
+        done = fake_gpu.command(words, tool) if tool else [sys.executable, *words]
+        return subprocess.run(done, env=fake_gpu.environment(more)).returncode
+    return harness.main("codegen", run, show, add_arguments, text=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
