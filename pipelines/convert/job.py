@@ -30,7 +30,7 @@ import numpy.typing as npt
 from pipelines.convert.beton_writer import ROW_TYPE, Packer, data_start, finish, write_payload
 from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
-from pipelines.convert.sources import list_source
+from pipelines.convert.sources import list_source, ordered_as_text
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError
 from pipelines.read.image_prep import ConvertSettings, library_versions
@@ -45,7 +45,7 @@ MANIFEST_VERSION = 1
 TASK = 32  # images; the bytes of a beton do not depend on it
 PROBES = 256  # images, at most, that are converted beforehand to estimate the size
 MARGIN = 1.1  # of the estimate, before the disk is said to hold it
-SHOWN_FAULTS = 5
+SHOWN_FAULTS, SHOWN_CLASSES = 5, 12
 ON_ERROR = ("stop", "skip")
 
 
@@ -100,6 +100,7 @@ def convert(
     folder = WorkFolder(dst)
     try:
         listing = list_source(src, settings, folder.path)
+        _log_classes(src, listing, settings)
         conversion = _Conversion(listing, dst, settings, shard, folder)
         finished = conversion.finished(on_error)
         if finished is not None:
@@ -346,6 +347,24 @@ def _stored_raw(n: int, settings: ConvertSettings) -> npt.NDArray[np.bool_]:
 
     draws = rng.uniform(settings.seed or 0, 0, np.arange(n, dtype=np.int64), rng.Purpose.CONVERT_MODE)
     return draws[:, 0] < settings.raw_share
+
+
+def _log_classes(src: str, listing: Listing, settings: ConvertSettings) -> None:
+    """Says which class has which number, and what may surprise about it."""
+    names = listing.classes
+    shown = [f"{i} = {name}" for i, name in enumerate(names)]
+    if len(shown) > SHOWN_CLASSES:
+        shown[SHOWN_CLASSES - 1 : -1] = ["..."]
+    log.info("%s: %d images of %d classes: %s", printable(src), len(listing), len(names), ", ".join(shown))
+    if settings.classes is None and ordered_as_text(names):
+        log.warning(
+            "%s: class names are numbers in the order of text, as torchvision's ImageFolder has them; give `classes` "
+            "(one name a line) for another order",
+            printable(src),
+        )
+    empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)
+    if len(empty):
+        log.warning("%s: %d of the classes have no image, e.g. %s", printable(src), len(empty), names[empty[0]])
 
 
 def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -1,23 +1,32 @@
-"""Lists of labels and class names that lie in files of their own."""
+"""Labels and class names that lie in files of their own, and what a label is that is stored as text.
+
+A label stored as text is a number where all labels of the source are numbers (`3` and `3.0` are the same), else all are
+class names, numbered in the order of `classes` or, without it, in alphabetical order. A mixture is refused.
+"""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import importlib.util
-import io
 import json
+import logging
 import os
 import re
-import tarfile
+from collections.abc import Iterable, Sequence
 
-from pipelines.convert.listing import read_text
+from pipelines.convert.devkit import devkit_labels, is_devkit
+from pipelines.convert.listing import has_image_ending, read_text
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.source import printable_names
-from pipelines.untrusted import Refused, confined, open_regular, read_bytes
 
-MAX_DEVKIT = 1 << 26  # bytes, unpacked; ImageNet's has 20 MB
+log = logging.getLogger("std_fast")
+
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "class_name", "category", "target", "fine_label")
+"""column of a label file or of parquet, or key of a JSON object, that holds the label"""
+DELIMITERS = "\t,;"
+_NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d*)?([eE][+-]?\d{1,2})?")
+_BOXES = re.compile(r"(\S+)(\s+-?\d+(\.\d+)?){4}(\s+\S+(\s+-?\d+(\.\d+)?){4})*")
+"""a label, four coordinates, and so on: Kaggle's ImageNet and Tiny ImageNet"""
 
 
 def fixed_classes(settings: ConvertSettings) -> list[str] | None:
@@ -26,10 +35,13 @@ def fixed_classes(settings: ConvertSettings) -> list[str] | None:
 
 
 def read_classes(path: str) -> list[str]:
-    """Class names from a manifest (JSON with `classes`) or from text with one on each line. Raises UserError."""
+    """Class names from a manifest (JSON with `classes`), a JSON list, or lines of text. Raises UserError."""
     text = read_text(path)
     try:
-        found = json.loads(text)["classes"] if text.lstrip().startswith("{") else text.splitlines()
+        if text.lstrip().startswith("{"):
+            found = json.loads(text)["classes"]
+        else:
+            found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"classes {printable(path)}: JSON without a list `classes`; give a beton's manifest") from None
     is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
@@ -39,76 +51,224 @@ def read_classes(path: str) -> list[str]:
     return names
 
 
-def read_labels(path: str, names: list[str]) -> tuple[dict[str, int | str], list[str] | None]:
-    """Label of each image by file name, and the class names where the file tells them.
+def is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text.strip()) is not None
 
-    Known: lines of LABEL in the order of the images' names; lines of NAME LABEL or NAME,LABEL ... (Kaggle's
-    LOC_val_solution.csv); ImageNet's devkit, as its .tar.gz or unpacked. Labels are class names or numbers from 0.
+
+def parse_labels(texts: Sequence[str], classes: list[str] | None, where: str) -> list[int] | list[str]:
+    """Labels that are stored as text, as class numbers or as class names; classes: the names that the user gave.
+
+    Raises UserError, which begins with `where`, when some are numbers and others names, when a number is no integer, or
+    when it is not certain whether they are numbers or names.
     """
-    if os.path.isdir(path) or path.endswith((".tar.gz", ".tgz")):
-        return _devkit(path, names)
-    try:
-        rows = [row for row in csv.reader(read_text(path).replace("\t", " ").splitlines()) if row and row[0].strip()]
-    except csv.Error as error:
-        raise UserError(f"labels {printable(path)}: cannot be read as text of columns ({error}); mend it") from None
-    fields = [" ".join(row).split() for row in rows]
-    if all(len(row) == 1 for row in fields):
-        if len(fields) != len(names):
-            raise UserError(f"labels {printable(path)}: {len(fields)} lines for {len(names)} images; give one each")
-        label_of = dict(zip(sorted(names), (row[0] for row in fields), strict=True))
-    else:
-        if fields[0][0].lower() in ("imageid", "image", "filename", "file", "name"):
-            fields = fields[1:]
-        if any(len(row) < 2 for row in fields):
-            raise UserError(f"labels {printable(path)}: some lines hold a name and a label, others do not; mend it")
-        label_of = {row[0]: row[1] for row in fields}
-        stems = {os.path.splitext(name)[0]: name for name in names}
-        label_of |= {stems[key]: label for key, label in label_of.items() if key in stems}
-    if not all(re.fullmatch(r"\d{1,9}", label) for label in label_of.values()):
-        return dict(label_of), None
-    if label_of and min(map(int, label_of.values())) > 0:
+    texts = [text.strip() for text in texts]
+    numeric = [is_number(text) for text in texts]
+    given = set(classes or ())
+    if not all(numeric):
+        if any(numeric) and not given.issuperset(texts):
+            number, name = texts[numeric.index(True)], texts[numeric.index(False)]
+            raise UserError(
+                f"{where}: some labels are numbers ({printable(number)}) and others names ({printable(name)}); write "
+                "one kind, or give `classes` that names all of them"
+            )
+        return texts
+    broken = next((text for text in texts if not float(text).is_integer()), None)
+    if broken is not None:
+        raise UserError(f"{where}: label {printable(broken)} is no class number and no name; number classes from 0")
+    numbers = [int(float(text)) for text in texts]
+    if classes is not None and given.issuperset(texts):
+        index = {name: i for i, name in enumerate(classes)}
+        differs = next((text for text, number in zip(texts, numbers, strict=True) if index[text] != number), None)
+        if differs is not None:
+            raise UserError(
+                f"{where}: label {printable(differs)} may be class number {int(float(differs))} or the class named "
+                f"{printable(differs)!r}, number {index[differs]} of `classes`; put `classes` in the order of numbers"
+            )
+    return numbers
+
+
+class ImageNames:
+    """Finds the image that a line of a label file means."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """names: paths from the source's root."""
+        self._by_base: dict[str, list[str]] = {}
+        for name in names:
+            base = name.rpartition("/")[2]
+            for key in {base, os.path.splitext(base)[0]}:
+                self._by_base.setdefault(key, []).append(name)
+
+    def find(self, key: str) -> list[str]:
+        """Images called so: by their path or the end of it, with or without ending. An exact name excludes others."""
+        key = key.strip().replace("\\", "/").removeprefix("./")
+        found = self._by_base.get(key.rpartition("/")[2], ())
+        for shorten in (str, lambda name: os.path.splitext(name)[0]):
+            ends = {name: f"/{shorten(name)}" for name in found}
+            fitting = [name for name in found if ends[name].endswith(f"/{key}") or f"/{key}".endswith(ends[name])]
+            exact = [name for name in fitting if ends[name] == f"/{key}"]
+            if exact or fitting:
+                return exact or fitting
+        return []
+
+
+def read_labels(
+    path: str, names: list[str], classes: list[str] | None = None, key: str | None = None
+) -> tuple[dict[str, int | str], list[str] | None]:
+    """Label of each image by its name, and the class names where the file holds them; names: paths of the images.
+
+    Known: lines of LABEL in the order of the images' names; lines of NAME and LABEL, separated by a tab, comma,
+    semicolon or white space, with or without a header; tables with a header, whose column `key` or one of LABEL_COLUMNS
+    is the label; Kaggle's LOC_val_solution.csv and Tiny ImageNet's val_annotations.txt, with boxes behind the label;
+    ImageNet's devkit, as its .tar.gz or unpacked. NAME may be a path, and may lack its ending.
+    classes: the names that the user gave. What labels are: see `parse_labels`. Images without a label are left out.
+    Raises UserError.
+    """
+    if is_devkit(path):
+        by_name, wnids = devkit_labels(path, names)
+        return {**by_name}, wnids
+    where = f"labels {printable(path)}"
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{where}: is empty; give a line for each image")
+    pairs = _pairs(lines, ImageNames(names), where, key)
+    if pairs is None:
+        ordered = _labels_in_order(lines, names, where)
+        pairs = dict(ordered)
+    used = {name: text for name, text in pairs.items() if text}
+    parsed = parse_labels(list(used.values()), classes, where)
+    numbers = [label for label in parsed if isinstance(label, int)]
+    if numbers and min(numbers) > 0 and classes is None:
         raise UserError(
-            f"labels {printable(path)}: numbers begin at 1; if it is ImageNet's ground truth, give the devkit "
-            "(ILSVRC2012_devkit_t12.tar.gz), which says which class each stands for; otherwise number from 0"
+            f"{where}: numbers begin at {min(numbers)}; if it is ImageNet's ground truth, give the devkit "
+            "(ILSVRC2012_devkit_t12.tar.gz), which says which class each stands for; otherwise number from 0, or give "
+            "`classes`, whose first line names number 0"
         )
-    return {name: int(label) for name, label in label_of.items()}, None
+    return dict(zip(used, parsed, strict=True)), None
 
 
-def _devkit(path: str, names: list[str]) -> tuple[dict[str, int | str], list[str] | None]:
-    """ImageNet's devkit: the ground truth in the order of the images' names, as WordNet ids by its own table."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UserError("labels: the devkit's meta.mat needs scipy: pip install scipy")
-    try:
-        wnids, labels = confined(read_devkit, path)
-    except (Refused, OSError) as error:
-        raise UserError(f"labels {printable(path)}: not ImageNet's devkit ({error})") from None
-    if len(labels) != len(names):
-        raise UserError(
-            f"labels {printable(path)}: {len(labels)} labels for {len(names)} images; use the tar of the same year"
-        )
-    return dict(zip(sorted(names), labels, strict=True)), wnids
+def _pairs(lines: list[str], images: ImageNames, where: str, key: str | None) -> dict[str, str] | None:
+    """Text of the label by image, from lines that name images; None when no line does. Raises UserError."""
+    for delimiter in DELIMITERS:
+        if all(delimiter in line for line in lines):
+            try:
+                rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+            except csv.Error as error:
+                raise UserError(f"{where}: cannot be read as a table ({error}); mend it") from None
+            found = _from_table(rows, images, where, key)
+            if found is not None:
+                return found
+    return _from_words(lines, images, where)
 
 
-def read_devkit(path: str) -> tuple[list[str], list[str]]:
-    """All WordNet ids in order, and that of each image of the validation set. Raises errors of many kinds."""
-    import scipy.io
+def _from_table(rows: list[list[str]], images: ImageNames, where: str, key: str | None) -> dict[str, str] | None:
+    width = max(map(len, rows))
+    named = [[row[column] for row in rows if column < len(row) and images.find(row[column])] for column in range(width)]
+    if not any(named):
+        return None
+    # a label such as 7 may look like the name of 7.jpg: full names come first, then the column that comes first
+    scores = [(sum(map(has_image_ending, cells)), len(cells)) for cells in named]
+    name_column = scores.index(max(scores))
+    header = [] if images.find(rows[0][name_column] if name_column < len(rows[0]) else "") else rows[0]
+    body = rows[1:] if header else rows
+    label = _label_column(header, body, name_column, where, key)
+    collected = _Collected(images, where)
+    for row in body:
+        if len(row) <= max(name_column, label):
+            raise UserError(f"{where}: some lines hold a name and a label, others do not; mend it")
+        text = row[label]
+        boxes = _BOXES.fullmatch(" ".join(row[label:]))
+        collected.add(row[name_column], boxes[1] if boxes else text)
+    return collected.done()
 
-    parts = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
-    if os.path.isdir(path):
-        for part in parts:
-            parts[part] = read_bytes(os.path.join(path, "data", part), MAX_DEVKIT)
-    else:
-        with open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
-            content = unpacked.read(MAX_DEVKIT + 1)
-        if len(content) > MAX_DEVKIT:
-            raise ValueError(f"more than {MAX_DEVKIT} bytes when unpacked")
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                base = os.path.basename(member.name)
-                stream = tar.extractfile(member) if base in parts and member.isreg() else None
-                if stream is not None:
-                    parts[base] = stream.read(MAX_DEVKIT)
-    table = scipy.io.loadmat(io.BytesIO(parts["meta.mat"]), squeeze_me=True)["synsets"]
-    wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
-    labels = [wnid_of[int(line)] for line in parts["ILSVRC2012_validation_ground_truth.txt"].split()]
-    return sorted(wnid_of.values()), labels
+
+def _label_column(header: list[str], body: list[list[str]], name: int, where: str, key: str | None) -> int:
+    """Number of the column with the label. Raises UserError where that is not certain."""
+    columns = ", ".join(map(printable, header))
+    if key is not None:
+        if header.count(key) != 1:
+            raise UserError(f"{where}: no column {printable(key)!r} (label_key) among {columns or 'unnamed ones'}")
+        return header.index(key)
+    others = [i for i in range(max(map(len, [header, *body]))) if i != name]
+    if len(others) == 1:
+        return others[0]
+    if name == 0 and body and all(_BOXES.fullmatch(" ".join(row[1:])) for row in body):
+        return 1
+    known = [i for i in others if i < len(header) and header[i].lower() in LABEL_COLUMNS]
+    if len(known) == 1:
+        return known[0]
+    if not header:
+        raise UserError(f"{where}: {len(others) + 1} columns without a header; keep name and label of each image")
+    raise UserError(f"{where}: which of the columns {columns} is the label is not certain; name it as `label_key`")
+
+
+def _from_words(lines: list[str], images: ImageNames, where: str) -> dict[str, str] | None:
+    """NAME LABEL with white space between them; both may hold spaces, so that the name is what an image is called."""
+    collected = _Collected(images, where)
+    for line in lines:
+        line = line.strip()
+        if line.startswith('"') and '"' in line[1:]:
+            name, _, rest = line[1:].partition('"')
+            splits = [(name, rest.strip())]
+        else:
+            splits = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+        known = [split for split in splits if images.find(split[0])]
+        known = [split for split in known if has_image_ending(split[0])] or known
+        if len(known) > 1:
+            raise UserError(
+                f"{where}: {printable(line)!r} may mean {printable(known[0][0])!r} or {printable(known[1][0])!r}; "
+                "put a tab between name and label"
+            )
+        name, label = known[0] if known else splits[0] if splits else (line, "")
+        boxes = _BOXES.fullmatch(label)
+        collected.add(name, boxes[1] if boxes else label.strip('"'))
+    return collected.done() if collected.labels else None
+
+
+class _Collected:
+    """Labels of images, each said once."""
+
+    def __init__(self, images: ImageNames, where: str) -> None:
+        self.labels: dict[str, str] = {}
+        self._images, self._where = images, where
+        self._unknown: list[str] = []
+
+    def add(self, name: str, label: str) -> None:
+        found = self._images.find(name)
+        if len(found) > 1:
+            raise UserError(
+                f"{self._where}: {printable(name)!r} may mean {printable(found[0])} or {printable(found[1])}; write "
+                "names with their folders and endings"
+            )
+        if not found:
+            self._unknown.append(name)
+        elif self.labels.setdefault(found[0], label) != label:
+            raise UserError(
+                f"{self._where}: {printable(found[0])} has two labels, {printable(self.labels[found[0]])} and "
+                f"{printable(label)}; keep one"
+            )
+
+    def done(self) -> dict[str, str]:
+        if self.labels and len(self._unknown) > 1:  # one may be the header
+            shown = printable(self._unknown[1])
+            log.warning("%s: %d lines name no image of the source, e.g. %s", self._where, len(self._unknown), shown)
+        return self.labels
+
+
+def _labels_in_order(lines: list[str], names: list[str], where: str) -> list[tuple[str, str]]:
+    """One label on each line, in the order of the images' names. Raises UserError where the lines may be something else
+    or are not as many as the images."""
+    lines = [line.strip() for line in lines]
+    if len(lines) == len(names) + 1 and (lines[0].lower() in LABEL_COLUMNS):
+        lines = lines[1:]
+    for line in lines:
+        first, _, rest = line.partition(" ")
+        if rest and (has_image_ending(first) or is_number(rest)) or any(mark in line for mark in DELIMITERS):
+            raise UserError(
+                f"{where}: no line names an image of the source: its first is {printable(lines[0])!r}, an image is "
+                f"called {printable(names[0]) if names else 'nothing'!r}; use the images' names, or one label a line"
+            )
+    images = [name for name in names if has_image_ending(name)]
+    for candidates in (names, images):
+        if len(lines) == len(candidates):
+            return list(zip(sorted(candidates), lines, strict=True))
+    raise UserError(f"{where}: {len(lines)} lines for {len(images) or len(names)} images; give one each")

@@ -21,6 +21,7 @@ from pipelines.untrusted import read_bytes
 
 CLUTTER = ("thumbs.db", "desktop.ini")
 """what file managers leave, besides hidden files"""
+IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 MAX_TEXT = 1 << 28
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SOURCES = (
@@ -74,7 +75,7 @@ class Builder:
     def __init__(self, kind: str, fixed_classes: list[str] | None) -> None:
         """fixed_classes: all class names in order, where the user gave them."""
         self.listing = Listing(kind)
-        self._fixed_classes = fixed_classes
+        self.fixed_classes = fixed_classes
         self._rows: list[tuple[int, int, int, int]] = []
         self._labels: list[int | str] = []
 
@@ -97,20 +98,15 @@ class Builder:
             raise UserError(f"{printable(src)}: no images found in it; give {SOURCES}")
         columns = np.array(self._rows, np.int64).reshape(-1, 4)
         listing.file_numbers, listing.offsets, listing.sizes, listing.stamps = columns.T.copy()
-        classes = self._fixed_classes or classes
-        if any(isinstance(label, str) for label in self._labels):
-            names = [printable(str(label)) for label in self._labels]
-            classes = [printable(name) for name in classes] if classes else sorted(set(names))
-            number = {name: i for i, name in enumerate(classes)}
-            unknown = sorted(set(names) - number.keys())
-            if unknown:
-                raise UserError(
-                    f"{printable(src)}: class {printable(unknown[0])!r} ({len(unknown)} such) is not among the "
-                    f"{len(classes)} classes given; mend the list of classes or the source"
-                )
-            listing.labels = np.array([number[name] for name in names], np.int64)
+        classes = None if classes is None else [printable(name) for name in classes]
+        labels, fixed = self._labels, self.fixed_classes
+        if fixed and classes and fixed != classes and not any(isinstance(label, str) for label in labels):
+            labels = [classes[label] if 0 <= label < len(classes) else label for label in labels]  # type: ignore[index, operator]
+        classes = fixed or classes
+        if any(isinstance(label, str) for label in labels):
+            listing.labels, classes = self._numbered([printable(str(label)) for label in labels], classes, src)
         else:
-            listing.labels = np.array(self._labels, np.int64)
+            listing.labels = np.array(labels, np.int64)
             highest = int(listing.labels.max(initial=0))
             if not 0 <= int(listing.labels.min(initial=0)) <= highest < MAX_CLASSES:
                 raise UserError(f"{printable(src)}: labels must lie in 0..{MAX_CLASSES - 1}; mend them")
@@ -121,8 +117,28 @@ class Builder:
                     f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
                     "mend the labels or give `classes` with all names"
                 )
-        listing.classes = [printable(name) for name in classes]
+        if len(set(classes)) != len(classes):
+            twice = next(name for name in classes if classes.count(name) > 1)
+            raise UserError(f"{printable(src)}: two classes are called {twice!r}; rename one")
+        listing.classes = classes
         return listing
+
+    @staticmethod
+    def _numbered(names: list[str], classes: list[str] | None, src: str) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Numbers of the classes called so, and all classes. Raises UserError for a name that is not among them."""
+        classes = classes or sorted(set(names))
+        number = {name: i for i, name in enumerate(classes)}
+        unknown = sorted(set(names) - number.keys())
+        if unknown:
+            raise UserError(
+                f"{printable(src)}: class {unknown[0]!r} ({len(unknown)} such) is not among the {len(classes)} "
+                "classes given; mend the list of classes or the source"
+            )
+        return np.array([number[name] for name in names], np.int64), classes
+
+
+def has_image_ending(name: str) -> bool:
+    return "." in name and name.lower().rpartition(".")[2] in IMAGE_ENDINGS
 
 
 def is_clutter(name: str) -> bool:
@@ -154,10 +170,10 @@ def read_text(path: str) -> str:
     """A list that the user gave. Raises UserError."""
     status = regular(path)
     if isinstance(status, str):
-        raise UserError(f"{printable(path)}: {status}")
+        raise UserError(f"{printable(path)}: {'a folder; give a text file' if os.path.isdir(path) else status}")
     if status.st_size > MAX_TEXT:
         raise UserError(f"{printable(path)}: {status.st_size} bytes are too many for a list of labels")
     try:
-        return read_bytes(path, MAX_TEXT).decode("utf-8").replace("\r\n", "\n")
+        return read_bytes(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{printable(path)}: cannot be read as text ({error}); give a text file") from None

@@ -1,6 +1,8 @@
-"""What a conversion reads: finds out of which kind a source is and lists it; image folders and tars.
+"""What a conversion reads: finds out of which kind a source is and lists it.
 
-CIFAR's binary files and parquet are in `record_sources`.
+A source whose kind is not certain is refused, with the name of the option that decides. What is left out because it is
+no image of a class is listed as ignored; what should have been an image is a fault. Image folders are listed here, tars
+in `tars`, parquet and CIFAR's binary files in `records`.
 """
 
 from __future__ import annotations
@@ -8,94 +10,157 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable
 
-from pipelines.convert.labels import fixed_classes, read_labels
-from pipelines.convert.listing import SOURCES, Builder, Listing, is_clutter, regular, scan
-from pipelines.convert.records import CIFAR_FILE, files_of_split, list_cifar, list_parquet
-from pipelines.convert.tar_index import TarDamaged, members
+from pipelines.convert.labels import fixed_classes, is_number, read_labels
+from pipelines.convert.listing import SOURCES, Builder, Listing, has_image_ending, is_clutter
+from pipelines.convert.records import CIFAR_FILE, list_cifar, list_parquet
+from pipelines.convert.tars import SPLIT_NAMES, list_tars
+from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.source import printable
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
+COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+|zip|7z|rar)", re.IGNORECASE)
+NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipynb_checkpoints", ".cache")
+"""folders that tools leave, even where they hold images"""
 
 
 def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
     """Lists a source of any kind, told by its files. `work` is a folder for copies, which only parquet needs.
 
-    Raises UserError when there is nothing to convert, the kind is not known, a class is empty, or labels are missing.
+    Raises UserError when there is nothing to convert, the kind is not known or not certain, a class is empty, or labels
+    are missing.
     """
     try:
         status = os.stat(src)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
-    if not stat.S_ISDIR(status.st_mode):
-        return _list_file(src, settings, work)
-    names = sorted(entry.name for entry in scan(src) if not entry.name.startswith("."))
-    by_ending: dict[str, list[str]] = {}
-    for name in names:
-        by_ending.setdefault(name.lower().rpartition(".")[2] if "." in name else "", []).append(name)
-    if "parquet" not in by_ending and os.path.isdir(os.path.join(src, "data")):
-        inner = sorted(entry.name for entry in scan(os.path.join(src, "data")))
-        by_ending["parquet"] = [os.path.join("data", name) for name in inner if name.endswith(".parquet")]
-    if by_ending.get("parquet"):
-        return list_parquet(src, files_of_split(src, by_ending["parquet"], settings), settings, work)
-    cifar = [name for name in by_ending.get("bin", ()) if re.fullmatch(CIFAR_FILE, name)]
-    if cifar:
-        return list_cifar(src, cifar, settings)
-    if by_ending.get("tar"):
-        return _list_tars(src, by_ending["tar"], settings)
-    if any(re.fullmatch(r"data_batch_\d+", name) for name in names):
-        raise UserError(
-            f"{printable(src)}: CIFAR's Python version is pickled, which can run code; download the binary version"
-        )
-    return _list_folder(src, settings)
+    if stat.S_ISDIR(status.st_mode):
+        return list_tree(LocalTree(src), settings, work)
+    return list_tree(LocalTree(*named_file(src)), settings, work, is_file=True)
 
 
-def _list_file(src: str, settings: ConvertSettings, work: str) -> Listing:
+def named_file(src: str) -> tuple[str, list[str]]:
+    """Folder and name of a source that is one file. Raises UserError where it is of no kind."""
     folder, name = os.path.split(src)
-    lower = name.lower()
-    if lower.endswith(".parquet"):
-        return list_parquet(folder or ".", [name], settings, work)
-    if lower.endswith(".bin"):
-        return list_cifar(folder or ".", [name], settings)
-    if lower.endswith(".tar"):
-        return _list_tars(folder or ".", [name], settings)
-    if re.search(r"\.(tgz|tar\.\w+|zip|7z)$", lower):
+    if COMPRESSED.fullmatch(name):
         raise UserError(f"{printable(src)}: a compressed archive cannot be read in place; unpack it to a .tar first")
-    raise UserError(f"{printable(src)}: not a known source; give {SOURCES}")
+    if not name.lower().endswith((".parquet", ".bin", ".tar")):
+        raise UserError(f"{printable(src)}: not a known source; give {SOURCES}")
+    return folder or ".", [name]
 
 
-def _list_folder(src: str, settings: ConvertSettings) -> Listing:
-    """SRC/CLASS/IMAGE, or, with a label file, SRC/IMAGE."""
-    builder = Builder("folder", fixed_classes(settings))
+def list_tree(tree: Tree, settings: ConvertSettings, work: str, is_file: bool = False) -> Listing:
+    """Lists the source in a folder, see `list_source`; is_file: only files that the user named are in it."""
+    own = {os.path.realpath(path) for path in (settings.labels, settings.classes) if path}
+    entries = [entry for entry in tree.children() if os.path.realpath(tree.place(entry.name)) not in own]
+    kind, used = _kind(tree, entries, settings, is_file)
+    builder = Builder(kind, fixed_classes(settings))
+    if kind != "tar" and settings.label_from not in ("auto", kind):
+        raise UserError(f"label_from {settings.label_from!r}: {printable(tree.root)} holds no tars; leave it out")
+    if kind in ("parquet", "cifar") and settings.labels is not None:
+        raise UserError(f"labels: {kind} files hold their own labels; leave it out")
+    if kind in ("folder", "tar") and settings.split is not None:
+        raise UserError(f"split {settings.split!r}: only parquet and CIFAR hold several; leave it out")
+    if kind == "folder":
+        list_flat = settings.labels is not None
+        return (_list_flat if list_flat else _list_folder)(tree, entries, settings, builder)
+    for entry in entries:
+        if entry not in used:
+            _unused(entry, builder)
+    lists: dict[str, Callable[..., Listing]] = {"tar": list_tars, "parquet": list_parquet, "cifar": list_cifar}
+    return lists[kind](tree, used, settings, builder, work)
+
+
+def _unused(entry: Entry, builder: Builder) -> None:
+    """What lies beside the files of a source: an image or archive is missing in the result, which must be known."""
+    if not entry.is_folder and has_image_ending(entry.name) and not is_clutter(entry.name):
+        builder.fault(entry.name, "an image beside the files that are converted: not read")
+    elif COMPRESSED.fullmatch(entry.name):
+        builder.fault(entry.name, "a compressed archive cannot be read in place: unpack it, or remove it")
+    else:
+        builder.listing.ignored.append(printable(entry.name))
+
+
+def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings, is_file: bool) -> tuple[str, list[Entry]]:
+    """The source's kind and the entries that hold its images. Raises UserError when it could be of several."""
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+    files = [entry for entry in visible if not entry.is_folder]
+    found = {
+        "parquet": [entry for entry in files if entry.name.lower().endswith(".parquet")],
+        "tar": [entry for entry in files if entry.name.lower().endswith(".tar")],
+        "cifar": [entry for entry in files if re.fullmatch(r".*\.bin" if is_file else CIFAR_FILE, entry.name)],
+    }
+    if not found["parquet"] and any(entry.is_folder and entry.name == "data" for entry in visible):
+        inner = [entry._replace(name=f"data/{entry.name}") for entry in tree.children("data")]
+        found["parquet"] = [entry for entry in inner if entry.name.lower().endswith(".parquet")]
+    if settings.kind != "auto":
+        if settings.kind != "folder" and not found[settings.kind]:
+            raise UserError(f"kind {settings.kind!r}: {printable(tree.root)} holds no such files; give {SOURCES}")
+        return settings.kind, found.get(settings.kind, [])
+    kinds = [kind for kind, members in found.items() if members]
+    if kinds and _has_class_folder(tree, visible):
+        kinds.append("folder")
+    if len(kinds) > 1:
+        raise UserError(f"{printable(tree.root)}: could be of kind {' or '.join(kinds)}; choose with `kind`")
+    if kinds:
+        return kinds[0], found[kinds[0]]
+    for entry in files:
+        if re.fullmatch(r"data_batch_\d+", entry.name):
+            raise UserError(
+                f"{printable(tree.root)}: CIFAR's Python version is pickled, which can run code; download the binary "
+                "version"
+            )
+    return "folder", []
+
+
+def _has_class_folder(tree: Tree, visible: list[Entry]) -> bool:
+    folders = [entry.name for entry in visible if entry.is_folder and entry.name.lower() not in NOT_CLASSES]
+    return any(has_image_ending(entry.name) for folder in folders for entry in tree.children(folder))
+
+
+def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder) -> Listing:
+    """SRC/IMAGE with a label file."""
+    assert settings.labels is not None
+    found = [entry for entry in entries if not is_clutter(entry.name) and not entry.is_folder]
+    label_of, classes = read_labels(
+        settings.labels, [entry.name for entry in found], builder.fixed_classes, settings.label_key
+    )
+    folder = builder.file(tree.root)
+    for entry in entries:
+        if is_clutter(entry.name):
+            _ignore_hidden(tree, entry, builder)
+        elif entry.is_folder:
+            builder.fault(entry.name, "a folder where an image should be: move its images up, or remove it")
+        elif entry.name not in label_of:
+            builder.fault(entry.name, f"has no label in {printable(settings.labels)}")
+        else:
+            _add_file(builder, folder, entry.name, entry, label_of[entry.name])
+    return builder.done(tree.root, classes)
+
+
+def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder) -> Listing:
+    """SRC/CLASS/IMAGE. Classes are numbered in the order of their names as text, as torchvision's ImageFolder does."""
     ignored = builder.listing.ignored
-    if settings.labels is not None:
-        found = [entry.name for entry in scan(src) if not is_clutter(entry.name)]
-        label_of, classes = read_labels(settings.labels, found)
-        folder = builder.file(src)
-        for name in found:
-            if name in label_of:
-                _add_file(builder, src, folder, name, label_of[name])
-            elif os.path.realpath(os.path.join(src, name)) != os.path.realpath(settings.labels):
-                builder.fault(name, f"has no label in {printable(settings.labels)}")
-        return builder.done(src, classes)
     classes = []
-    for entry in scan(src):
-        path = os.path.join(src, entry.name)
-        if is_clutter(entry.name) or not os.path.isdir(path):
-            ignored.append(printable(entry.name))
+    for entry in entries:
+        if is_clutter(entry.name) or entry.name.lower() in NOT_CLASSES:
+            _ignore_hidden(tree, entry, builder)
+            continue
+        if not entry.is_folder:
+            _unused(entry, builder)
             continue
         before = len(builder.listing.names)
+        path = tree.place(entry.name)
         folder = builder.file(path)
-        for inner in scan(path):
+        for inner in tree.children(entry.name):
             name = f"{entry.name}/{inner.name}"
             if is_clutter(inner.name):
                 ignored.append(printable(name))
             else:
-                _add_file(builder, src, folder, name, entry.name)
+                _add_file(builder, folder, name, inner, entry.name)
         if len(builder.listing.names) == before:
             raise UserError(
                 f"{printable(path)}: no image in this class; put images directly in it, remove the folder, or, if it "
@@ -103,100 +168,32 @@ def _list_folder(src: str, settings: ConvertSettings) -> Listing:
             )
         classes.append(entry.name)
     if not classes:
-        raise UserError(f"{printable(src)}: no class folders in it; give {SOURCES}")
-    return builder.done(src, classes)
-
-
-def _add_file(builder: Builder, root: str, folder: int, name: str, label: int | str) -> None:
-    status = regular(os.path.join(root, name))
-    if isinstance(status, str):
-        builder.fault(name, status)
-    else:
-        builder.add(name, label, folder, -1, status.st_size, status.st_mtime_ns)
-
-
-def _list_tars(root: str, names: list[str], settings: ConvertSettings) -> Listing:
-    """ImageNet's tar of class tars, a folder of class tars, a flat tar with a label file, or shards of key.jpg and
-    key.cls; told by what the tars hold."""
-    builder = Builder("tar", fixed_classes(settings))
-    flat: list[tuple[str, int, int, int, int]] = []
-    for name in names:
-        path = os.path.join(root, name)
-        status = regular(path)
-        if isinstance(status, str):
-            raise UserError(f"{printable(path)}: {status}; mend or remove it")
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{printable(path)}: cannot be opened ({error.strerror}); mend its permissions") from None
-        try:
-            _list_tar(builder, fd, path, name, status, flat)
-        finally:
-            os.close(fd)
-    if not flat:
-        return builder.done(os.path.join(root, names[0]))
-    if settings.labels is not None:
-        label_of, classes = read_labels(settings.labels, [os.path.basename(row[0]) for row in flat])
-        for row in flat:
-            label = label_of.get(os.path.basename(row[0]))
-            if label is None:
-                builder.fault(row[0], f"has no label in {printable(settings.labels)}")
-            else:
-                builder.add(row[0], label, *row[1:])
-        return builder.done(root, classes)
-    if len(names) == 1 or builder.listing.names:
+        raise UserError(f"{printable(tree.root)}: no class folders in it; give {SOURCES}")
+    if all(name.lower() in SPLIT_NAMES for name in classes):
         raise UserError(
-            f"{printable(os.path.join(root, names[0]))}: its images carry no labels (neither key.cls nor tars of "
-            "classes); give `labels`: a label file or ImageNet's devkit"
+            f"{printable(tree.root)}: its folders ({', '.join(map(printable, classes))}) are splits without "
+            "classes; convert each with `labels`"
         )
-    for row in flat:  # one tar per class, as in ImageNet's outer tar
-        builder.add(row[0], os.path.splitext(os.path.basename(builder.listing.files[row[1]]))[0], *row[1:])
-    return builder.done(root)
+    return builder.done(tree.root, classes)
 
 
-def _list_tar(
-    builder: Builder, fd: int, path: str, name: str, status: os.stat_result, flat: list[tuple[str, int, int, int, int]]
-) -> None:
-    """Adds one tar's images: those of inner tars and those with a key.cls to the builder, others to `flat`."""
-    number, stamp = builder.file(path), status.st_mtime_ns
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, tuple[int, int]] = {}
+def _ignore_hidden(tree: Tree, entry: Entry, builder: Builder) -> None:
+    """A hidden folder of images may be a class: that is for the user to say."""
+    if entry.is_folder and entry.name.lower() not in NOT_CLASSES and not entry.name.startswith(".Trash"):
+        if any(has_image_ending(inner.name) for inner in tree.children(entry.name)):
+            builder.fault(entry.name, "a hidden folder that holds images: rename it if it is a class, or remove it")
+            return
+    builder.listing.ignored.append(printable(entry.name))
 
-    def walk(prefix: str, start: int, size: int | None) -> Iterator[tuple[str, str, int, int]]:
-        try:
-            for member in members(fd, start, size):
-                if member.fault:
-                    builder.fault(prefix + member.name, member.fault)
-                elif not is_clutter(os.path.basename(member.name)):
-                    yield prefix + member.name, member.name, member.offset, member.size
-        except (TarDamaged, OSError) as error:
-            builder.fault(prefix.removesuffix("/"), str(error))
 
-    for full, inner, offset, size in walk(f"{name}/", 0, None):
-        folder, _, base = inner.rpartition("/")
-        stem, _, ending = base.partition(".")
-        ending, key = ending.lower(), f"{folder}/{stem}"
-        if ending == "tar":
-            for image, _, image_offset, image_size in walk(f"{full}/", offset, size):
-                builder.add(image, stem, number, image_offset, image_size, stamp)
-        elif ending == "cls":
-            labels[key] = (offset, size)
-        elif ending in IMAGE_ENDINGS:
-            if key in images:
-                builder.fault(full, "a second image of the same key: not read")
-            else:
-                images[key] = (full, offset, size)
-        else:
-            builder.listing.ignored.append(printable(full))
-    for key, (full, offset, size) in images.items():
-        if not labels:
-            flat.append((full, number, offset, size, stamp))
-            continue
-        where = labels.get(key, (0, 0))
-        text = os.pread(fd, min(where[1], 32), where[0]).strip()
-        if key not in labels:
-            builder.fault(full, "has no .cls of the same key")
-        elif not re.fullmatch(rb"\d{1,9}", text):
-            builder.fault(full, "its .cls holds no class number")
-        else:
-            builder.add(full, int(text), number, offset, size, stamp)
+def _add_file(builder: Builder, folder: int, name: str, entry: Entry, label: int | str) -> None:
+    fault = "a folder where an image should be: move its images up, or remove it" if entry.is_folder else entry.fault
+    if fault:
+        builder.fault(name, fault)
+    else:
+        builder.add(name, label, folder, -1, entry.size, entry.stamp)
+
+
+def ordered_as_text(classes: list[str]) -> bool:
+    """Whether class names are numbers that stand in another order than numbers do."""
+    return all(map(is_number, classes)) and classes != sorted(classes, key=float)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
 MAX_HEADER = 1 << 20  # bytes of a long name or a pax header
@@ -33,17 +33,39 @@ class Member(NamedTuple):
     """why the member must not be read; "" for a regular file"""
 
 
+class Reader(Protocol):
+    """Reads parts of a file that may lie on another machine."""
+
+    size: int
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """At most `length` bytes from `offset` on, fewer at the end. Raises OSError or UserError."""
+        ...
+
+
+class FileReader:
+    """A Reader of an open file."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.size = os.fstat(fd).st_size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return os.pread(self._fd, length, offset)
+
+
 class TarDamaged(Exception):
     """The tar cannot be read on; the message says why."""
 
 
-def members(fd: int, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Regular files of the tar in bytes start..start+size of an open file, and what else it holds as members with a
-    fault (directories are left out). Raises TarDamaged where the tar is cut short or is none."""
-    end = os.fstat(fd).st_size if size is None else start + size
+def members(file: int | Reader, start: int = 0, size: int | None = None) -> Iterator[Member]:
+    """Regular files of the tar in bytes start..start+size of a file (a descriptor or a Reader), and what else it holds
+    as members with a fault (directories are left out). Raises TarDamaged where the tar is cut short or is none."""
+    reader = FileReader(file) if isinstance(file, int) else file
+    end = reader.size if size is None else start + size
     at, long_name, pax = start, "", dict[str, str]()
     while True:
-        block = os.pread(fd, BLOCK, at) if at + BLOCK <= end else b""
+        block = reader.pread(BLOCK, at) if at + BLOCK <= end else b""
         if len(block) < BLOCK:
             raise TarDamaged("the archive is cut short: its end mark is missing")
         if block == bytes(BLOCK):
@@ -55,7 +77,7 @@ def members(fd: int, start: int = 0, size: int | None = None) -> Iterator[Member
         if kind in (b"L", b"K", b"x", b"g"):
             if not 0 <= length <= MAX_HEADER:
                 raise TarDamaged(f"a header of {length} bytes at byte {at}: more than any name needs")
-            extra = os.pread(fd, length, at + BLOCK)
+            extra = reader.pread(length, at + BLOCK)
             if kind == b"L":
                 long_name = _text(extra)
             elif kind == b"x":

@@ -36,6 +36,8 @@ MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB to below 4 GiB
 
 SIDES = ("shortest", "longest")
 MODES = ("jpg", "raw", "proportion")
+KINDS = ("auto", "folder", "tar", "parquet", "cifar")
+LABEL_FROM = ("auto", "cls", "json", "folder", "tar")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class ConvertSettings:
     labels: label file of a source without labels: `NAME LABEL` or `LABEL` on each line, or ImageNet's devkit.
     classes: file with the class names in order: a manifest, or text with one on each line. None: as the source says.
     split: part of a source that holds several (parquet, CIFAR), "train" or "test", say.
+    kind: what the source is, of KINDS; "auto": as its files say, where they agree.
+    label_from: where the labels of tars are, of LABEL_FROM: KEY.cls or KEY.json beside KEY.jpg, the folder within the
+    tar that the image lies in, or the tar's name; "auto": as the tars say, where they agree.
+    label_key: column of parquet or of the label file, or key of KEY.json, that holds the label. None: label, cls, ...
     page_size: bytes, a power of two; no sample may be larger.  max_pixels, max_bytes: limits on a source image.
     """
 
@@ -61,12 +67,16 @@ class ConvertSettings:
     labels: str | None = None
     classes: str | None = None
     split: str | None = None
+    kind: str = "auto"
+    label_from: str = "auto"
+    label_key: str | None = None
     page_size: int = 1 << 23
     max_pixels: int = 100_000_000
     max_bytes: int = 1 << 28
 
     def __post_init__(self) -> None:
-        for name, known in (("side", SIDES), ("mode", MODES)):
+        choices = {"side": SIDES, "mode": MODES, "kind": KINDS, "label_from": LABEL_FROM}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
         limits = {"quality": (1, 100), "raw_share": (0, 1), "max_pixels": (1, MAX_PIXELS), "max_bytes": (1, 1 << 31)}

@@ -1,0 +1,292 @@
+"""Images in tars: ImageNet's tar of class tars, class tars, shards as WebDataset writes them, and flat tars.
+
+Where the label of an image is, by `label_from` ("auto": the one that the tars hold; refused where they hold several):
+    cls     KEY.cls beside KEY.jpg, a class number or name. As in WebDataset, KEY is the path up to the first dot of the
+            file's name, and what follows is the field; where the name of a .cls holds more dots than that
+            (2021.05.01.cls), KEY is the path up to the last dot in all tars of the source.
+    json    KEY.json beside KEY.jpg, an object with the label under `label_key` or one of LABEL_COLUMNS
+    folder  the folder within the tar that the image lies in
+    tar     the tar's name without .tar: class tars, also those that lie in an outer tar
+A label file (`labels`) comes before all of these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
+from pipelines.convert.listing import IMAGE_ENDINGS, Builder, Listing, has_image_ending, is_clutter
+from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
+from pipelines.convert.trees import Entry, Tree
+from pipelines.errors import UserError, printable
+from pipelines.read.image_prep import ConvertSettings
+
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+MAX_CLS, MAX_JSON = 4096, 1 << 20  # bytes
+SIDECARS = ("cls", "json", "txt", "xml", "csv")
+"""endings of what lies beside an image"""
+
+
+@dataclass
+class Tar:
+    """One tar of the source."""
+
+    name: str
+    stem: str
+    number: int
+    """in Listing.files"""
+    stamp: int
+    inner: list[tuple[str, list[Member]]] = field(default_factory=list)
+    """tars that lie in it: name without .tar, and what they hold, under full names"""
+    files: list[Member] = field(default_factory=list)
+    """what else it holds, in its order, under names within it"""
+    texts: dict[int, str] = field(default_factory=dict)
+    """labels in .cls and .json files, by the file's offset"""
+
+
+def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
+    """Lists tars. Raises UserError where they cannot be read, and where it is not certain what the labels are."""
+    tars = [_read_tar(tree, entry, settings.label_key, builder) for entry in entries]
+    nested = any(tar.inner for tar in tars)
+    flat = [(tar, member) for tar in tars for member in tar.files]
+    if not nested and not flat:
+        return builder.done(tree.place(entries[0].name))
+    images = _Images(flat, builder)
+    if settings.labels is not None:
+        if nested or settings.label_from != "auto":
+            what = f"label_from {settings.label_from!r}" if settings.label_from != "auto" else "the class tars within"
+            raise UserError(f"labels: {printable(tree.root)} has its labels from {what}; leave one of them out")
+        return _from_file(images, tree, settings, builder)
+    choice = _label_source(tars, images, settings, tree)
+    for tar in tars:
+        for stem, found in tar.inner:
+            for member in found:
+                builder.add(member.name, stem, tar.number, member.offset, member.size, tar.stamp)
+    if not flat:
+        return builder.done(tree.root)
+    labelled = _labels(images, choice, settings, builder)
+    if choice == "cls":
+        labelled = _without_names(labelled, builder)
+    texts = [text for _, _, text in labelled]
+    labels: Sequence[int | str] = texts
+    if choice in ("cls", "json"):
+        labels = parse_labels(texts, builder.fixed_classes, f"{printable(tree.root)} ({choice})")
+    for (tar, member, _), label in zip(labelled, labels, strict=True):
+        builder.add(f"{tar.name}/{member.name}", label, tar.number, member.offset, member.size, tar.stamp)
+    return builder.done(tree.root)
+
+
+def _read_tar(tree: Tree, entry: Entry, label_key: str | None, builder: Builder) -> Tar:
+    if entry.fault:
+        raise UserError(f"{printable(tree.place(entry.name))}: {entry.fault}; mend or remove it")
+    tar = Tar(entry.name, entry.name[:-4].rpartition("/")[2], builder.file(tree.place(entry.name)), entry.stamp)
+    with tree.open(entry.name) as reader:
+
+        def walk(prefix: str, start: int, size: int | None) -> Iterator[Member]:
+            try:
+                for member in members(reader, start, size):
+                    base = member.name.rpartition("/")[2]
+                    if member.fault:
+                        builder.fault(prefix + member.name, member.fault)
+                    elif is_clutter(base) or member.name.startswith("__MACOSX/"):
+                        builder.listing.ignored.append(printable(prefix + member.name))
+                    else:
+                        yield member
+            except (TarDamaged, OSError) as error:
+                builder.fault(prefix.removesuffix("/"), str(error))
+
+        for member in walk(f"{tar.name}/", 0, None):
+            base = member.name.rpartition("/")[2]
+            if base.lower().endswith(".tar"):
+                full = f"{tar.name}/{member.name}/"
+                inside = walk(full, member.offset, member.size)
+                tar.inner.append((base[:-4], [image._replace(name=full + image.name) for image in inside]))
+            else:
+                tar.files.append(member._replace(name=member.name.removeprefix("./")))
+                _keep_text(reader, member, tar, label_key)
+    return tar
+
+
+def _keep_text(reader: Reader, member: Member, tar: Tar, label_key: str | None) -> None:
+    name = member.name.lower()
+    if name.endswith(".cls") and member.size <= MAX_CLS:
+        tar.texts[member.offset] = reader.pread(member.size, member.offset).decode("utf-8-sig", "replace").strip()
+    elif name.endswith(".json") and member.size <= MAX_JSON:
+        label = _json_label(reader.pread(member.size, member.offset), label_key)
+        if label:
+            tar.texts[member.offset] = label
+
+
+def _split(path: str, at_last_dot: bool) -> tuple[str, str]:
+    """Key and field of a shard's member."""
+    folder, slash, base = path.rpartition("/")
+    stem, _, ending = base.rpartition(".") if at_last_dot and "." in base else base.partition(".")
+    return f"{folder}{slash}{stem}", ending.lower()
+
+
+class _Images:
+    """The images that lie in tars without an inner tar, and what lies beside them under the same key."""
+
+    def __init__(self, flat: list[tuple[Tar, Member]], builder: Builder) -> None:
+        cls = [member.name.rpartition("/")[2] for _, member in flat if member.name.lower().endswith(".cls")]
+        self.has_cls = bool(cls)
+        at_last_dot = any(name.count(".") > 1 for name in cls) or not cls
+        self.beside: dict[tuple[int, str, str], tuple[Tar, Member]] = {}
+        self.found: list[tuple[Tar, Member, str]] = []  # with the key
+        self.json: list[str] = []  # beside images
+        rest = []
+        for tar, member in flat:
+            key, ending = _split(member.name, at_last_dot)
+            if ending in IMAGE_ENDINGS:
+                if (tar.number, key, "image") in self.beside and self.has_cls:
+                    builder.fault(f"{tar.name}/{member.name}", "a second image of the same key: not read")
+                    continue
+                self.found.append((tar, member, key))
+                self.beside[tar.number, key, "image"] = tar, member
+            else:
+                self.beside[tar.number, key, ending] = tar, member
+                rest.append((tar, member, key, ending))
+        for tar, member, key, ending in rest:
+            self._other(tar, member, key, ending, builder)
+        self.found.sort(key=lambda image: (image[0].number, image[1].offset))
+
+    def _other(self, tar: Tar, member: Member, key: str, ending: str, builder: Builder) -> None:
+        """A file without an image's ending: beside an image it belongs to it, else it is one or must be known."""
+        name = f"{tar.name}/{member.name}"
+        if (tar.number, key, "image") in self.beside:
+            if ending == "json":
+                self.json.append(name)
+            elif ending != "cls":
+                builder.listing.ignored.append(printable(name))
+        elif ending == "cls":
+            builder.fault(name, "has no image of the same key")
+        elif self.has_cls and has_image_ending(ending):
+            first, last = key, _split(member.name, True)[0]
+            builder.fault(name, f"is field {ending!r} of key {first!r}, not image {last!r}: leave one dot in its name")
+        elif self.has_cls or ending in SIDECARS:
+            builder.listing.ignored.append(printable(name))
+        else:  # as in a folder of a class, whatever it is called: the decoder decides
+            self.found.append((tar, member, key))
+
+    def label(self, tar: Tar, key: str, ending: str) -> str | None:
+        """Label in the file with this ending beside an image; None where there is no such file, "" where no label."""
+        found = self.beside.get((tar.number, key, ending))
+        return None if found is None else tar.texts.get(found[1].offset, "")
+
+
+def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: Builder) -> Listing:
+    assert settings.labels is not None
+    named = {f"{tar.name}/{member.name}": (tar, member) for tar, member, _ in images.found}
+    label_of, classes = read_labels(settings.labels, list(named), builder.fixed_classes, settings.label_key)
+    for name, (tar, member) in named.items():
+        if name in label_of:
+            builder.add(name, label_of[name], tar.number, member.offset, member.size, tar.stamp)
+        else:
+            builder.fault(name, f"has no label in {printable(settings.labels)}")
+    return builder.done(tree.root, classes)
+
+
+def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, tree: Tree) -> str:
+    """Where the labels are, one of LABEL_FROM but "auto". Raises UserError where that is not certain."""
+    where = printable(tree.root if len(tars) > 1 else tree.place(tars[0].name))
+    if any(tar.inner for tar in tars):
+        if images.found or images.has_cls or settings.label_from not in ("auto", "tar"):
+            raise UserError(f"{where}: holds class tars and other files beside them; give a tar of class tars alone")
+        _refuse_shards([stem for tar in tars for stem, _ in tar.inner], where, settings)
+        return "tar"
+    if settings.label_from != "auto":
+        return settings.label_from
+    if images.has_cls:
+        return "cls"
+    folders = [_folders(tar, images) for tar in tars]
+    names = {folder for some in folders for folder in some}
+    certain = []
+    if any(images.label(tar, key, "json") for tar, _, key in images.found):
+        certain.append("json")
+    if len(names) > 1 and "" not in names:
+        parents = {folder.rpartition("/")[0] for folder in names}
+        if len(parents) > 1 or {folder.rpartition("/")[2].lower() for folder in names} <= set(SPLIT_NAMES):
+            shown = ", ".join(map(printable, sorted(parents if len(parents) > 1 else names)[:3]))
+            raise UserError(f"{where}: images lie in several folders of classes ({shown}); make a tar of each")
+        one_each = len(tars) > 1 and all(len(some) == 1 for some in folders)
+        same = all({tar.stem} >= {f.rpartition("/")[2] for f in some} for tar, some in zip(tars, folders, strict=True))
+        certain += ["folder", "tar"] if one_each and not same else ["folder"]
+    if len(certain) > 1:
+        raise UserError(f"{where}: labels may be from {' or '.join(certain)}; choose with `label_from`")
+    if certain:
+        return certain[0]
+    if len(tars) == 1:
+        raise UserError(
+            f"{where}: its images carry no labels (neither KEY.cls nor KEY.json with a label nor class folders nor "
+            "tars of classes); give `labels`: a label file or ImageNet's devkit"
+        )
+    _refuse_shards([tar.stem for tar in tars], where, settings)
+    return "tar"
+
+
+def _refuse_shards(stems: list[str], where: str, settings: ConvertSettings) -> None:
+    """Raises UserError when tars are called as parts of a data set are, and not as classes."""
+    part = next(
+        (
+            stem
+            for stem in stems
+            if stem.lower() in SPLIT_NAMES or (re.search(r"\d$", stem) and not re.fullmatch(r"n\d+", stem))
+        ),
+        None,
+    )
+    if part is not None and settings.label_from == "auto":
+        raise UserError(
+            f"{where}: {printable(part)}.tar may be a class or a part of the data set, and its images carry no labels; "
+            "choose with `label_from tar` if each tar is a class, else give `labels`"
+        )
+
+
+def _folders(tar: Tar, images: _Images) -> set[str]:
+    return {member.name.rpartition("/")[0] for t, member, _ in images.found if t is tar}
+
+
+def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Builder) -> list[tuple[Tar, Member, str]]:
+    """Images with the text of their labels; those without one become faults."""
+    if choice != "json":
+        builder.listing.ignored += map(printable, images.json)
+    labelled: list[tuple[Tar, Member, str]] = []
+    for tar, member, key in images.found:
+        fault = ""
+        if choice in ("cls", "json"):
+            text = images.label(tar, key, choice)
+            fault = f"its .{choice} holds no label" if text == "" else f"has no .{choice} of the same key"
+        elif choice == "folder":
+            text = member.name.rpartition("/")[0].rpartition("/")[2]
+            fault = "lies in no folder of its tar"
+        else:
+            text = tar.stem
+        if text:
+            labelled.append((tar, member, text))
+        else:
+            builder.fault(f"{tar.name}/{member.name}", fault)
+    return labelled
+
+
+def _without_names(labelled: list[tuple[Tar, Member, str]], builder: Builder) -> list[tuple[Tar, Member, str]]:
+    """Where .cls files hold numbers, those that hold anything else are faults."""
+    numbers = [row for row in labelled if is_number(row[2])]
+    if not numbers or set(fixed := builder.fixed_classes or ()).issuperset(text for _, _, text in labelled) and fixed:
+        return labelled
+    for tar, member, text in labelled:
+        if not is_number(text):
+            builder.fault(f"{tar.name}/{member.name}", "its .cls holds no class number")
+    return numbers
+
+
+def _json_label(raw: bytes, key: str | None) -> str:
+    """The label in a JSON object, "" where it holds none or several."""
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return ""
+    known = [found.get(name) for name in ([key] if key else LABEL_COLUMNS)] if isinstance(found, dict) else []
+    values = [value for value in known if isinstance(value, (int, str, float)) and not isinstance(value, bool)]
+    return str(values[0]) if len(values) == 1 else ""

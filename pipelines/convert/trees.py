@@ -1,0 +1,87 @@
+"""The files of a source, wherever they are: entries of a folder, parts of a file, and copies on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from pipelines.convert.listing import regular, scan
+from pipelines.convert.tar_index import FileReader, Reader
+from pipelines.errors import UserError, printable
+
+
+class Entry(NamedTuple):
+    """What lies in a folder."""
+
+    name: str
+    is_folder: bool
+    size: int
+    stamp: int
+    """changes when the file does: modification time, ns, or a digest of what a server says"""
+    fault: str
+    """why it is neither a folder nor a file that can be read; "" if it is one"""
+
+
+class Tree(Protocol):
+    """A folder of a source and what is below it. Paths are relative to it, with `/` between the parts."""
+
+    root: str
+
+    def children(self, path: str = "") -> list[Entry]:
+        """Entries of a folder by name. Raises UserError when it cannot be listed."""
+        ...
+
+    def place(self, path: str) -> str:
+        """Path or URL of a folder or file: what `Listing.files` holds."""
+        ...
+
+    def open(self, path: str) -> contextlib.AbstractContextManager[Reader]:
+        """For reading parts of a file. Raises UserError."""
+        ...
+
+    def local(self, entry: Entry, path: str) -> str:
+        """Path of the file, or of a copy of it, on this machine. Raises UserError."""
+        ...
+
+
+class LocalTree:
+    """A folder on this machine; `only`: the names that are looked at in it, where not all are."""
+
+    def __init__(self, root: str, only: list[str] | None = None) -> None:
+        self.root, self._only = root, only
+
+    def children(self, path: str = "") -> list[Entry]:
+        folder = self.place(path)
+        if self._only is not None and not path:
+            return [_entry(folder, name) for name in self._only]
+        return [_entry(folder, entry.name) for entry in scan(folder)]
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Reader]:
+        place = self.place(path)
+        try:
+            fd = os.open(place, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{printable(place)}: cannot be opened ({error.strerror}); mend its permissions") from None
+        try:
+            yield FileReader(fd)
+        finally:
+            os.close(fd)
+
+    def local(self, entry: Entry, path: str) -> str:
+        return self.place(path)
+
+
+def _entry(folder: str, name: str) -> Entry:
+    path = os.path.join(folder, name)
+    if os.path.isdir(path):
+        return Entry(name, True, 0, 0, "")
+    status = regular(path)
+    if isinstance(status, str):
+        return Entry(name, False, 0, 0, status)
+    return Entry(name, False, status.st_size, status.st_mtime_ns, "")

@@ -1,0 +1,281 @@
+"""Layouts that could mean several things: understood where that is certain, else refused by name of the option."""
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.listing import Listing
+from pipelines.convert.sources import list_source
+from pipelines.errors import DataError, UserError
+from tests.beton_tools import encoded, pixels
+
+IMAGE = encoded(pixels(8, 9))
+
+
+def tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as out:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+
+
+def folder(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(IMAGE)
+    return root
+
+
+def listed(src: Path, tmp_path: Path, **options: object) -> Listing:
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    return list_source(str(src), ConvertSettings(seed=None, **options), str(work))
+
+
+def classes_of(listing: Listing) -> dict[str, str]:
+    return {name: listing.classes[label] for name, label in zip(listing.names, listing.labels, strict=True)}
+
+
+# tars
+
+
+def test_dotted_names_in_class_tars(tmp_path: Path) -> None:
+    for name in "ab":
+        tar(tmp_path / "src" / f"{name}.tar", {f"./2021.05.0{i}.png": IMAGE for i in range(3)} | {"4.5": IMAGE})
+    listing = listed(tmp_path / "src", tmp_path)
+    assert len(listing) == 8 and not listing.faults and not listing.ignored
+    assert listing.labels.tolist() == [0] * 4 + [1] * 4 and listing.classes == ["a", "b"]
+
+
+def test_dotted_names_in_shards(tmp_path: Path) -> None:
+    """KEY ends at the first dot, as in WebDataset, unless the .cls files have more dots."""
+    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.seg.png": IMAGE, "1.cls": b"3"})
+    listing = listed(tmp_path / "a.tar", tmp_path)
+    assert (
+        listing.names == ["a.tar/1.jpg"] and listing.ignored == ["a.tar/1.seg.png"] and listing.labels.tolist() == [3]
+    )
+    tar(tmp_path / "b.tar", {"2021.05.png": IMAGE, "2021.05.cls": b"1", "2021.06.png": IMAGE, "2021.06.cls": b"0"})
+    listing = listed(tmp_path / "b.tar", tmp_path)
+    assert listing.labels.tolist() == [1, 0] and not listing.faults
+    tar(tmp_path / "c.tar", {"1.jpg": IMAGE, "1.cls": b"0", "2021.05.png": IMAGE})
+    assert listed(tmp_path / "c.tar", tmp_path).faults == [
+        ("c.tar/2021.05.png", "is field '05.png' of key '2021', not image '2021.05': leave one dot in its name")
+    ]
+
+
+@pytest.mark.parametrize("name", ["golden.retriever.tar", "golden retriever.tar"])
+def test_names_of_inner_tars(name: str, tmp_path: Path) -> None:
+    inner = tmp_path / "inner.tar"
+    tar(inner, {"1.jpg": IMAGE})
+    tar(tmp_path / "train.tar", {name: inner.read_bytes()})
+    assert listed(tmp_path / "train.tar", tmp_path).classes == [name[:-4]]
+
+
+def test_shards_of_class_folders(tmp_path: Path) -> None:
+    for shard in range(2):
+        files = {f"{name}/{shard}{i}.png": IMAGE for name in "abc" for i in range(2)}
+        tar(tmp_path / "src" / f"shard-{shard}.tar", files)
+    listing = listed(tmp_path / "src", tmp_path)
+    assert listing.classes == ["a", "b", "c"] and listing.labels.tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert listed(tmp_path / "src", tmp_path, label_from="tar").classes == ["shard-0", "shard-1"]
+
+
+@pytest.mark.parametrize(("values", "classes"), [(("b", "a"), ["a", "b"]), ((2, 10), [str(i) for i in range(11)])])
+def test_shards_with_json(values: tuple, classes: list[str], tmp_path: Path) -> None:
+    for shard in range(2):
+        files = {f"{shard}{i}.jpg": IMAGE for i in range(2)}
+        files |= {f"{shard}{i}.json": json.dumps({"label": values[i], "w": 3}).encode() for i in range(2)}
+        tar(tmp_path / "src" / f"shard-{shard}.tar", files)
+    listing = listed(tmp_path / "src", tmp_path)
+    assert list(classes_of(listing).values()) == [str(value) for value in values] * 2
+    assert listing.classes == classes
+    assert listed(tmp_path / "src", tmp_path, label_key="w").labels.tolist() == [3] * 4
+
+
+def test_names_in_cls(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.cls": b"wire fox\n", "2.jpg": IMAGE, "2.cls": b"ant"})
+    assert classes_of(listed(tmp_path / "a.tar", tmp_path)) == {"a.tar/1.jpg": "wire fox", "a.tar/2.jpg": "ant"}
+
+
+def test_tars_that_may_be_classes_or_shards(tmp_path: Path) -> None:
+    for name in ("train-00", "train-01"):
+        tar(tmp_path / "src" / f"{name}.tar", {"1.jpg": IMAGE})
+    with pytest.raises(UserError, match=r"train-00.tar may be a class or a part .* `label_from tar` .* give `labels`"):
+        listed(tmp_path / "src", tmp_path)
+    assert listed(tmp_path / "src", tmp_path, label_from="tar").classes == ["train-00", "train-01"]
+
+
+def test_labels_from_two_places(tmp_path: Path) -> None:
+    files = {"a/1.jpg": IMAGE, "a/1.json": b'{"label": 5}', "b/2.jpg": IMAGE, "b/2.json": b'{"label": 6}'}
+    tar(tmp_path / "x.tar", files)
+    with pytest.raises(UserError, match=r"x.tar: labels may be from json or folder; choose with `label_from`"):
+        listed(tmp_path / "x.tar", tmp_path)
+    assert listed(tmp_path / "x.tar", tmp_path, label_from="json").labels.tolist() == [5, 6]
+    assert listed(tmp_path / "x.tar", tmp_path, label_from="folder").classes == ["a", "b"]
+
+
+def test_one_folder_a_tar_of_another_name(tmp_path: Path) -> None:
+    for shard, name in enumerate("ab"):
+        tar(tmp_path / "src" / f"part{shard}.tar", {f"{name}/1.jpg": IMAGE})
+    with pytest.raises(UserError, match="labels may be from folder or tar"):
+        listed(tmp_path / "src", tmp_path)
+
+
+def test_splits_are_no_classes(tmp_path: Path) -> None:
+    tar(tmp_path / "x.tar", {"train/a/1.jpg": IMAGE, "val/a/1.jpg": IMAGE})
+    with pytest.raises(UserError, match="images lie in several folders of classes .train, val.; make a tar of each"):
+        listed(tmp_path / "x.tar", tmp_path)
+    for name in ("train", "val"):
+        tar(tmp_path / "tars" / f"{name}.tar", {"1.jpg": IMAGE})
+    with pytest.raises(UserError, match="train.tar may be a class or a part"):
+        listed(tmp_path / "tars", tmp_path)
+    with pytest.raises(UserError, match=r"\(train, val\) are splits without classes"):
+        listed(folder(tmp_path / "src", "train/1.jpg", "val/1.jpg"), tmp_path)
+
+
+def test_a_label_file_comes_before_cls(tmp_path: Path) -> None:
+    tar(tmp_path / "x.tar", {"1.jpg": IMAGE, "1.cls": b"0", "2.jpg": IMAGE})
+    (tmp_path / "labels").write_text("1.jpg 4\n2.jpg 0\n")
+    listing = listed(tmp_path / "x.tar", tmp_path, labels=str(tmp_path / "labels"))
+    assert listing.labels.tolist() == [4, 0] and not listing.faults
+
+
+# folders
+
+
+def test_a_label_file_within_the_folder(tmp_path: Path) -> None:
+    """It is no image: the count is right, and so is the order."""
+    src = folder(tmp_path / "src", "a.jpg", "b.jpg", "z.jpg")
+    labels = src / "labels.csv"
+    labels.write_text("5\n0\n7\n")
+    assert listed(src, tmp_path, labels=str(labels)).labels.tolist() == [5, 0, 7]
+    labels.write_text("5\n0\n")
+    with pytest.raises(UserError, match="2 lines for 3 images; give one each"):
+        listed(src, tmp_path, labels=str(labels))
+    labels.write_text("5\n0\n7\n")
+    (src / "README").write_text("not an image")
+    listing = listed(src, tmp_path, labels=str(labels))
+    assert listing.labels.tolist() == [5, 0, 7] and [name for name, _ in listing.faults] == ["README"]
+
+
+def test_hidden_folders_and_loose_images_are_faults(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "a/1.jpg", ".b/1.jpg", "loose.jpg", ".git/logo.png", "__MACOSX/x.jpg")
+    (src / "README.txt").write_text("")
+    listing = listed(src, tmp_path)
+    assert dict(listing.faults) == {
+        ".b": "a hidden folder that holds images: rename it if it is a class, or remove it",
+        "loose.jpg": "an image beside the files that are converted: not read",
+    }
+    assert listing.classes == ["a"] and sorted(listing.ignored) == [".git", "README.txt", "__MACOSX"]
+
+
+def test_folders_named_by_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the order of torchvision's ImageFolder, which is said; `classes` gives another."""
+    src = folder(tmp_path / "src", *(f"{i}/x.jpg" for i in (0, 1, 2, 10)))
+    with caplog.at_level(logging.INFO, "std_fast"):
+        manifest = convert(str(src), str(tmp_path / "x.beton"), workers=1)
+    assert manifest["classes"] == ["0", "1", "10", "2"]
+    assert "4 images of 4 classes: 0 = 0, 1 = 1, 2 = 10, 3 = 2" in caplog.text
+    assert "class names are numbers in the order of text, as torchvision's ImageFolder has them" in caplog.text
+    (tmp_path / "names").write_text("0\n1\n2\n3\n10\n")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "std_fast"):
+        settings = ConvertSettings(classes=str(tmp_path / "names"))
+        manifest = convert(str(src), str(tmp_path / "y.beton"), settings=settings, workers=1)
+    assert manifest["classes"] == ["0", "1", "2", "3", "10"] and "order of text" not in caplog.text
+    assert "1 of the classes have no image, e.g. 3" in caplog.text
+
+
+def test_a_folder_of_several_kinds(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "a/1.jpg", "b/1.jpg")
+    tar(src / "a.tar", {"1.jpg": IMAGE, "2.jpg": IMAGE})
+    with pytest.raises(UserError, match="could be of kind tar or folder; choose with `kind`"):
+        listed(src, tmp_path)
+    listing = listed(src, tmp_path, kind="folder")
+    assert len(listing) == 2 and listing.ignored == ["a.tar"]
+    assert len(listed(src, tmp_path, kind="tar", label_from="tar")) == 2
+
+
+def test_what_lies_beside_tars(tmp_path: Path) -> None:
+    for name in "ab":
+        tar(tmp_path / "src" / f"{name}.tar", {"1.jpg": IMAGE})
+    (tmp_path / "src" / "c.tar.gz").write_bytes(b"")
+    (tmp_path / "src" / "README").write_bytes(b"")
+    listing = listed(tmp_path / "src", tmp_path)
+    assert listing.ignored == ["README"]
+    assert listing.faults == [("c.tar.gz", "a compressed archive cannot be read in place: unpack it, or remove it")]
+    with pytest.raises(DataError, match="c.tar.gz .a compressed archive"):
+        convert(str(tmp_path / "src"), str(tmp_path / "x.beton"), workers=1)
+
+
+def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "a/1.jpg")
+    with pytest.raises(UserError, match="split 'train': only parquet and CIFAR"):
+        listed(src, tmp_path, split="train")
+    with pytest.raises(UserError, match="label_from 'json': .* holds no tars"):
+        listed(src, tmp_path, label_from="json")
+
+
+# parquet and CIFAR
+
+
+def parquet(path: Path, labels: list, column: str = "label", names: list[str] | None = None) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [IMAGE] * len(labels), column: labels})
+    if names:
+        info = {"info": {"features": {column: {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("labels", [["0", "2", "10"], [0.0, 2.0, 10.0], ["0.0", "2.0", "10.0"]])
+def test_parquet_labels_as_text_or_floats(labels: list, tmp_path: Path) -> None:
+    assert listed(parquet(tmp_path / "x.parquet", labels), tmp_path).labels.tolist() == [0, 2, 10]
+
+
+def test_parquet_labels_of_text(tmp_path: Path) -> None:
+    listing = listed(parquet(tmp_path / "x.parquet", ["wire fox", "ant", ""]), tmp_path)
+    assert listing.classes == ["ant", "wire fox"] and listing.labels.tolist() == [1, 0]
+    assert listing.faults == [("x.parquet/2", "the row has no label")]
+    with pytest.raises(UserError, match="the column of labels: some labels are numbers .1. and others names .ant."):
+        listed(parquet(tmp_path / "y.parquet", ["1", "ant"]), tmp_path)
+    with pytest.raises(UserError, match="label 0.5 is no class number"):
+        listed(parquet(tmp_path / "z.parquet", [0.5, 1.0]), tmp_path)
+
+
+def test_parquet_rows_without_a_label(tmp_path: Path) -> None:
+    """The hub's test splits hold -1."""
+    assert [name for name, _ in listed(parquet(tmp_path / "x.parquet", [0, -1]), tmp_path).faults] == ["x.parquet/1"]
+
+
+def test_parquet_label_key(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "x.parquet", [1, 0], column="breed")
+    with pytest.raises(UserError, match="no column label or .* among image, breed; name the right one as `label_key`"):
+        listed(path, tmp_path)
+    assert listed(path, tmp_path, label_key="breed").labels.tolist() == [1, 0]
+
+
+def test_given_classes_reorder_those_of_the_source(tmp_path: Path) -> None:
+    """Numbers mean the source's own classes; they keep their names when `classes` has another order."""
+    path = parquet(tmp_path / "x.parquet", [0, 1, 2], names=["ant", "bee", "cat"])
+    (tmp_path / "names").write_text("cat\nant\nbee\n")
+    assert list(classes_of(listed(path, tmp_path)).values()) == ["ant", "bee", "cat"]
+    assert list(classes_of(listed(path, tmp_path, classes=str(tmp_path / "names"))).values()) == ["ant", "bee", "cat"]
+
+
+def test_cifar_split_of_one_file(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "test_batch.bin").write_bytes(bytes(3073))
+    with pytest.raises(UserError, match="split 'train': not in"):
+        listed(tmp_path / "src", tmp_path, split="train")
+    assert len(listed(tmp_path / "src", tmp_path, split="test")) == 1
