@@ -422,7 +422,7 @@ def main(
     anew after the kernel has been made to forget the files, if it does. Backends that are not installed are left out,
     and said so. Returns a JSON-able report. Raises UserError.
     """
-    from pipelines.loaders.prefetch import available_cores
+    from pipelines.loaders.base import available_cores
 
     for backend in backends:
         if backend not in PAIRS:

@@ -1,12 +1,12 @@
-"""FFCV's files and native libraries, our boxes and order: the fastest decoding on a CPU.
+"""FFCV's files and native libraries with our boxes and order: the fastest decoding on a CPU.
 
-FFCV's own loader draws its crops from generators bound to threads, drops the decoder's return code, keeps room for the
-largest image at every place of every batch ahead, and leaks its thread when an epoch is left early. So of FFCV only the
-native code is used: the libturbojpeg it is built on, in the way that `native` describes, over any `Source`.
+FFCV's own loader draws its crops from generators bound to threads, drops the decoder's return code, allocates the
+largest image for every row of every batch ahead, and leaks its thread when an epoch is left early. So only FFCV's
+native code is used: the libturbojpeg that it is built on, called as `native` describes, over any `Source`.
 
 Measured with benchmarks/loader.py against FFCV's loader with its random-crop decoder, and kept: resizing of our own
-(2 to 4 times faster than INTER_AREA), decoding only down to the crop's last row (10 to 12 % of decoding), one scratch
-image per thread, which stays in its cache, instead of one per place.
+(2 to 4 times faster than INTER_AREA), decoding only down to the crop's last row (10 to 12 % of decoding), one workspace
+image per thread, which stays in its cache, instead of one per row.
 Measured and left out: decoding at half scale in the DCT domain where the crop is at least twice the output. It saves
 16 % of the decoding of those samples, since entropy decoding dominates, none at crops of 224 from images of 400, and
 their pixels would differ between backends. Skipping the rows above the crop and the columns beside it needs TurboJPEG 3
@@ -15,7 +15,7 @@ their pixels would differ between backends. Skipping the rows above the crop and
 Pixels are those of PIL and of the other backends (mean difference 0.003 of 255 at 224 pixels). FFCV's loader differs
 from them by its filter, INTER_AREA (`resample: area`: mean 0.8), and by its fast DCT.
 
-Shapes: B batch, S image size.
+Shapes: B samples of a part of a batch, S image size.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import CorruptImage, UserError
-from pipelines.loaders.prefetch import Job, ThreadedLoader
-from pipelines.read.batch import LoaderSpec
+from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
+from pipelines.read.batch import Batch, LoaderSpec
 from pipelines.read.decode import decode_rgb, is_turned
 from pipelines.read.source import Integers, Source
 
@@ -52,7 +52,7 @@ def library() -> str:
 
 @dataclass
 class _Workspace:
-    """What one thread needs: the pixels of one decoded image, the bytes of one encoded image."""
+    """Memory of one thread: the pixels of one decoded image, the bytes of one encoded image."""
 
     pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     encoded: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
@@ -69,8 +69,11 @@ class FfcvLoader(ThreadedLoader):
     """A `batch.Loader` on libturbojpeg and compiled resizing. Raises UserError when FFCV or numba is missing.
 
     What the compiled code does not decode (CMYK, EXIF rotations and other formats, in folders) goes through
-    `decode.decode_rgb`, which also has the last word on what is damaged, and is then cropped and resized like the rest.
+    `decode.decode_rgb`, which also decides what is damaged, and is then cropped and resized like the rest.
     """
+
+    backend = "ffcv"
+    resamples = ("auto", "area", "bilinear", "bicubic")
 
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
         path = library()
@@ -78,86 +81,80 @@ class FfcvLoader(ThreadedLoader):
             from pipelines.loaders import native
 
             native.load(path)
-        except (ImportError, OSError, AttributeError, RuntimeError) as error:  # the last: numba, for want of a cache
+        except (ImportError, OSError, AttributeError, RuntimeError) as error:  # the last: numba, without a cache folder
             raise UserError(f"backend: ffcv is installed but does not load ({error}): {_INSTALL}") from error
         super().__init__(spec, source)
         self._native = native
-        self._kind = {
-            "auto": native.BILINEAR,
-            "bilinear": native.BILINEAR,
-            "bicubic": native.BICUBIC,
-            "area": native.AREA,
-        }[spec.resample]
-        self._workspaces: deque[_Workspace] = deque()  # of threads that do not decode at the moment
-        assert self._pool is not None
-        self._warm = self._pool.submit(self._warm_up)
+        filters = {"bilinear": native.BILINEAR, "bicubic": native.BICUBIC, "area": native.AREA}
+        self._filter = filters["bilinear" if spec.resample == "auto" else spec.resample]
+        self._workspaces: deque[_Workspace] = deque()  # of threads that are not decoding at the moment
+        self._compiled = self._pool.submit(self._compile)
 
-    def _warm_up(self) -> None:
-        """Compiles, or loads from numba's cache, before the first batch is asked for."""
+    def _compile(self) -> None:
+        """Compiles, or loads from numba's cache, before the first batch is asked for: a call with no samples."""
         empty = np.empty(0, np.int64)
         images = np.empty((0, self.spec.image_size, 3 * self.spec.image_size), np.uint8)
-        self._call(
-            empty.astype(np.uint64), empty, empty > 0, empty > 0, empty, empty, np.empty((0, 4), np.int32), images
-        )
+        self._call([], empty > 0, empty > 0, empty, empty, np.empty((0, 4), np.int32), images)
+
+    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        self._compiled.result()
+        return super()._run(epoch, start_step)
 
     def _call(
         self,
-        addresses: npt.NDArray[np.uint64],
-        lengths: Integers,
+        data: list[npt.NDArray[np.uint8]],
         jpeg: npt.NDArray[np.bool_],
-        whole: npt.NDArray[np.bool_],
+        sound: npt.NDArray[np.bool_],
         heights: Integers,
         widths: Integers,
         boxes: npt.NDArray[np.int32],
         images: npt.NDArray[np.uint8],
     ) -> int:
-        """How many samples were decoded before one failed."""
+        """Decodes, crops and resizes samples into images [B, S, 3 S]; how many were done before one failed."""
+        addresses = np.array([item.ctypes.data for item in data], np.uint64)
+        lengths = np.array([item.size for item in data], np.int64)
         try:
             workspace = self._workspaces.pop()
         except IndexError:
             workspace = _Workspace()
-        pixels = 3 * int((heights * widths)[jpeg].max(initial=0))
-        workspace.reserve(pixels, int(lengths[jpeg].max(initial=0)))
+        workspace.reserve(3 * int((heights * widths)[jpeg].max(initial=0)), int(lengths[jpeg].max(initial=0)))
         done, code = self._native.decode_samples(
             addresses,
             lengths,
             jpeg,
-            whole,
+            sound,
             heights,
             widths,
             boxes,
             images,
             workspace.pixels,
             workspace.encoded,
-            self._kind,
+            self._filter,
         )
         self._workspaces.append(workspace)
         if code == self._native.NO_MEMORY:
             raise MemoryError("tjInitDecompress")
         return int(done)
 
-    def _decode(self, job: Job, start: int, stop: int) -> None:
-        here = slice(start, stop)
-        indices, heights, widths = job.indices[here], job.heights[here], job.widths[here]
-        images = job.images[here].reshape(stop - start, self.spec.image_size, 3 * self.spec.image_size)
+    def _decode(self, pending: PendingBatch, start: int, stop: int) -> None:
+        here, slots = slice(start, stop), pending.slots
+        indices, boxes = slots.indices[here], slots.boxes[here]
+        heights, widths = slots.heights[here], slots.widths[here]
+        images = pending.images[here].reshape(stop - start, self.spec.image_size, 3 * self.spec.image_size)
         jpeg = np.zeros(stop - start, np.bool_)
         data = []  # of each sample, alive until it is decoded: bytes of a JPEG, or pixels
         for i in range(stop - start):
             item = self._encoded(int(indices[i]))
             jpeg[i] = item is not None
-            data.append(self._pixels(job, start + i) if item is None else item)
+            data.append(self._pixels(pending, start + i) if item is None else item)
         done = 0
         while done < stop - start:
             rest = slice(done, None)
-            addresses = np.array([item.ctypes.data for item in data[done:]], np.uint64)
-            lengths = np.array([item.size for item in data[done:]], np.int64)
-            whole = self.intact.whole[indices[rest]]
-            done += self._call(
-                addresses, lengths, jpeg[rest], whole, heights[rest], widths[rest], job.boxes[here][rest], images[rest]
-            )
-            if done < stop - start:  # not for the fast path, or damaged
-                data[done], jpeg[done] = self._pixels(job, start + done), False
-        self.intact.whole[indices[indices >= 0]] = True
+            sound = self.tracker.sound[indices[rest]]
+            done += self._call(data[rest], jpeg[rest], sound, heights[rest], widths[rest], boxes[rest], images[rest])
+            if done < stop - start:  # a JPEG that the compiled code does not decode, or a damaged one
+                data[done], jpeg[done] = self._pixels(pending, start + done), False
+        self.tracker.sound[indices[indices >= 0]] = True
 
     def _encoded(self, index: int) -> npt.NDArray[np.uint8] | None:
         """Bytes of a JPEG for libturbojpeg; None for all else."""
@@ -166,18 +163,14 @@ class FfcvLoader(ThreadedLoader):
         data = self.source.read(index)
         return None if self.source.kind == "folder" and is_turned(data.tobytes()) else data
 
-    def _pixels(self, job: Job, row: int) -> npt.NDArray[np.uint8]:
-        """Upright pixels of a place's sample, or of the one that takes its place; black where there is none."""
+    def _pixels(self, pending: PendingBatch, row: int) -> npt.NDArray[np.uint8]:
+        """Upright pixels of a row's sample, or of its substitute; black where there is none."""
         try:
-            index = int(job.indices[row])
+            index = int(pending.slots.indices[row])
             return _BLACK if index < 0 else np.ascontiguousarray(decode_rgb(self.source, index))
         except CorruptImage as error:
-            self.intact.replace(job, row, error)
-            return self._pixels(job, row)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Any:
-        self._warm.result()
-        return super().epoch(epoch, start_step)
+            self.tracker.replace(pending.slots, row, error)
+            return self._pixels(pending, row)
 
     def close(self) -> None:
         super().close()

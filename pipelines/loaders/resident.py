@@ -2,8 +2,8 @@
 
 For datasets whose images are far cheaper to keep than to decode (CIFAR, digits, ImageNet at 64 pixels). All images lie
 in one tensor, padded to the largest; a crop's resize to the output is separable, so it is W_rows @ image @ W_columns^T
-with a weight matrix per sample, built on the device. The filter is the other backends' (antialiased bilinear or
-bicubic); results differ from theirs by 1 of 255 in some pixels, because they round to 8 bits between the two passes.
+with two filter matrices per sample. The filter is the other backends' (antialiased bilinear or bicubic); results differ
+from theirs by 1 of 255 in some pixels, because they round to 8 bits between the two passes.
 
 Shapes: N samples, B batch (of this shard), S image size, H, W largest stored height and width.
 """
@@ -13,32 +13,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipelines.errors import CorruptImage, UserError
-from pipelines.loaders.prefetch import available_cores
-from pipelines.read.batch import Batch, LoaderSpec
-from pipelines.read.corrupt import CorruptTracker
+from pipelines.loaders.base import LoaderBase, assemble
+from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 from pipelines.read.decode import decode_rgb
-from pipelines.read.order import indices_at
 from pipelines.read.source import Integers, Source
 
-_CHUNK = 256
-_CUBIC = {"auto": False, "bilinear": False, "bicubic": True}
+_CHUNK = 256  # images that a thread decodes at a time
+TABLE_BYTES = 64 << 20  # largest table of filter weights
 
 
 def decoded_bytes(source: Source) -> int:
-    """Memory of the whole dataset as this backend keeps it. Looks at every image of a folder."""
+    """Memory of the full dataset as this backend keeps it. Opens every image of a folder."""
     heights, widths = source.sizes(np.arange(source.num_samples))
     return 3 * source.num_samples * int(heights.max()) * int(widths.max())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device (of the host's memory for a CPU; a large number where that cannot be known)."""
+    """Bytes that are free on the device (for a CPU in the host's memory; a large number where that is unknown)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -49,29 +46,18 @@ def free_memory(device: torch.device) -> int:
         return 1 << 62
 
 
-class ResidentLoader:
+class ResidentLoader(LoaderBase):
     """A `batch.Loader` from memory. Raises UserError when the dataset would fill more than half of what is free on the
-    device, or for a resample that it lacks (area); DataError for an image that cannot be decoded.
+    device; DataError for an image that cannot be decoded.
 
-    Reading takes place on construction. Batches are made when they are asked for: on a GPU in the consumer's stream,
-    without waiting for the device.
+    The constructor reads and decodes the dataset. Batches are made when the consumer asks for them: on a GPU in the
+    consumer's stream, without waiting for the device.
     """
 
+    backend = "resident"
+
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
-        if spec.resample not in _CUBIC:
-            raise UserError(
-                f"resample: {spec.resample!r} is not in the resident backend; choose one of {', '.join(_CUBIC)}"
-            )
-        self.spec = spec
-        self.source = source
-        self.plan = spec.plan(source.num_samples)
-        self.num_classes = source.num_classes
-        self.steps_per_epoch = self.plan.steps_per_epoch
-        self.wait_seconds = 0.0
-        self.device = torch.device(spec.device)
-        self.intact = CorruptTracker(spec, source)
-        self.corrupt = self.intact.found
-        self._shown = np.arange(source.num_samples)  # instead of each sample; -1: none
+        super().__init__(spec, source)
         self._heights, self._widths = self._sizes()
         needed = 3 * source.num_samples * int(self._heights.max()) * int(self._widths.max())
         free = free_memory(self.device)
@@ -81,10 +67,13 @@ class ResidentLoader:
                 f"{free / 2**30:.1f} GiB are free; choose ffcv or torch"
             )
         self._images: torch.Tensor | None = torch.from_numpy(self._read()).to(self.device)
-        self._labels = torch.from_numpy(source.labels).to(self.device)
+        height, width = self._images.shape[1:3]
+        cubic = spec.resample == "bicubic"
+        self._rows = AxisFilter(height, spec.image_size, cubic, self.device)
+        self._columns = self._rows if width == height else AxisFilter(width, spec.image_size, cubic, self.device)
 
     def _sizes(self) -> tuple[Integers, Integers]:
-        """Of all samples; 1 for a corrupt one."""
+        """Heights and widths of all samples, int64 [N] each; 1 for a corrupt one."""
         everything = np.arange(self.source.num_samples)
         try:
             return self.source.sizes(everything)
@@ -94,7 +83,7 @@ class ResidentLoader:
                 try:
                     heights[index : index + 1], widths[index : index + 1] = self.source.sizes(everything[[index]])
                 except CorruptImage as error:
-                    self._shown[index] = self.intact.substitute(int(index), error)
+                    self.tracker.substitute(int(index), error)
             return heights, widths
 
     def _read(self) -> npt.NDArray[np.uint8]:
@@ -105,14 +94,14 @@ class ResidentLoader:
 
         def decode(start: int) -> None:
             for index in range(start, min(start + _CHUNK, source.num_samples)):
-                if self._shown[index] != index:
+                if index in self.corrupt:
                     continue
                 try:
                     images[index, : heights[index], : widths[index]] = decode_rgb(source, index)
                 except CorruptImage as error:
-                    self._shown[index] = self.intact.substitute(index, error)
+                    self.tracker.substitute(index, error)
 
-        with ThreadPoolExecutor(self.spec.threads or available_cores()) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             parts = [pool.submit(decode, start) for start in range(0, source.num_samples, _CHUNK)]
             try:
                 for part in parts:
@@ -122,62 +111,76 @@ class ResidentLoader:
                 raise
         return images
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """See `batch.Loader`. Raises UserError when `start_step` lies outside the epoch or the loader is closed."""
-        if self._images is None:
-            raise UserError("this loader is closed: open another one")
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise UserError(f"start_step {start_step} must lie in 0..{self.steps_per_epoch}")
-        return self._run(self._images, epoch, start_step)
-
-    def _run(self, images: torch.Tensor, epoch: int, start_step: int) -> Iterator[Batch]:
-        order = self.plan.order(epoch)
+    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        order = self.sampler.order(epoch)
         for step in range(start_step, self.steps_per_epoch):
+            self._check_open()
             started = time.perf_counter()
-            batch = self._batch(images, order, epoch, step)
+            batch = self._batch(self._slots(order, epoch, step))
             self.wait_seconds += time.perf_counter() - started
             yield batch
 
-    def _batch(self, images: torch.Tensor, order: npt.NDArray[np.int64], epoch: int, step: int) -> Batch:
-        positions = self.plan.positions(step)
-        indices = indices_at(order, positions)
-        indices = np.where(indices < 0, -1, self._shown[indices])
-        positions = np.where(indices < 0, -1, positions)
-        chosen = np.maximum(indices, 0)
-        heights, widths = self._heights[chosen], self._widths[chosen]
-        boxes = self.spec.crop.boxes(heights, widths, self.spec.seed, epoch, np.maximum(positions, 0))
-        keys = self._to_device(np.column_stack([indices, positions, boxes]).astype(np.int64))
-        there = keys[:, 0] >= 0
-        samples = images[keys[:, 0].clamp(min=0)]
+    def _batch(self, slots: BatchSlots) -> Batch:
+        """One step. On a GPU: one copy from the host and 11 kernels."""
+        assert self._images is not None
         size = self.spec.image_size
-        if images.shape[1:3] != (size, size) or (boxes != (0, 0, size, size)).any():
-            samples = cut(samples, keys[:, 2:], size, _CUBIC[self.spec.resample])
-        if (indices < 0).any():
-            samples = samples * there[:, None, None, None]
-        labels = torch.where(there, self._labels[keys[:, 0].clamp(min=0)], -1)
-        return Batch(samples.permute(0, 3, 1, 2), labels, keys[:, 1], indices, epoch, step)
-
-    def _to_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        chosen = np.maximum(slots.indices, 0)
+        boxes = self.spec.crop.boxes(
+            self._heights[chosen], self._widths[chosen], self.spec.seed, slots.epoch, np.maximum(slots.positions, 0)
+        ).astype(np.int64)
+        top, left, box_height, box_width = boxes.T
+        row_keys, column_keys = self._rows.keys(top, box_height), self._columns.keys(left, box_width)
+        keys = self._copy_to_device(
+            np.concatenate([slots.keys(self.source.labels), chosen[None], row_keys, column_keys])
+        )
+        samples = self._images.index_select(0, keys[2])
+        if self._images.shape[1:3] != (size, size) or (boxes != (0, 0, size, size)).any():
+            middle = 3 + len(row_keys)
+            samples = resize(samples, self._rows.weights(keys[3:middle]), self._columns.weights(keys[middle:]))
+        if (slots.indices < 0).any():
+            samples = samples * (keys[0] >= 0)[:, None, None, None]
+        return assemble(samples, keys[:2], slots)
 
     def close(self) -> None:
+        super().close()
         self._images = None
 
-    def __enter__(self) -> ResidentLoader:
-        return self
 
-    def __exit__(self, *exc_info: Any) -> None:
-        self.close()
+class AxisFilter:
+    """Filter matrices [S, limit] of one image axis, which has `limit` pixels, for any interval of it: looked up in a
+    table of all limit (limit + 1) / 2 intervals (2 MiB for CIFAR at its own size, 33 MiB for images of 64 pixels), or
+    computed where the table would take more than TABLE_BYTES.
+    """
+
+    def __init__(self, limit: int, size: int, cubic: bool, device: torch.device) -> None:
+        self.limit, self.size, self.cubic = limit, size, cubic
+        self.table: torch.Tensor | None = None
+        lengths = np.arange(1, limit + 1)
+        counts = limit + 1 - lengths  # of intervals of each length
+        if 4 * size * limit * int(counts.sum()) <= TABLE_BYTES:
+            self._first = np.concatenate([[0], np.cumsum(counts)])  # row in the table of each length's interval at 0
+            starts = np.concatenate([np.arange(count) for count in counts])
+            start, length = torch.from_numpy(np.stack([starts, lengths.repeat(counts)])).to(device)
+            self.table = filter_weights(start, length, limit, size, cubic)
+
+    def keys(self, start: Integers, length: Integers) -> Integers:
+        """The intervals, int64 [B] each, in the form that `weights` takes: int64 [1, B] or [2, B]."""
+        return np.stack([start, length]) if self.table is None else (self._first[length - 1] + start)[None]
+
+    def weights(self, keys: torch.Tensor) -> torch.Tensor:
+        """The matrices of some intervals, float32 [B, S, limit]."""
+        if self.table is None:
+            return filter_weights(keys[0], keys[1], self.limit, self.size, self.cubic)
+        return self.table.index_select(0, keys[0])
 
 
-def cut(images: torch.Tensor, boxes: torch.Tensor, size: int, cubic: bool) -> torch.Tensor:
-    """Crops and resizes: uint8 [B, H, W, 3], boxes int64 [B, 4] (top, left, height, width) -> uint8 [B, S, S, 3]."""
-    rows = filter_weights(boxes[:, 0], boxes[:, 2], images.shape[1], size, cubic)
-    columns = filter_weights(boxes[:, 1], boxes[:, 3], images.shape[2], size, cubic)
-    planes = images.permute(0, 3, 1, 2).float()
-    resized = rows[:, None] @ (planes @ columns[:, None].mT)
-    return (resized + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+def resize(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3], filter matrices [B, S, H] and [B, S, W] -> uint8 [B, S, S, 3]."""
+    B, S = len(images), rows.shape[1]
+    planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    resized = (rows[:, None] @ (planes @ columns[:, None].mT)).add_(0.5).clamp_(0, 255)  # [B, 3, S, S]
+    out = torch.empty((B, S, S, 3), dtype=torch.uint8, device=images.device)
+    return out.copy_(resized.permute(0, 2, 3, 1))
 
 
 def filter_weights(start: torch.Tensor, length: torch.Tensor, limit: int, size: int, cubic: bool) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Loading on any machine: decoding by libturbojpeg or torchvision, cutting and resizing by torch, in threads.
+"""Loading on any machine: threads decode by libturbojpeg or torchvision, and torch crops and resizes.
 
-On a GPU whose nvJPEG works, threads only read, and a batch's JPEGs are decoded by one call of torchvision's, cut and
-resized there. What nvJPEG is not for (`decode.is_plain_jpeg`) or refuses is decoded on the host, sample by sample.
+On a GPU whose nvJPEG works, threads only read; one call of torchvision decodes a batch's JPEGs on the device, where
+they are cropped and resized. Images that nvJPEG does not support (`decode.is_plain_jpeg`) or refuses are decoded on the
+host, one by one.
 
-Measured on imagenet-sample against PIL's crop and resize, the other way without FFCV: 1.5 times faster. Resizing is
+Measured on imagenet-sample against PIL's crop and resize, the alternative without FFCV: 1.5 times faster. Resizing is
 `interpolate(antialias=True)`, whose uint8 kernel is PIL's algorithm.
 
 Shapes: B batch, S image size.
@@ -19,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-from pipelines.errors import CorruptImage, UserError
-from pipelines.loaders.prefetch import Job, ThreadedLoader
+from pipelines.errors import CorruptImage
+from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import Boxes
 from pipelines.read.decode import Pixels, decode_rgb, is_plain_jpeg
@@ -47,7 +48,7 @@ def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[t
 
     try:
         return decode_jpeg(encoded, ImageReadMode.RGB, device)
-    except RuntimeError:  # it does not say which, so that is found by halving
+    except RuntimeError:  # the error does not name the image: find it by halving
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # it may still be writing to memory that is free now
         if len(encoded) == 1:
@@ -57,10 +58,10 @@ def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[t
 
 
 def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Boxes, spec: LoaderSpec) -> list[int]:
-    """Decodes, cuts and resizes the JPEGs of some rows of images [B, S, S, 3], all on its device.
+    """Decodes, crops and resizes the JPEGs of some rows of images [B, S, S, 3], all on its device.
 
-    Returns the rows that the device refuses. Differs from `crop_and_resize` by the device's DCT, and by at most
-    1 of 255 because that rounds after each of the filter's two passes.
+    Returns the rows that the device refuses. The pixels differ from `crop_and_resize` by the device's DCT, and by
+    at most 1 of 255 because the host's filter rounds after each of the filter's two passes.
     """
     refused, rows, cuts = [], [], []
     size, mode = (spec.image_size, spec.image_size), MODES[spec.resample]
@@ -83,65 +84,65 @@ def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Box
 
 
 class TorchLoader(ThreadedLoader):
-    """A `batch.Loader` of torch alone. Raises UserError for a resample that torch lacks (area).
+    """A `batch.Loader` that needs torch and torchvision only.
 
     together: a batch's JPEGs are decoded by one call on the device; None: on a GPU whose nvJPEG works.
     """
 
+    backend = "torch"
+
     def __init__(self, spec: LoaderSpec, source: Source, together: bool | None = None) -> None:
-        if spec.resample not in MODES:
-            raise UserError(
-                f"resample: {spec.resample!r} is not in the torch backend; choose one of {', '.join(MODES)}"
-            )
         super().__init__(spec, source)
         self.together = _nvjpeg_works(self._stream) if together is None else together
-        self._turn = threading.Lock()
+        self._decoding = threading.Lock()
         self._refused: set[int] = set()
 
-    def _decode(self, job: Job, start: int, stop: int) -> None:
-        whole = self.intact.whole
+    def _decode(self, pending: PendingBatch, start: int, stop: int) -> None:
+        sound = self.tracker.sound
         for row in range(start, stop):
-            index = int(job.indices[row])
+            index = int(pending.slots.indices[row])
             if index < 0:
-                job.images[row] = 0
+                pending.images[row] = 0
                 continue
             if self.together and index not in self._refused and self.source.is_jpeg(index):
                 data = self.source.read(index)
-                if is_plain_jpeg(self.source, index, data.tobytes(), bool(whole[index])):
-                    whole[index] = True
-                    job.encoded[row] = torch.from_numpy(np.array(data))  # a copy: the source's bytes are read-only
+                if is_plain_jpeg(self.source, index, data.tobytes(), bool(sound[index])):
+                    sound[index] = True
+                    pending.encoded[row] = torch.from_numpy(np.array(data))  # a copy: the source's bytes are read-only
                     continue
             try:
-                job.images[row] = self._on_host(job, row)
+                pending.images[row] = self._on_host(pending, row)
             except CorruptImage as error:
-                job.images[row] = self._on_host(job, row) if self.intact.replace(job, row, error) else 0
+                substituted = self.tracker.replace(pending.slots, row, error)
+                pending.images[row] = self._on_host(pending, row) if substituted else 0
 
-    def _on_host(self, job: Job, row: int) -> Pixels:
-        return crop_and_resize(decode_rgb(self.source, int(job.indices[row])), job.boxes[row], self.spec)
+    def _on_host(self, pending: PendingBatch, row: int) -> Pixels:
+        pixels = decode_rgb(self.source, int(pending.slots.indices[row]))
+        return crop_and_resize(pixels, pending.slots.boxes[row], self.spec)
 
-    def _complete(self, job: Job, images: torch.Tensor) -> None:
-        for row in fill_rows(images, job.encoded, job.boxes, self.spec):
-            images[row].copy_(torch.from_numpy(self._on_host(job, row)))  # damaged: raises DataError
-            index = int(job.indices[row])
+    def _decode_together(self, pending: PendingBatch, images: torch.Tensor) -> None:
+        for row in fill_rows(images, pending.encoded, pending.slots.boxes, self.spec):
+            images[row].copy_(torch.from_numpy(self._on_host(pending, row)))  # raises DataError for a damaged one
+            index = int(pending.slots.indices[row])
             log.warning("%s: refused by the decoder on %s; the host decodes it", self.source.name(index), self.device)
             self._refused.add(index)
-        job.encoded.clear()
+        pending.encoded.clear()
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, pending: PendingBatch) -> None:
         if not self.together:
-            return super()._finish(job)
-        # torchvision decodes in a stream of its own that does not wait for ours, into memory that ours may have given
-        # back but still be reading: ours must be at rest whenever the decoder is called.
-        with self._turn:
+            return super()._finish(pending)
+        # torchvision decodes in a stream of its own that does not wait for ours, into memory that ours may have freed
+        # but may still be reading: our stream must be idle whenever the decoder is called.
+        with self._decoding:
             try:
-                super()._finish(job)
+                super()._finish(pending)
             finally:
                 if self._stream is not None:
                     self._stream.synchronize()
 
 
 def _nvjpeg_works(stream: torch.cuda.Stream | None) -> bool:
-    """Whether torchvision decodes a JPEG on the stream's GPU. None, on a CPU: no."""
+    """Whether torchvision decodes a JPEG on the stream's GPU. False without a stream, on a CPU."""
     from torchvision.io import encode_jpeg
 
     if stream is None:

@@ -1,8 +1,8 @@
-"""One sample of a source as RGB pixels, whatever it is: the torch backend's decoder, and what others fall back on.
+"""One sample of a source, of any kind, as RGB pixels: the torch backend's decoder, and the other backends' fallback.
 
 JPEGs are decoded exactly (slow integer DCT, smooth chroma), by the system's libturbojpeg where there is one, because it
-says when the data is damaged, else by torchvision: the pixels are the same. What else there is in folders (EXIF
-rotations, CMYK, PNG, ...) becomes RGB as `image_prep` does it for conversion.
+reports damaged data, else by torchvision: the pixels are the same. All else in folders (EXIF rotations, CMYK, PNG, ...)
+becomes RGB as in conversion (`image_prep`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def decode_rgb(source: Source, index: int) -> Pixels:
         if pixels.shape[:2] != (height, width):
             raise BadImage(f"it is {pixels.shape[1]}x{pixels.shape[0]} pixels, not {width}x{height} as stated")
     except BadImage as error:
-        mend = "convert again" if source.kind == "beton" else "mend or remove it"
-        raise CorruptImage(f"{source.name(index)}: cannot be decoded ({error}); {mend}") from error
+        fix = "convert again" if source.kind == "beton" else "replace or remove it"
+        raise CorruptImage(f"{source.name(index)}: cannot be decoded ({error}); {fix}") from error
     return pixels
 
 
@@ -55,11 +55,11 @@ def is_turned(encoded: bytes) -> bool:
         return orientation(image) != 1
 
 
-def is_plain_jpeg(source: Source, index: int, encoded: bytes, whole: bool) -> bool:
-    """Whether a JPEG sample is one for another decoder: upright, gray or colour, of the stated size and not damaged,
-    which such decoders may pass over in silence. `decode_rgb` reads the others, or says what is wrong with them.
+def is_plain_jpeg(source: Source, index: int, encoded: bytes, sound: bool) -> bool:
+    """Whether every decoder reads a JPEG sample alike: upright, gray or colour, of the stated size and not damaged
+    (other decoders may pass over damage in silence). `decode_rgb` decodes the others, or names what is wrong.
 
-    whole: it is known not to be damaged. To find out costs about half a decoding.
+    sound: it is known not to be damaged. To find out costs about half a decoding.
     """
     if not encoded.endswith(b"\xff\xd9") or (source.kind == "folder" and is_turned(encoded)):
         return False
@@ -70,7 +70,7 @@ def is_plain_jpeg(source: Source, index: int, encoded: bytes, whole: bool) -> bo
         if known is None or known.is_cmyk or (known.height, known.width) != (height, width):
             return False
         try:
-            if not whole:
+            if not sound:
                 decoder.decode(encoded, known, 8)
         except BadImage:
             return False
@@ -78,12 +78,12 @@ def is_plain_jpeg(source: Source, index: int, encoded: bytes, whole: bool) -> bo
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
             return image.mode in ("RGB", "L") and image.size == (width, height)
-    except Exception:  # PIL raises errors of every kind; `decode_rgb` will say which
+    except Exception:  # PIL raises errors of every kind; `decode_rgb` will name it
         return False
 
 
 def _plain_jpeg(encoded: bytes) -> Pixels | None:
-    """A gray or colour JPEG as it is stored; None for what takes more than that. Raises BadImage for damaged data."""
+    """A gray or colour JPEG as it is stored; None for other kinds. Raises BadImage for damaged data."""
     decoder = turbojpeg()
     if decoder is None:
         return _torchvision_jpeg(encoded)

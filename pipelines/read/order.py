@@ -1,4 +1,4 @@
-"""The order of an epoch, and which part of it each process reads.
+"""The order of an epoch, and the part of it that each process reads.
 
 A position is a place in the epoch's order, 0..n-1; an index is a place in the dataset. Everything random about a sample
 is keyed by its position.
@@ -6,6 +6,7 @@ is keyed by its position.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,8 @@ from pipelines.errors import UserError
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
     """Dataset indices in the order of the epoch: int64 [n], a permutation (the identity without `shuffle`).
 
-    The samples are sorted by a 64-bit random key, ties by index, so that the order rests on Philox alone and not on
-    numpy's generators.
+    The samples are sorted by a 64-bit random key, ties by index: the order depends on Philox alone, not on numpy's
+    generators.
     """
     if not shuffle:
         return np.arange(n, dtype=np.int64)
@@ -41,14 +42,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which positions each step takes on each shard: `global_batch` consecutive ones, of which a shard has a part.
+class BatchSampler:
+    """The positions of each step on this shard: step s covers `global_batch` consecutive ones, in equal parts by rank.
 
     With drop_last (training) the incomplete last batch is dropped and the local batch must be even, so that the partner
     of position p in mixup, p XOR 1, lies in the same batch of the same shard. Without it (evaluation) every position
     occurs exactly once over all shards, all of which make the same number of steps; places past the end hold -1.
-    Raises UserError for a batch that is not positive, not a multiple of the shards, odd where it must be even, or
-    larger than the dataset.
+    Raises UserError for a batch that is not positive, not a multiple of the number of shards, odd where it must be
+    even, or larger than the dataset.
     """
 
     n: int
@@ -70,9 +71,10 @@ class Plan:
                 f"take {batch + world}"
             )
         if self.drop_last and batch > self.n:
-            most = self.n // (2 * world) * 2 * world
-            mend = f"take at most {most}" if most else f"give at least {2 * world} samples"
-            raise UserError(f"batch {batch} is larger than the dataset ({self.n} samples): {mend}")
+            unit = math.lcm(4, 2 * world)  # a recipe's batch is a multiple of 4
+            most = self.n // unit * unit
+            fix = f"take at most {most}" if most else f"give at least {unit} samples"
+            raise UserError(f"batch {batch} is larger than the dataset ({self.n} samples): {fix}")
 
     @property
     def local_batch(self) -> int:

@@ -10,6 +10,7 @@ from pipelines.options import opt
 from pipelines.read.crops import CropSpec
 
 Resample = Literal["auto", "area", "bilinear", "bicubic"]
+Backend = Literal["auto", "ffcv", "dali", "torch", "resident"]
 OnCorrupt = Literal["stop", "skip"]
 SMALLEST = {"image_size": 8, "threads": 0, "ahead": 1, "corrupt_limit": 1}
 

@@ -85,7 +85,7 @@ class TruncatedLoader:
         self.loader, self.batches = loader, batches
         count = min(loader.source.num_samples, batches * loader.spec.global_batch)
         self.source = SimpleNamespace(num_samples=count, path=loader.source.path)
-        self.plan = loader.plan
+        self.sampler = loader.sampler
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         inner = self.loader.epoch(epoch)

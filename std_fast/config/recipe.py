@@ -15,7 +15,7 @@ import yaml
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
-from pipelines.read.settings import ReadSettings, Resample
+from pipelines.read.settings import Backend, ReadSettings, Resample
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
@@ -99,7 +99,7 @@ def parse_warmup(text: str) -> Duration | float:
 class Data(ReadSettings):
     train: str = opt("", "training data: a .beton, a glob of them, or an image folder SRC/CLASS/*")
     val: str = opt("", "validation data, likewise; empty: no evaluation")
-    backend: Literal["auto", "ffcv", "dali", "torch", "resident"] = opt(
+    backend: Backend = opt(
         "auto",
         "loader that reads and decodes; auto: resident for small data, else ffcv where it is installed, else torch",
     )

@@ -73,7 +73,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     values: dict[str, Any] = {
         "data.train": loader.source.fingerprint(),
         "data.image_size": spec.image_size,
-        "data.backend": type(loader).__name__.removesuffix("Loader").lower(),  # each has pixels of its own
+        "data.backend": loader.backend,  # each has pixels of its own
         "data.resample": spec.resample,
         **_flat("data.crop", to_dict(spec.crop)),
         **_flat("augment", to_dict(recipe.augment)),

@@ -63,7 +63,7 @@ def evaluate(
                 out = student.outputs(normalise(batch.images))
             valid = batch.labels >= 0
             counts = {"images": valid.sum()}
-            there = (loader.plan.positions(batch.step) >= 0).sum()
+            there = (loader.sampler.positions(batch.step) >= 0).sum()
             counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
             for head in heads:
                 counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()

@@ -103,7 +103,7 @@ class NonFiniteMonitor:
             "not_finite": what,
             "bad_steps": self.steps,
             "figures": trainer.meters.read(),  # of the steps before it
-            "positions": self._loader.plan.positions(place).tolist(),
+            "positions": self._loader.sampler.positions(place).tolist(),
             "recipe": dump(self._recipe),
         }
         described = ""

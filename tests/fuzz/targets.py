@@ -223,17 +223,17 @@ class LoadingDali(Loading):
     def _first(self, path: str, backend: str) -> float:
         if backend != self.backend:
             return super()._first(path, backend)
-        from pipelines.loaders.dali import DaliLoader
-        from pipelines.read.corrupt import CorruptTracker
+        from pipelines.loaders.base import LoaderBase
+        from pipelines.loaders.dali.loader import DaliLoader
+        from pipelines.loaders.dali.prepare import Preparer
         from pipelines.read.source import BetonSource
 
         source = BetonSource(path)
         if self._loader is None:
             self._loader = DaliLoader(self._spec(path), source)
         loader = self._loader
-        loader.source, loader.plan = source, loader.spec.plan(source.num_samples)
-        loader.steps_per_epoch, loader._kinds = loader.plan.steps_per_epoch, np.zeros(source.num_samples, np.uint8)
-        loader.intact = CorruptTracker(loader.spec, source)
+        LoaderBase.__init__(loader, loader.spec, source)
+        loader._preparer = Preparer(loader.spec, source, loader.tracker)
         return self._mean(loader)
 
 

@@ -104,7 +104,7 @@ def test_the_next_good_sample_takes_the_place(betons, backend, caplog):
                     assert torch.equal(found.labels, expected.labels)
                     assert torch.equal(found.positions, expected.positions)
                     assert torch.equal(found.images, expected.images)
-        assert len(loader.intact.found) == number_of_bad()
+        assert len(loader.corrupt) == number_of_bad()
     assert caplog.text.count("is shown in its place") == number_of_bad()
     assert "found.beton: sample 0: cannot be decoded (damaged JPEG" in caplog.text
 

@@ -5,18 +5,21 @@ import gc
 import importlib.util
 import io
 import logging
+import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import pipelines
 from pipelines import open_loader
 from pipelines.errors import DataError, UserError
+from pipelines.loaders import factory, resident
 from pipelines.loaders.torch import TorchLoader
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
@@ -74,7 +77,7 @@ def test_a_batch_is_what_the_plan_and_the_boxes_say(beton, backend):
     """Compared with PIL's crop and resize of PIL's decoding: at most 1 of 255 (rounding between the passes)."""
     source = open_source(beton)
     spec = training(beton)
-    plan, order = spec.plan(37), spec.plan(37).order(2)
+    plan, order = spec.sampler(37), spec.sampler(37).order(2)
     found = batches(spec, backend, epoch=2)
     assert [batch.step for batch in found] == list(range(6))
     for batch in found:
@@ -129,7 +132,7 @@ def test_epochs_follow_each_other_and_differ(beton, backend):
 def test_evaluation_covers_each_image_once(beton, backend, world):
     spec = evaluation(beton, batch=6 * world)
     ranks = [batches(evaluation(beton, 6 * world, shard=Shard(rank, world)), backend) for rank in range(world)]
-    assert [len(rank) for rank in ranks] == [spec.plan(37).steps_per_epoch] * world
+    assert [len(rank) for rank in ranks] == [spec.sampler(37).steps_per_epoch] * world
     seen = []
     for batch in (batch for rank in ranks for batch in rank):
         there = batch.indices >= 0
@@ -214,7 +217,7 @@ class Counting:
 def counting_loader(spec, backend, monkeypatch):
     """A loader and its source, which counts. (Of a source that is no BetonSource, ffcv too reads one by one.)"""
     source = Counting(open_source(spec.path))
-    monkeypatch.setattr("pipelines.read.source.open_source", lambda path: source)
+    monkeypatch.setattr(factory, "open_source", lambda path: source)
     return open_loader(spec, backend), source
 
 
@@ -258,15 +261,18 @@ def test_scratch_is_one_largest_image_per_thread(beton):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_closed_loader_says_so(beton, backend):
+def test_a_closed_loader_is_refused(beton, backend):
     loader = open_loader(training(beton), backend)
+    begun = loader.epoch(0)
     loader.close()
     loader.close()
     with pytest.raises(UserError, match="closed"):
         loader.epoch(0)
+    with pytest.raises(UserError, match="closed"):
+        next(begun)
 
 
-@pytest.mark.parametrize("backend", THREADED)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_in_mid_epoch_ends_the_epoch(beton, backend):
     loader = open_loader(training(beton, batch=2), backend)
     epoch = loader.epoch(0)
@@ -336,7 +342,7 @@ def test_auto_takes_resident_for_small_images_only(tmp_path, beton, caplog, monk
                 backend = "TorchLoader"
             with open_loader(training(path)) as loader:
                 assert type(loader).__name__ == backend
-        monkeypatch.setattr(pipelines, "RESIDENT_BYTES", 100)
+        monkeypatch.setattr(factory, "RESIDENT_BYTES", 100)
         with open_loader(training(small)) as loader:
             assert type(loader).__name__ != "ResidentLoader"
     assert "small.beton: backend resident (0 MiB decoded, kept on cpu)" in caplog.text
@@ -359,12 +365,40 @@ def test_without_dali_a_line_that_installs_it(beton, monkeypatch):
 
 @needs_dali
 def test_sweep_measures_each_load_and_names_the_best(beton):
-    from pipelines.loaders.dali import sweep
+    from pipelines.loaders.dali.sweep import sweep
 
     best, rows = sweep(training(beton), open_source(beton), loads=(0.0, 1.0), steps=3)
     assert [row["hw_decoder_load"] for row in rows] == [0.0, 1.0]
     assert best == max(rows, key=lambda row: row["images_per_second"])["hw_decoder_load"]
     assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_the_sweep_runs_once_for_a_machine_and_a_dataset(beton, tmp_path, monkeypatch):
+    from pipelines.loaders.dali import sweep as module
+
+    calls = []
+
+    def sweep(spec, source):
+        calls.append(spec.path)
+        return 0.65, [{"hw_decoder_load": 0.65, "images_per_second": 1.0}]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "sweep", sweep)
+    monkeypatch.setattr(module, "import_dali", lambda: SimpleNamespace(__version__="2.0"))
+    copy, other = str(tmp_path / "copy.beton"), str(write_beton(tmp_path / "other.beton", samples(9)))
+    shutil.copy(beton, copy)
+    for path in (beton, beton, copy, other):  # a copy is the same dataset
+        assert module.best_load(training(path), open_source(path)) == 0.65
+    assert calls == [beton, other]
+    module.best_load(training(beton, threads=3), open_source(beton))
+    assert len(calls) == 3
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_text('{"hw_decoder_load": 7}')
+    assert module.best_load(training(beton), open_source(beton)) == 0.65
+    assert len(calls) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # cannot be written: measured, not refused
+    assert module.best_load(training(beton), open_source(beton)) == 0.65
 
 
 @pytest.mark.parametrize(
@@ -470,6 +504,37 @@ def test_resident_keeps_whole_images_of_the_right_size_exactly(tmp_path):
     path = str(write_beton(tmp_path / "raw.beton", everything))
     (batch,) = batches(evaluation(path, crop=CropSpec("full")), "resident")
     assert batch.images.permute(0, 2, 3, 1).numpy().tobytes() == b"".join(s.data for s in everything)
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+def test_the_resident_table_holds_the_filter_of_every_interval(cubic, monkeypatch):
+    starts, lengths = np.array([0, 3, 0, 10, 2]), np.array([11, 4, 1, 1, 9])
+    table = resident.AxisFilter(11, 5, cubic, torch.device("cpu"))
+    monkeypatch.setattr(resident, "TABLE_BYTES", 0)
+    computed = resident.AxisFilter(11, 5, cubic, torch.device("cpu"))
+    assert table.table is not None and computed.table is None
+    found, expected = (one.weights(torch.from_numpy(one.keys(starts, lengths))) for one in (table, computed))
+    assert torch.equal(found, expected)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        assert not found[row, :, :start].any() and not found[row, :, start + length :].any()
+
+
+def test_a_resident_batch_takes_few_operations(tmp_path):
+    """Each operation that is not a view launches a kernel on a GPU."""
+    path = str(write_beton(tmp_path / "small.beton", [jpeg_sample(16, 20, i % 3, i) for i in range(8)]))
+    views = ("view", "permute", "select.int", "slice", "transpose", "expand", "unsqueeze", "detach", "empty", "lift")
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            launched.extend([str(function)] * (not any(name in str(function) for name in views)))
+            return function(*args, **(kwargs or {}))
+
+    with open_loader(training(path), "resident") as loader:
+        launched: list[str] = []
+        epoch = loader.epoch(0)
+        with Count():
+            next(epoch)
+    assert 8 < len(launched) <= 11, launched
 
 
 # FFCV's native code

@@ -1,4 +1,4 @@
-"""The order of an epoch is a reproducible permutation; plans cover it exactly, on any number of shards."""
+"""The order of an epoch is a reproducible permutation; samplers cover it exactly, on any number of shards."""
 
 import dataclasses
 import itertools
@@ -12,12 +12,12 @@ from pipelines import rng
 from pipelines.errors import UserError
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
-from pipelines.read.order import Plan, Shard, epoch_order, indices_at
+from pipelines.read.order import BatchSampler, Shard, epoch_order, indices_at
 from pipelines.read.settings import ReadSettings
 
 
-def plans(n, local, world, *, shuffle, drop_last):
-    return [Plan(n, local * world, Shard(rank, world), 3, shuffle, drop_last) for rank in range(world)]
+def samplers(n, local, world, *, shuffle, drop_last):
+    return [BatchSampler(n, local * world, Shard(rank, world), 3, shuffle, drop_last) for rank in range(world)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 40_000])
@@ -52,9 +52,9 @@ def test_every_permutation_is_equally_likely():
 
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 5))
 def test_evaluation_takes_every_position_once_on_equal_steps(n, local, world):
-    shards = plans(n, local, world, shuffle=False, drop_last=False)
-    assert len({plan.steps_per_epoch for plan in shards}) == 1
-    taken = [plan.positions(step) for plan in shards for step in range(plan.steps_per_epoch)]
+    shards = samplers(n, local, world, shuffle=False, drop_last=False)
+    assert len({sampler.steps_per_epoch for sampler in shards}) == 1
+    taken = [sampler.positions(step) for sampler in shards for step in range(sampler.steps_per_epoch)]
     assert all(len(part) == local for part in taken)
     positions = np.concatenate(taken)
     assert np.array_equal(np.sort(positions[positions >= 0]), np.arange(n))
@@ -63,11 +63,11 @@ def test_evaluation_takes_every_position_once_on_equal_steps(n, local, world):
 
 @given(st.integers(20, 400), st.sampled_from([2, 4, 6]), st.integers(1, 3))
 def test_training_is_the_same_on_any_number_of_shards(n, local, world):
-    shards = plans(n, local, world, shuffle=True, drop_last=True)
-    alone = Plan(n, local * world, Shard(), 3, True, True)
+    shards = samplers(n, local, world, shuffle=True, drop_last=True)
+    alone = BatchSampler(n, local * world, Shard(), 3, True, True)
     assert alone.steps_per_epoch == n // (local * world)
     for step in range(alone.steps_per_epoch):
-        parts = [plan.positions(step) for plan in shards]
+        parts = [sampler.positions(step) for sampler in shards]
         assert np.array_equal(np.concatenate(parts), alone.positions(step))
         for part in parts:  # the partner in mixup is the neighbour in the batch
             assert np.array_equal(part ^ 1, part.reshape(-1, 2)[:, ::-1].reshape(-1))
@@ -75,10 +75,10 @@ def test_training_is_the_same_on_any_number_of_shards(n, local, world):
 
 
 def test_positions_past_the_end_are_refused():
-    plan = Plan(10, 4, Shard(), 0, True, True)
+    sampler = BatchSampler(10, 4, Shard(), 0, True, True)
     for step in (-1, 2):
         with pytest.raises(IndexError, match="step"):
-            plan.positions(step)
+            sampler.positions(step)
 
 
 def test_indices_keep_the_padding():
@@ -94,13 +94,13 @@ def test_indices_keep_the_padding():
         (10, 4, 3, False, "multiple of the number of processes, 3"),
         (10, 3, 1, True, "even on each.*take 4"),
         (60, 6, 2, True, "even on each.*take 8"),
-        (10, 16, 1, True, r"larger than the dataset \(10 samples\): take at most 10"),
+        (10, 16, 1, True, r"larger than the dataset \(10 samples\): take at most 8"),
         (3, 4, 2, True, "give at least 4 samples"),
     ],
 )
-def test_impossible_plans_name_the_mend(n, batch, world, drop_last, message):
+def test_impossible_batches_name_the_fix(n, batch, world, drop_last, message):
     with pytest.raises(UserError, match=message):
-        Plan(n, batch, Shard(0, world), 0, True, drop_last)
+        BatchSampler(n, batch, Shard(0, world), 0, True, drop_last)
 
 
 @pytest.mark.parametrize(("rank", "world"), [(1, 1), (-1, 2), (0, 0)])
@@ -113,8 +113,10 @@ def spec(**values):
     return LoaderSpec("x.beton", 8, image_size=32, shuffle=True, drop_last=True, crop=CropSpec(), **values)
 
 
-def test_a_loader_follows_the_plan_of_its_spec():
-    assert spec(seed=3, shard=Shard(1, 2)).plan(50) == Plan(50, 8, Shard(1, 2), seed=3, shuffle=True, drop_last=True)
+def test_a_spec_gives_its_sampler():
+    assert spec(seed=3, shard=Shard(1, 2)).sampler(50) == BatchSampler(
+        50, 8, Shard(1, 2), seed=3, shuffle=True, drop_last=True
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("threads", -1), ("ahead", 0), ("resample", "cubic")])

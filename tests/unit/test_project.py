@@ -114,7 +114,7 @@ def test_no_import_cycle():
 def test_import_does_no_work():
     """Importing the package and the CLI loads nothing heavy: `std-fast --help` must answer at once."""
     heavy = {"torch", "numpy", "ffcv", "rich", "timm"}
-    code = f"import sys, std_fast.cli, std_fast.commands.doctor; print(*sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, pipelines, std_fast.cli, std_fast.commands.doctor; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
