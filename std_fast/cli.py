@@ -6,7 +6,6 @@ Arguments and handler of each verb are in `std_fast/commands/*_verbs.py`.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import io
 import logging
@@ -47,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"std-fast: memory was short ({what}); use smaller batches or fewer workers", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
-        sys.stderr.close()
         return 0
     except KeyboardInterrupt:
         print("std-fast: interrupted", file=sys.stderr)
@@ -56,10 +54,15 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM or SIGUSR1 before a training has begun (importing torch takes seconds), or after it: exit code 3."""
+    """SIGTERM or SIGUSR1 before a training has begun (importing torch takes seconds), or after it: exit code 3.
+
+    The process ends at once: an exception would be lost where a module is compiled, and the training would begin.
+    """
 
     def leave(_signum: int, _frame: object) -> NoReturn:
-        raise SystemExit(STOPPED)
+        with contextlib.suppress(Exception):  # a reader that has left, or the signal came in the middle of a write
+            sys.stdout.flush()
+        os._exit(STOPPED)
 
     kept = {}
     with contextlib.suppress(ValueError):  # not the main thread
@@ -73,15 +76,15 @@ def stoppable() -> Iterator[None]:
 
 
 def entry(argv: list[str] | None = None) -> NoReturn:
-    """`main` as a process, which ends at once: taking torch down would hold the GPU for one or two seconds."""
+    """`main` as a process."""
     code = main(argv)
     for signum in (signal.SIGTERM, signal.SIGUSR1):  # all is saved and said: a late one must not change the exit code
         signal.signal(signum, signal.SIG_IGN)
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):  # a reader that has left, a stream that is closed
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    except OSError:  # the reader has left: the interpreter must not try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:

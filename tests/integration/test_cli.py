@@ -153,6 +153,17 @@ def test_resume_is_a_flag_and_fields_may_come_first():
     assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """As in `std-fast recipes | head -1`; the words are flushed by the interpreter's end, if not before."""
+    command = [sys.executable, "-m", "std_fast.cli", "recipes"]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
 def test_a_class_name_that_the_terminal_lacks_is_escaped(image_folder, tmp_path):
     """An old cluster's locale is ASCII."""
     (tmp_path / "src").mkdir()
