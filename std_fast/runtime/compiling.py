@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,9 +39,13 @@ def backend_of(recipe: Recipe, device: torch.device) -> str | None:
     `auto` is inductor on a GPU with Triton.
 
     Raises:
-        UserError: inductor is asked for on a GPU where Triton is not installed.
+        UserError: inductor is asked for on a GPU where Triton is not installed, or any backend under python -O.
     """
     chosen = recipe.run.compile
+    if sys.flags.optimize and chosen != "off" and (chosen != "auto" or device.type == "cuda"):
+        raise UserError(  # its tracer looks for the instructions of an assertion
+            f"run.compile: {chosen} does not work under python -O or PYTHONOPTIMIZE; start without, or set it to off"
+        )
     has_triton = importlib.util.find_spec("triton") is not None
     if chosen == "auto":
         if device.type == "cuda" and not has_triton:

@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,16 @@ def test_nothing_is_compiled_again_after_the_first_two_steps(recipe, tmp_path):
         for name in {"loss", "loss_class", "loss_distill", "information", "grad_norm", "top1"} & b.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
     assert one[0]["seconds"]["compile"] > 0.05 and two[0]["seconds"]["compile"] == 0
+
+
+def test_python_without_assertions_cannot_compile(monkeypatch):
+    """torch's tracer raises StopIteration there."""
+    monkeypatch.setattr(compiling, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=1)))
+    for chosen, device, complaint in (("eager", "cpu", "run.compile: eager"), ("auto", "cuda", "run.compile: auto")):
+        with pytest.raises(UserError, match=complaint):
+            compiling.backend_of(from_dict(Recipe, {"run": {"compile": chosen}}), torch.device(device))
+    for chosen, device in (("auto", "cpu"), ("off", "cuda")):
+        assert compiling.backend_of(from_dict(Recipe, {"run": {"compile": chosen}}), torch.device(device)) is None
 
 
 def test_compilation_is_booked_wherever_it_happens():

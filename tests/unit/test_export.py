@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,12 +15,13 @@ from safetensors.torch import load_file
 
 from pipelines.errors import UserError
 from std_fast import create_teachers, export_run
-from std_fast.commands import export
+from std_fast.commands import export, export_formats
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 
+ROOT = Path(__file__).resolve().parents[2]
 K = 3
 NAMES = ["ant", "bee", "cat"]
 MIXER = {"name": "mixer", "options": {"patch_size": 8, "dim": 16, "depth": 2}}
@@ -66,7 +71,7 @@ def test_the_report_and_the_folder(exported):
     assert report["files"] == files
     assert set(files) == {"README.md", "config.json", "model.safetensors", "model.onnx", "model.pt2"}
     assert set(report["differences"]) == {"timm", "onnx", "pt2"}
-    assert all(0 <= report["differences"][name] <= export.TOLERANCE[name] for name in report["differences"])
+    assert all(0 <= report["differences"][name] <= export_formats.TOLERANCE[name] for name in report["differences"])
     assert list(report["left_out"]) == ["class-head"]
     assert (report["architecture"], report["step"], report["predict"]) == ("std_mixer", 7, "mean")
     tensors = load_file(out / "model.safetensors")
@@ -203,18 +208,56 @@ def test_other_answers_after_writing_are_an_error_and_leave_nothing(tmp_path, mo
         tensors["std.1.heads.0.bias"] = tensors["std.1.heads.0.bias"] + 1e-5
         save(tensors, path, metadata)
 
-    save = export.save_file
-    monkeypatch.setattr(export, "save_file", damaged)
+    save = export_formats.save_file
+    monkeypatch.setattr(export_formats, "save_file", damaged)
     with pytest.raises(RuntimeError, match="timm: read back, its logits differ"):
         export_run(tmp_path / "run", tmp_path / "out", ("timm",))
 
     def full(tensors, path, metadata):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export_formats, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         export_run(tmp_path / "run", tmp_path / "out", ("timm",))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def run_apart(folder, code, **environment):
+    """A Python of its own, started in `folder`; its exit code and the lines of its standard error."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_a_full_disk_ends_every_format_in_one_line(tmp_path):
+    """A limit on the size of files, as `ulimit -f` sets it."""
+    make_run(tmp_path / "run")
+    code = """
+import resource
+from std_fast import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+for name in ("timm", "onnx", "pt2"):
+    assert cli.main(["export", "run", "out", "--formats", name]) == 2, name
+"""
+    exit_code, lines = run_apart(tmp_path, code)
+    assert exit_code == 0 and len(lines) == 3, lines
+    assert all("out: cannot be written" in line and "make room" in line for line in lines), lines
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_assertions_programs_are_refused(tmp_path):
+    """python -O: torch's tracer raises StopIteration there."""
+    make_run(tmp_path / "run")
+    code = """
+import sys
+from std_fast import cli
+if cli.main(["export", "run", "out", "--formats", "pt2"]) != 2 or cli.main(["export", "run", "out"]) != 0:
+    sys.exit(1)
+"""
+    exit_code, lines = run_apart(tmp_path, code, PYTHONOPTIMIZE="1")
+    assert exit_code == 0, lines
+    assert "formats: pt2 cannot be had: torch cannot trace under python -O" in lines[0]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 def test_a_diverged_run_is_refused(tmp_path):
