@@ -29,10 +29,11 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.study import Children, Study, write_whole
+from benchmarks.study import Children, Study
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> harness.Report:
     else:
         args.data = [os.path.abspath(path) for path in args.data]
         work.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps({"size": args.size, "data": args.data, "precision": precision}))
+        write_atomic(record, json.dumps({"size": args.size, "data": args.data, "precision": precision}))
         working = not args.list
     study = Study(args.size, work, tuple(args.data), precision)
     if args.costs:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from pipelines.files import write_atomic
 
 OTHERS = ("mixer_b16", "resmlp_s24", "resmlp_b24", "cyclemlp_b1", "cyclemlp_b2")
 
@@ -155,9 +156,7 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
 
 def save(folder: Path, found: dict[str, dict[str, Any]], smoke: bool) -> None:
     """Writes what is known, whole or not at all."""
-    draft = folder / "gpu_suite.partial"
-    draft.write_text(json.dumps({"smoke": smoke, "parts": found}, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, folder / "gpu_suite.json")
+    write_atomic(folder / "gpu_suite.json", json.dumps({"smoke": smoke, "parts": found}, indent=1) + "\n")
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ import yaml
 from benchmarks import harness, workload
 from benchmarks.study_sizes import BOTH, PUSHED, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import files as recipe_files
 from std_fast.config import recipe as recipes
@@ -232,7 +233,7 @@ class Study:
         if code == 0 and job.verb == "teach":
             hours = (time.perf_counter() - began) / 3600  # of the whole process, imports included
             record = json.loads(said) | {"gpu_hours": hours}
-            write_whole(folder / "summary.json", json.dumps(record))
+            write_atomic(folder / "summary.json", json.dumps(record))
         return code
 
     def measure_costs(self, args: argparse.Namespace) -> None:
@@ -258,7 +259,7 @@ class Study:
             "rows": [harness.row(name, t, batch) for name, t in times.items()],
             "conditions": harness.conditions(args.device),
         }
-        write_whole(self.out(args.costs) / "costs.json", json.dumps(report, indent=1))
+        write_atomic(self.out(args.costs) / "costs.json", json.dumps(report, indent=1))
 
     # -- what came out ------------------------------------------------------------------------------------------------
 
@@ -356,13 +357,6 @@ def one_step(parts: Parts) -> Callable[[], None]:
 def merged(*parts: Overrides) -> Overrides:
     """Later ones win, as a recipe over its base."""
     return functools.reduce(merge, parts)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """There whole or not at all."""
-    draft = path.with_suffix(".partial")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def rounded(record: harness.Report) -> harness.Report:

@@ -33,6 +33,7 @@ from pipelines.convert.listing import DISK_FULL, Listing
 from pipelines.convert.sources import list_source, ordered_as_text
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError
+from pipelines.files import sync
 from pipelines.read.image_prep import ConvertSettings, library_versions
 from pipelines.read.source import TABLE_TYPE, printable
 from pipelines.untrusted import read_json
@@ -263,7 +264,7 @@ class _Conversion:
         # The manifest first: where there is a beton, its manifest is there too.
         os.rename(self.folder.file("manifest"), f"{self.dst}.json")
         os.rename(self.folder.file("data"), self.dst)
-        sync_directory(os.path.dirname(os.path.abspath(self.dst)))
+        sync(os.path.dirname(os.path.abspath(self.dst)))
         with contextlib.suppress(FileNotFoundError):
             os.remove(_faults_file(self.dst))
         self.folder.remove()
@@ -379,14 +380,6 @@ def _sha256(fd: int) -> str:
         digest.update(block)
         at += len(block)
     return digest.hexdigest()
-
-
-def sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _faults_file(dst: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pipelines.errors import UserError
+from pipelines.files import sync
 from std_fast import __version__
 from std_fast.commands.export_formats import preprocessing
 from std_fast.config.recipe import Recipe
@@ -35,15 +36,6 @@ def draft_beside(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be written ({error}); make room or name another folder") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def readme(report: dict, recipe: Recipe, chosen: list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipelines.files import write_atomic
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Duration, Recipe, parse_warmup
 
@@ -142,10 +143,8 @@ class Heartbeat:
                 log.debug("%s: %s", self.path, error)
 
     def _write(self, more: dict[str, Any]) -> None:
-        draft = self.path.with_suffix(".partial")
         record = {"gpu_seconds": self.ledger.held * self.ledger.devices, **more}
-        draft.write_text(json.dumps(record), encoding="ascii")
-        os.replace(draft, self.path)
+        write_atomic(self.path, json.dumps(record))
 
     def stop(self, step: int | None) -> None:
         """The last beat. `step`: all steps up to it are saved, so nothing is lost; None: the run ends otherwise."""

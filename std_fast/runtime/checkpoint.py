@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import threading
 import time
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.files import replacing
 from pipelines.read.source import MAX_CLASSES
 from std_fast.config.legacy import upgrade_meta, upgrade_tensors
 from std_fast.runtime.memory import ran_out
@@ -63,21 +63,11 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     meta = {**meta, "format": FORMAT}
     meta["digest"] = digest(tensors, meta)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, draft, metadata={KEY: json.dumps(meta)})
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with replacing(path, flush=True) as draft:
+            save_file(tensors, draft, metadata={KEY: json.dumps(meta)})
     except SafetensorError as error:  # safetensors wraps the system's error, such as a full disk
         raise OSError(f"{path}: cannot be written ({error})") from None
-    finally:
-        draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.files import write_atomic
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 
 log = logging.getLogger("std_fast")
@@ -100,9 +101,7 @@ class Journal:
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_jsonl(self.path) if r["step"] <= resume_step] if resume_step else []
         # what was logged after the checkpoint is about to be logged again
-        draft = self.path.with_suffix(".partial")
-        draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self.path, "a", encoding="utf-8")
         self._board: Board | None = None
         try:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pipelines.augment.device import Augment, TrainBatch
 from pipelines.errors import UserError
+from pipelines.files import sync, write_atomic
 from pipelines.read.batch import Batch, Loader
 from pipelines.untrusted import open_regular, read_json
 from std_fast import __version__
@@ -484,18 +485,10 @@ class EpochWriter:
             os.pwrite(self._fd, digest.digest(), size)
             os.fsync(self._fd)
             os.replace(self.path, self.store.path(self.epoch))
-            _sync_folder(self.store.folder)
+            sync(self.store.folder)
         finally:
             os.close(self._fd)
             self._fd = -1
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def open_target_cache(
@@ -532,8 +525,6 @@ def _create(folder: Path, header: Header) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".targets.{os.getpid()}.partial"
-        draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        os.replace(draft, folder / "targets.json")
+        write_atomic(folder / "targets.json", json.dumps(data, indent=1))
     except OSError as error:
         raise UserError(f"distill.target_cache: {folder} cannot be made ({error}); give another folder") from None

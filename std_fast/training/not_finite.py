@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipelines.files import write_atomic
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, dump
-from std_fast.training.run_folder import write_whole
 from std_fast.training.step import Trainer
 
 CHECKED = ("loss", "gradient", "MINE's gradient")  # what the trainer's guard checks, in its order
@@ -109,7 +109,7 @@ class NonFiniteMonitor:
         described = ""
         if self._folder is not None:
             path = self._folder / "not_finite.json"
-            write_whole(path, json.dumps(report, indent=1))
+            write_atomic(path, json.dumps(report, indent=1))
             described = f", the batch is described in {path}"
         past = f" after {len(self.steps)} others (run.not_finite_limit)" if self.steps else ""
         mend = "" if self.steps else " or, if it is one batch that does it, --resume --run.not_finite skip"

@@ -17,6 +17,7 @@ import torch
 
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds
 from std_fast.method.losses import TeacherTargets
 from std_fast.method.student import smaller
@@ -32,7 +33,7 @@ from std_fast.training.build import Parts, build, resolved, uses_gpu
 from std_fast.training.evaluate import Abandoned, evaluate
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
 from std_fast.training.optim import peak_learning_rate, schedule
-from std_fast.training.run_folder import RunFolder, locked, versions, write_whole
+from std_fast.training.run_folder import RunFolder, locked, versions
 
 log = logging.getLogger("std_fast")
 
@@ -89,7 +90,7 @@ class Run:
         self.teachers = Timed(teachers, "teacher", self.ledger, on_gpu) if teachers is not None else None
         self.journal: Journal | None = None
         if world.main:
-            write_whole(self.folder.path / "recipe.yaml", dump(recipe))
+            write_atomic(self.folder.path / "recipe.yaml", dump(recipe))
             self.journal = Journal(self.folder.path, self.step)
             self._closing.callback(self.journal.close)
         what, total, unit = ("hour", self.clock.hours, "GPU-h") if self.clock.hours else ("step", self.clock.steps, "")
@@ -388,7 +389,7 @@ class Run:
         }
         self._record("end", {"step": self.step, "gpu_hours": summary["gpu_hours"]})
         if self.world.main:
-            write_whole(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+            write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def close(self) -> None:

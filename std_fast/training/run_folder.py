@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -177,13 +176,6 @@ def locked(folder: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
         except OSError:
             raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file of the run: killed in the middle, it leaves the one that was there."""
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def versions() -> dict[str, str]:

@@ -68,7 +68,7 @@ def test_lower_packages_never_import_upper_ones(package, forbidden):
 
 
 ROOMS = (
-    {"pipelines.errors", "pipelines.options", "pipelines.rng"},
+    {"pipelines.errors", "pipelines.files", "pipelines.options", "pipelines.rng"},
     {"pipelines.untrusted"},
     {"pipelines.read", "std_fast.models"},
     {"pipelines.source", "pipelines.augment", "pipelines.convert", "pipelines.loaders", "std_fast.method"},

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pipelines.files import write_atomic
 from pipelines.loaders.base import available_cores
 from pipelines.loaders.dali.loader import DaliLoader
 from pipelines.loaders.dali.pipeline import import_dali
@@ -97,10 +98,8 @@ def _read(file: Path, conditions: dict[str, Any]) -> float | None:
 
 def _keep(file: Path, result: dict[str, Any]) -> None:
     """Writes the file in one piece: other processes may read or write it at the same time."""
-    part = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        os.replace(part, file)
+        write_atomic(file, json.dumps(result, indent=1))
     except OSError as error:
         log.warning("%s: cannot be written (%s); the next start measures hw_decoder_load again", file, error.strerror)

@@ -1,0 +1,45 @@
+"""Files that are replaced in one piece, and what waits for the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write a file under; when the block ends well it gets the name `path`.
+
+    Readers find the old file or the new one, never a part. When the block raises, the draft is removed and `path` stays
+    as it is; a process that is killed leaves the draft, `.NAME.PID.partial`.
+
+    Args:
+        flush: wait until file and name are on the disk, so that they outlive a machine that loses power.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield draft
+        if flush:
+            sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    if flush:
+        sync(path.parent)
+
+
+def write_atomic(path: Path, text: str, flush: bool = False) -> None:
+    """Replaces a file by `text`, in UTF-8, in one piece; see `replacing`. Raises OSError where it cannot be written."""
+    with replacing(path, flush) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def sync(path: str | Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,36 @@
+"""A file is replaced in one piece or not at all."""
+
+import os
+
+import pytest
+
+from pipelines.files import replacing, write_atomic
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_text_replaces_a_file(tmp_path, flush):
+    path = tmp_path / "x.json"
+    for text in ("{}", "ä\n"):
+        write_atomic(path, text, flush)
+        assert path.read_text(encoding="utf-8") == text
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), replacing(path) as draft:
+        draft.write_text("ne")
+        assert path.read_text() == "old"
+        raise OSError("disk full")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_what_is_flushed_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda one, two: seen.append("replace") or replace(one, two))
+    write_atomic(tmp_path / "x", "text", flush=True)
+    draft = str(tmp_path / f".x.{os.getpid()}.partial")
+    assert seen == [draft, "replace", str(tmp_path)]
