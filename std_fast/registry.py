@@ -3,8 +3,8 @@
 Importing this module registers them. Every backbone of this project has a name: `std_NAME_224` where NAME is a
 published size (also with another `img_size`), `std_mixer`, `std_resmlp` and `std_cyclemlp` for any other shape, which
 takes the builder's options (`patch_size`, `dim`, ...).
-Further arguments: `teachers` (how many distillation heads, 0 for the plain model), `tokens`, `taps`, `assign` and
-`predict` of `std_fast.create_student`.
+Further arguments: `teachers` (how many distillation heads, 0 for the plain model), `tokens`, `taps`, `assign`,
+`token_mlp_ratio` and `predict` of `std_fast.create_student`.
 
 Shapes: B batch, P patches, C channels, K classes.
 """
@@ -102,6 +102,7 @@ def build(
     taps: Sequence[int] | None = None,
     assign: Sequence[Sequence[int]] | None = None,
     predict: Any = "mean",
+    token_mlp_ratio: Sequence[float] = (0.5, 4.0),
     **options: Any,
 ) -> TimmStudent:
     """A student by timm's argument names. UserError for what these models do not have."""
@@ -117,7 +118,8 @@ def build(
         raise UserError(f"img_size: {height} x {width}, but the students take square images")
     K = max(num_classes, 1)  # heads that timm's num_classes=0 then empties
     backbone, modules = backbone_and_modules(name, K, height, teachers, drop_path_rate, tokens, taps, assign, options)
-    student = TimmStudent(backbone, K, modules, tokens, predict=predict)
+    spatial, channel = token_mlp_ratio
+    student = TimmStudent(backbone, K, modules, tokens, predict=predict, token_mlp_ratio=(spatial, channel))
     if num_classes == 0:
         student.reset_classifier(0)
     return student

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from std_fast.config.recipe import Recipe
+from std_fast.config.recipe import Distill, Recipe
 from std_fast.method.student import Student
 from std_fast.models import Backbone
 
@@ -63,6 +63,8 @@ def timm_models(recipe: Recipe, student: Student) -> tuple[TimmModel | None, Tim
         args: dict[str, Any] = {"teachers": 0}
     else:
         args = {"teachers": len(d.teachers), "tokens": d.tokens, "predict": student.predict}
+        if d.token_mlp_ratio != Distill.token_mlp_ratio:
+            args["token_mlp_ratio"] = list(d.token_mlp_ratio)
         args |= {key: to_lists(value) for key, value in (("taps", d.taps), ("assign", d.assign)) if value is not None}
     args |= recipe.student.options
     return TimmModel(architecture(recipe.student.name), args, student.state_dict()), head

@@ -197,8 +197,18 @@ class Distill:
     taps: tuple[int, ...] | None = opt(None, "blocks after which the STD modules read, from 1; default: 2/3 and last")
     assign: tuple[tuple[int, ...], ...] | None = opt(None, "for each module the teachers it serves; default: its own")
     alpha: float = opt(0.5, "weight of the distillation loss; the class loss has 1 - alpha")
+    module_weights: tuple[float, ...] | None = opt(
+        None, "a factor of each STD module's share of the distillation loss; default: 1 for all"
+    )
+    class_share: float = opt(0.0, "share of the distillation loss that the class head gets, from all teachers")
+    token_mlp_ratio: tuple[float, float] = opt(
+        (0.5, 4.0), "hidden widths of the modules' spatial and channel MLP over the channels C; default: the paper's"
+    )
     labels: Literal["hard", "soft"] = opt(
         "hard", "teacher targets: their argmax, or their distribution at `temperature`"
+    )
+    loss: Literal["kl", "dkd", "dist", "ofa"] = opt(
+        "kl", "loss of soft labels: KL (Hinton 2015), DKD (Zhao 2022), DIST (Huang 2022) or OFA's (Hao 2023)"
     )
     temperature: float = opt(1.0, "temperature of soft labels")
     top_k: int = opt(0, "soft labels keep this many of the largest probabilities, the rest is spread evenly; 0: all")
@@ -221,6 +231,16 @@ class Distill:
             self.labels == "soft" or self.temperature == 1.0,
             "distill.temperature",
             "has no effect on hard labels; leave it at 1 or set distill.labels to soft",
+        )
+        require(
+            self.labels == "soft" or self.loss == "kl", "distill.loss", "has no effect on hard labels; leave it out"
+        )
+        require(0 <= self.class_share <= 1, "distill.class_share", f"{self.class_share} must be between 0 and 1")
+        require(min(self.token_mlp_ratio) > 0, "distill.token_mlp_ratio", "must be positive")
+        require(
+            self.module_weights is None or (self.tokens != "deit" and min(self.module_weights, default=0.0) >= 0),
+            "distill.module_weights",
+            "must be a number of 0 or more for each module; DeiT's token has none",
         )
         require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
         require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")

@@ -5,6 +5,8 @@ Shapes: B batch, K classes, M teachers, H distillation heads (head h learns from
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ class TeacherTargets(NamedTuple):
     labels: Tensor  # int64 [B, M], argmax of each teacher's logits
     confidence: Tensor  # float16 [B, M], sum_k p log p: the negative entropy in nats, 0 for a certain teacher
     log_probs: Tensor | None = None  # [B, M, K] at the recipe's temperature; only for soft labels
-    top_probs: Tensor | None = None  # float16 [B, M, k]: instead of log_probs, the k largest (see top_k_kl)
+    top_probs: Tensor | None = None  # float16 [B, M, k]: instead of log_probs, the k largest (see all_log_probs)
     top_classes: Tensor | None = None  # int64 [B, M, k], their classes
 
 
@@ -58,21 +60,80 @@ def confidence_weights(confidence_BM: Tensor) -> Tensor:
     return confidence_BM.float().softmax(-1)
 
 
-def top_k_kl(log_q_BK: Tensor, probs_Bk: Tensor, classes_Bk: Tensor) -> Tensor:
-    """KL(p || q) per image `[B]` of a distribution p of which only the k largest probabilities are known.
+def all_log_probs(targets: TeacherTargets, teacher: int, classes: int) -> Tensor:
+    """Log-probabilities `[B, K]` of one teacher at the temperature of `targets`.
 
-    What they leave of 1 is spread evenly over the other K - k classes. As the k are rounded to float16, each
-    probability is at least 2^-24, the smallest that float16 holds, and all are then scaled to sum to 1.
+    Where only the k largest are known, what they leave of 1 is spread evenly over the other K - k classes. As the k are
+    rounded to float16, each probability is at least 2^-24, the smallest that float16 holds, and all are then scaled to
+    sum to 1.
+
+    Raises:
+        ValueError: `targets` has no distribution.
     """
-    k, K = probs_Bk.shape[1], log_q_BK.shape[1]
-    p_Bk = probs_Bk.float().clamp(min=2.0**-24)
-    rest_B1 = ((1 - p_Bk.sum(1, keepdim=True)) / (K - k)).clamp(min=2.0**-24)
-    total_B1 = p_Bk.sum(1, keepdim=True) + (K - k) * rest_B1
-    p_Bk, rest_B1 = p_Bk / total_B1, rest_B1 / total_B1
-    negative_entropy = (p_Bk * p_Bk.log()).sum(1, keepdim=True) + (K - k) * rest_B1 * rest_B1.log()
-    # sum p log q, with the rest counted for all classes and taken back from the k: no target of K values is built
-    known = ((p_Bk - rest_B1) * log_q_BK.gather(1, classes_Bk)).sum(1, keepdim=True)
-    return (negative_entropy - known - rest_B1 * log_q_BK.sum(1, keepdim=True)).squeeze(1)
+    if targets.log_probs is not None:
+        return targets.log_probs[:, teacher].float()
+    if targets.top_probs is None or targets.top_classes is None:
+        raise ValueError("soft labels need targets with log_probs: pass a temperature to the teachers too")
+    p_Bk = targets.top_probs[:, teacher].float().clamp(min=2.0**-24)
+    rest_B1 = ((1 - p_Bk.sum(1, keepdim=True)) / (classes - p_Bk.shape[1])).clamp(min=2.0**-24)
+    p_BK = rest_B1.repeat(1, classes).scatter(1, targets.top_classes[:, teacher], p_Bk)
+    return (p_BK / p_BK.sum(1, keepdim=True)).log()
+
+
+# -- losses of soft labels: student's logits [B, K], teacher's log-probabilities [B, K] at temperature T -> [B] -------
+
+
+def kl(logits_BK: Tensor, log_p_BK: Tensor, T: float, _labels: Tensor | None = None) -> Tensor:
+    """`T^2 KL(teacher || student)` (Hinton et al. 2015)."""
+    return T**2 * (log_p_BK.exp() * (log_p_BK - F.log_softmax(logits_BK / T, -1))).sum(-1)
+
+
+def dkd(logits_BK: Tensor, log_p_BK: Tensor, T: float, labels_B: Tensor | None) -> Tensor:
+    """`T^2 (KL of target against rest + DKD_BETA KL among the rest)` (Zhao et al. 2022, equation 7, alpha 1)."""
+    assert labels_B is not None
+    target_BK = F.one_hot(labels_B, logits_BK.shape[-1]).bool()
+    log_q_BK = F.log_softmax(logits_BK / T, -1)
+    log_p_rest, log_q_rest = (
+        x.masked_fill(target_BK, -math.inf).logsumexp(-1, keepdim=True) for x in (log_p_BK, log_q_BK)
+    )
+    difference_BK = log_p_BK - log_q_BK
+    rest_B1 = log_p_rest - log_q_rest
+    of_target = (log_p_BK.exp() * difference_BK * target_BK).sum(-1) + (log_p_rest.exp() * rest_B1).squeeze(-1)
+    among_rest = ((log_p_BK - log_p_rest).exp() * (difference_BK - rest_B1) * ~target_BK).sum(-1)
+    return T**2 * (of_target + DKD_BETA * among_rest)
+
+
+def dist(logits_BK: Tensor, log_p_BK: Tensor, T: float, _labels: Tensor | None = None) -> Tensor:
+    """`T^2 DIST_WEIGHT (1 - correlation over classes + 1 - correlation over images)` (Huang et al. 2022, equation 9).
+
+    The second part, a mean over the classes, is the same for all images of the batch (of each process its own).
+    """
+    q_BK, p_BK = F.softmax(logits_BK / T, -1), log_p_BK.exp()
+    return T**2 * DIST_WEIGHT * ((1 - correlation(q_BK, p_BK)) + (1 - correlation(q_BK.T, p_BK.T)).mean())
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, over the last dimension."""
+    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)
+
+
+def ofa(logits_BK: Tensor, log_p_BK: Tensor, T: float, labels_B: Tensor | None) -> Tensor:
+    """`-sum_c ((p_c + [c is the target])^OFA_GAMMA - [c is the target]) log q_c` (Hao et al. 2023, equation 5)."""
+    assert labels_B is not None
+    target_BK = F.one_hot(labels_B, logits_BK.shape[-1])
+    weights_BK = (log_p_BK.exp() + target_BK) ** OFA_GAMMA - target_BK
+    return -(weights_BK * F.log_softmax(logits_BK / T, -1)).sum(-1)
+
+
+SOFT_LOSSES: dict[str, Callable[[Tensor, Tensor, float, Tensor | None], Tensor]] = {
+    "kl": kl,
+    "dkd": dkd,
+    "dist": dist,
+    "ofa": ofa,
+}
+DKD_BETA = 8.0  # Zhao et al.'s for most pairs of CIFAR-100
+DIST_WEIGHT = 2.0  # beta and gamma of Huang et al.
+OFA_GAMMA = 1.5  # of the runs that Hao et al. published
 
 
 def distillation_loss(
@@ -81,8 +142,11 @@ def distillation_loss(
     head_teacher: tuple[int, ...] | None = None,
     reweight: bool = True,
     temperature: float | None = None,
+    loss: str = "kl",
+    labels_B: Tensor | None = None,
+    head_weights: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """`sum_i w_i CE(f_i(x), argmax g_i(x))`, mean over the batch (a float32 scalar).
+    """`sum_i w_i loss(f_i(x), g_i(x))`, mean over the batch (a float32 scalar).
 
     Args:
         logits_BHK: distillation logits of the student's heads.
@@ -90,8 +154,12 @@ def distillation_loss(
         head_teacher: which teacher each head learns from; by default head i from teacher i. Heads of one teacher
             share its weight equally.
         reweight: weigh the teachers by their confidence, per image; otherwise equally.
-        temperature: None for hard labels; otherwise `T^2 KL(teacher || student)` at this temperature
-            (Hinton et al. 2015), which needs `targets.log_probs` or the `top_` fields.
+        temperature: None for hard labels, `CE(f_i(x), argmax g_i(x))`; otherwise one of `SOFT_LOSSES` at this
+            temperature, which needs `targets.log_probs` or the `top_` fields.
+        loss: which of them.
+        labels_B: the images' true labels, of mixed ones that with the larger share: the target of `dkd` and `ofa`; by
+            default the teacher's label.
+        head_weights: factors of the heads' losses; by default 1.
 
     Raises:
         ValueError: as many heads as teachers are expected, or soft labels are wanted and not there.
@@ -103,19 +171,15 @@ def distillation_loss(
     total = logits_BHK.new_zeros(len(logits_BHK), dtype=torch.float32)
     weights_BM = confidence_weights(targets.confidence) if reweight else None
     for h, teacher in enumerate(head_teacher):
+        logits_BK, labels_of_teacher = logits_BHK[:, h].float(), targets.labels[:, teacher]
         if temperature is None:
-            per_image = F.cross_entropy(logits_BHK[:, h].float(), targets.labels[:, teacher], reduction="none")
+            per_image = F.cross_entropy(logits_BK, labels_of_teacher, reduction="none")
         else:
-            log_q = F.log_softmax(logits_BHK[:, h].float() / temperature, -1)
-            if targets.top_probs is not None and targets.top_classes is not None:
-                divergence = top_k_kl(log_q, targets.top_probs[:, teacher], targets.top_classes[:, teacher])
-            elif targets.log_probs is not None:
-                log_p = targets.log_probs[:, teacher].float()
-                divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-            else:
-                raise ValueError("soft labels need targets with log_probs: pass a temperature to the teachers too")
-            per_image = temperature**2 * divergence
+            log_p_BK = all_log_probs(targets, teacher, logits_BK.shape[-1])
+            target = labels_of_teacher if labels_B is None else labels_B
+            per_image = SOFT_LOSSES[loss](logits_BK, log_p_BK, temperature, target)
         share = 1.0 / len([other for other in head_teacher if other == teacher])  # torch 2.8 cannot trace `count`
+        share *= 1.0 if head_weights is None else head_weights[h]
         weight = share / len(set(head_teacher)) if weights_BM is None else share * weights_BM[:, teacher]
         total = total + weight * per_image
     return total.mean()

@@ -52,6 +52,7 @@ class Student(nn.Module):
         mine_width, mine_ema: see `MutualInformation`.
         predict: what `forward` targets in evaluation: the mean of class logits and mean distillation logits,
             or either alone.
+        token_mlp_ratio: hidden widths of the modules' spatial and channel MLP over the channels C.
 
     In training mode `forward` returns a `StudentOutput`, in evaluation logits `[B, K]` (DeiT's habit).
     """
@@ -68,6 +69,7 @@ class Student(nn.Module):
         mine_width: int = 512,
         mine_ema: float = 0.0,
         predict: Prediction = "mean",
+        token_mlp_ratio: tuple[float, float] = (0.5, 4.0),
     ) -> None:
         super().__init__()
         self.backbone, self.num_classes, self.predict = backbone, num_classes, predict
@@ -85,7 +87,9 @@ class Student(nn.Module):
                 self.deit_heads.append(head)
         else:
             for plan in modules:
-                self.std.append(STDModule(backbone.dim, backbone.patches, num_classes, len(plan.teachers), tokens))
+                spatial, channel = (max(1, int(ratio * backbone.dim)) for ratio in token_mlp_ratio)
+                size = (backbone.dim, backbone.patches, num_classes, len(plan.teachers))
+                self.std.append(STDModule(*size, tokens, spatial, channel))
             if mine_weight and tokens == "both":
                 for _ in modules:
                     self.mine.append(

@@ -142,8 +142,11 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
             )
         modules = plan_modules(backbone, len(d.teachers), d.taps, d.assign)
     mine = d.mine
+    if d.module_weights is not None and len(d.module_weights) != len(modules):
+        raise UserError(f"distill.module_weights: has {len(d.module_weights)} entries for {len(modules)} modules")
+    weight = mine.weight if d.uses_mine else 0.0
     student = Student(
-        backbone, num_classes, modules, d.tokens, mine.weight if d.uses_mine else 0.0, mine.width, mine.ema, d.predict
+        backbone, num_classes, modules, d.tokens, weight, mine.width, mine.ema, d.predict, d.token_mlp_ratio
     )
     if s.weights:
         path = Path(s.weights)

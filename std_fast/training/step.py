@@ -48,13 +48,42 @@ class Objective:
         if targets is None or out.dist_logits is None:
             return Losses(classes, classes, None, None)
         d = self.distill
-        temperature = d.temperature if d.labels == "soft" else None
-        distilled = distillation_loss(out.dist_logits, targets, self.head_teacher, d.reweight, temperature)
+        distilled = self.distilled(out.dist_logits, mixed, targets, self.head_teacher, self.head_weights)
+        if d.class_share:  # the class head learns from every teacher
+            every = out.class_logits[:, None].expand(-1, targets.labels.shape[1], -1)
+            distilled = (1 - d.class_share) * distilled + d.class_share * self.distilled(every, mixed, targets)
         total = (1 - d.alpha) * classes + d.alpha * distilled
         if not out.information:
             return Losses(total, classes, distilled, None)
         information = torch.stack(out.information).sum()
         return Losses(total - information, classes, distilled, information)
+
+    def distilled(
+        self,
+        logits_BHK: Tensor,
+        mixed: TrainBatch,
+        targets: TeacherTargets,
+        head_teacher: tuple[int, ...] | None = None,
+        head_weights: tuple[float, ...] | None = None,
+    ) -> Tensor:
+        """`distillation_loss` as the recipe says."""
+        d = self.distill
+        temperature = d.temperature if d.labels == "soft" else None
+        labels_B = torch.where(mixed.lam >= 0.5, mixed.labels_a, mixed.labels_b)
+        return distillation_loss(
+            logits_BHK, targets, head_teacher, d.reweight, temperature, d.loss, labels_B, head_weights
+        )
+
+    @property
+    def head_weights(self) -> tuple[float, ...] | None:
+        """Of each head that of its module."""
+        weights, assign = self.distill.module_weights, self.distill.assign
+        if weights is None:
+            return None
+        per_module = (
+            [len(group) for group in assign] if assign else [len(self.head_teacher) // len(weights)] * len(weights)
+        )
+        return tuple(weight for weight, heads in zip(weights, per_module, strict=True) for _ in range(heads))
 
 
 class Guard:

@@ -4,13 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipelines.augment.device import TrainBatch
+from std_fast.config.recipe import Distill, TeacherSpec
 from std_fast.method.losses import (
     TeacherTargets,
+    all_log_probs,
     class_loss,
     confidence_weights,
     distillation_loss,
     targets_from_logits,
 )
+from std_fast.method.student import StudentOutput
+from std_fast.training.step import Objective
 
 
 def test_class_loss_is_cross_entropy_with_the_mixed_smoothed_target():
@@ -77,3 +82,73 @@ def test_a_perfect_student_of_a_certain_teacher_has_no_loss():
     targets = TeacherTargets(labels, torch.zeros(2, 1, dtype=torch.float16))
     logits = 50.0 * F.one_hot(labels, 4)
     assert distillation_loss(logits, targets).item() < 1e-6
+
+
+def soft_targets(top_k: int = 0, temperature: float = 2.0):
+    """Student's logits, targets of one teacher, the probabilities that the targets hold, and labels."""
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(6, 1, 5, dtype=torch.float64), 2 * torch.randn(6, 1, 5)
+    targets = targets_from_logits(teacher, temperature, top_k)
+    return logits, targets, all_log_probs(targets, 0, 5).double().exp(), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def reference_dkd(q, p, labels, T):
+    """Zhao et al. 2022, equations 2 to 7, image by image."""
+    losses = []
+    for q_i, p_i, t in zip(q, p, labels.tolist(), strict=True):
+        rest = [c for c in range(len(q_i)) if c != t]
+        b_q, b_p = torch.stack([q_i[t], q_i[rest].sum()]), torch.stack([p_i[t], p_i[rest].sum()])
+        n_q, n_p = q_i[rest] / q_i[rest].sum(), p_i[rest] / p_i[rest].sum()
+        tckd, nckd = (b_p * (b_p / b_q).log()).sum(), (n_p * (n_p / n_q).log()).sum()
+        losses.append(T**2 * (tckd + 8 * nckd))
+    return torch.stack(losses).mean()
+
+
+def reference_dist(q, p, labels, T):
+    """Huang et al. 2022, equations 6 to 9."""
+    over_classes = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(q, p, strict=True)]
+    over_images = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(q.T, p.T, strict=True)]
+    return T**2 * 2 * (2 - torch.stack(over_classes).mean() - torch.stack(over_images).mean())
+
+
+def reference_ofa(q, p, labels, T):
+    """Hao et al. 2023, equation 5: the target's weight is (1 + p)^gamma - 1 as in the authors' code."""
+    total = 0.0
+    for q_i, p_i, t in zip(q, p, labels.tolist(), strict=True):
+        for c in range(len(q_i)):
+            weight = (1 + p_i[c]) ** 1.5 - 1 if c == t else p_i[c] ** 1.5
+            total = total - weight * q_i[c].log()
+    return total / len(q)
+
+
+@pytest.mark.parametrize("top_k", [0, 4, 2])
+@pytest.mark.parametrize(
+    ("loss", "reference"), [("dkd", reference_dkd), ("dist", reference_dist), ("ofa", reference_ofa)]
+)
+def test_other_losses_are_those_of_their_papers_from_all_and_from_stored_probabilities(loss, reference, top_k):
+    logits, targets, p, labels = soft_targets(top_k)
+    q = (logits[:, 0] / 2.0).softmax(-1)
+    got = distillation_loss(logits, targets, temperature=2.0, reweight=False, loss=loss, labels_B=labels)
+    torch.testing.assert_close(got.double(), reference(q, p, labels, 2.0), rtol=2e-5, atol=1e-5)
+
+
+def test_all_but_one_probability_stored_lose_nothing_but_rounding():
+    _, targets, p, _ = soft_targets(top_k=4)
+    full = soft_targets()[2]
+    torch.testing.assert_close(p, full, rtol=0, atol=2e-3)
+
+
+def test_heads_have_weights_and_the_class_head_a_share():
+    torch.manual_seed(0)
+    targets = targets_from_logits(torch.randn(4, 2, 5))
+    logits, class_logits = torch.randn(4, 2, 5), torch.randn(4, 5)
+    heads = [distillation_loss(logits, targets, head_weights=w) for w in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0))]
+    torch.testing.assert_close(heads[2], 0.5 * heads[0] + 2 * heads[1])
+    distill = Distill(teachers=(TeacherSpec("a", "b"),) * 2, module_weights=(0.5, 2.0), class_share=0.25, alpha=0.4)
+    label, lam = torch.tensor([0, 1, 2, 3]), torch.ones(4)
+    mixed = TrainBatch(torch.zeros(4, 3, 2, 2), label, label, lam, label, 0, 0)
+    losses = Objective(distill, 0.0, (0, 1))(StudentOutput(class_logits, logits, []), mixed, targets)
+    on_class = distillation_loss(torch.stack([class_logits, class_logits], 1), targets)
+    torch.testing.assert_close(losses.distilled, 0.75 * heads[2] + 0.25 * on_class)
+    expected = 0.6 * F.cross_entropy(class_logits, label) + 0.4 * losses.distilled
+    torch.testing.assert_close(losses.total, expected)
