@@ -114,7 +114,9 @@ class StudentSpec:
         {},
         "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
     )
-    drop_path: float = opt(0.0, "stochastic depth rate of the last block, linear in depth")
+    drop_path: float = opt(
+        0.0, "stochastic depth rate: the same for every block of Mixer and ResMLP; CycleMLP's rises linearly to it"
+    )
     drop_path_mode: Literal["scale", "subset"] = opt(
         "scale", "`scale` computes what it drops; `subset` skips it, the same number of every 32 images in each step"
     )
@@ -284,8 +286,8 @@ class Distill:
 class Optim:
     name: Literal["adamw", "muon", "lamb", "apex_adam"] = opt(
         "adamw",
-        "torch's fused AdamW; `muon`: for the matrices of the blocks, AdamW for the rest; `lamb`, `apex_adam`: apex's "
-        "FusedLAMB and FusedAdam, on GPUs",
+        "torch's fused AdamW; `muon`: for the matrices of blocks and STD modules, AdamW for the rest; `lamb`, "
+        "`apex_adam`: apex's FusedLAMB and FusedAdam, on GPUs",
     )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")

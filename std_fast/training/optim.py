@@ -21,8 +21,8 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
     names: the tokens (METHOD.md section 8).
 
     Args:
-        matrices_apart: the matrices inside the backbone have a group "matrices" of their own: linear layers and 1x1
-            convolutions, but neither the patch embedding nor the classifier. (The STD modules hold tokens and heads.)
+        matrices_apart: the matrices inside backbone and STD modules have a group "matrices" of their own: linear layers
+            and 1x1 convolutions, but no token, patch embedding or head.
     """
     spared = student.no_weight_decay()
     psi = student.training_only()
@@ -36,7 +36,7 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
         if p.ndim <= 1 or name in spared:
             return "no_decay"
         is_matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[2:] == (1, 1))
-        inside = name.startswith("backbone.") and id(p) not in outputs
+        inside = name.startswith(("backbone.", "std.")) and id(p) not in outputs
         return "matrices" if matrices_apart and is_matrix and inside else "decay"
 
     groups: dict[str, list] = {"decay": [], "no_decay": [], "psi": [], "matrices": []}

@@ -18,6 +18,13 @@ def rows_of(rates, positions, epoch=EPOCH):
     return kept_rows(rates)(torch.tensor(rates)[:, None], 7, epoch, positions)
 
 
+@pytest.mark.parametrize("family", ["mixer", "resmlp"])
+def test_the_rate_is_the_same_in_every_block(family):
+    """As student.drop_path's text says; CycleMLP's, which rises, is in test_cyclemlp.py."""
+    model = build_backbone(family, 5, 32, drop_path=0.3, **STUDENTS[family])
+    assert set(model.drop_rates) == {0.3} and len(model.drop_rates) == 2 * model.depth
+
+
 @pytest.mark.parametrize("family", STUDENTS)
 def test_what_is_skipped_is_what_a_scale_of_nothing_drops(family):
     """Outputs and gradients are those of scales 0 and B / R."""

@@ -38,12 +38,14 @@ def one_step(student, optimizer, seed):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else(name):
+def test_muon_gets_the_matrices_of_blocks_and_std_modules_and_nothing_else(name):
     student = build_student(recipe(name), 3)
     groups = {g["name"]: g["params"] for g in parameter_groups(student, 0.05, matrices_apart=True)}
     names = {id(p): n for n, p in student.named_parameters()}
     matrices = {names[id(p)] for p in groups["matrices"]}
-    assert matrices and all(n.startswith(("backbone.blocks.", "backbone.network.")) for n in matrices)
+    assert matrices and all(n.startswith(("backbone.blocks.", "backbone.network.", "std.")) for n in matrices)
+    mixing = {f"std.{i}.fc{j}_{kind}.weight" for i in (0, 1) for j in (1, 2) for kind in "sc"}
+    assert {n for n in matrices if n.startswith("std.")} == mixing
     rest = {n: p for n, p in student.named_parameters() if n not in matrices}
     inside = [n for n, p in rest.items() if p.ndim == 2 and ".blocks." in n]
     assert not inside  # all of them
