@@ -1,9 +1,10 @@
 """Converts a dataset to a `.beton` that any FFCV reads, and a manifest X.beton.json beside it.
 
-    list the source (sources_in) and put it in order
-    -> convert tasks of 32 images in processes (convert_workers, image_prep)
-    -> lay their bytes out in that order (beton_writer), recording what is done (convert_journal)
-    -> header, checksum, rename
+    list the source (sources) and put it in order
+    -> fetch the images of tasks of 32, where they are on another machine (remote_tree)
+    -> convert the tasks in processes (workers, image_prep)
+    -> lay their bytes out in that order (beton_writer), recording what is done (journal)
+    -> header, checksum, manifest (manifest), rename
 
 The bytes depend on the source, the settings and the versions of the JPEG libraries, which the manifest names; not on
 the number of processes, nor on how often the conversion was killed and started again. Nothing is visible under the
@@ -18,10 +19,7 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,11 +28,15 @@ import numpy.typing as npt
 from pipelines.convert.beton_writer import ROW_TYPE, Packer, data_start, finish, write_payload
 from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
+from pipelines.convert.manifest import MANIFEST_VERSION, make_manifest, shown_settings, write_manifest
+from pipelines.convert.progress import ConvertMeter, ConvertProgress
+from pipelines.convert.remote_tree import Fetcher
 from pipelines.convert.sources import list_source, ordered_as_text
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError
 from pipelines.files import sync
 from pipelines.read.image_prep import ConvertSettings, library_versions
+from pipelines.read.remote import is_url, shown
 from pipelines.read.source import TABLE_TYPE, printable
 from pipelines.untrusted import read_json
 
@@ -42,30 +44,11 @@ __all__ = ["ConvertSettings", "ConvertProgress", "convert"]
 
 log = logging.getLogger("std_fast")
 
-MANIFEST_VERSION = 1
 TASK = 32  # images; the bytes of a beton do not depend on it
 PROBES = 256  # images, at most, that are converted beforehand to estimate the size
 MARGIN = 1.1  # of the estimate, before the disk is said to hold it
 SHOWN_FAULTS, SHOWN_CLASSES = 5, 12
 ON_ERROR = ("stop", "skip")
-
-
-@dataclass(frozen=True)
-class ConvertProgress:
-    """How far a conversion is."""
-
-    phase: str
-    """"converting", then "checksum" """
-    done: int
-    """images, those of earlier runs included"""
-    total: int
-    bytes: int
-    """of data written"""
-    rate: float
-    """images per second in this run"""
-    seconds_left: float
-    estimated_bytes: int
-    """of the finished file"""
 
 
 def convert(
@@ -78,8 +61,9 @@ def convert(
     shard: tuple[int, int] = (0, 1),
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> dict[str, Any]:
-    """Converts `src` (see sources_in) to the beton `dst` and returns its manifest. Run again after an interruption, it
-    goes on where it was; run again after its end, it finds the work done.
+    """Converts `src` (a path or a URL, see `sources`) to the beton `dst` and returns its manifest.
+
+    Run again after an interruption, it goes on where it was; run again after its end, it finds the work done.
 
     workers: processes; 0 = one per core this process may use.  on_error: with "stop", all images are tried, and if any
     cannot be converted there is an error that names them, and no beton; with "skip" they are left out and listed in the
@@ -101,7 +85,7 @@ def convert(
     folder = WorkFolder(dst)
     try:
         listing = list_source(src, settings, folder.path)
-        _log_classes(src, listing, settings)
+        _log_classes(shown(src) if is_url(src) else printable(src), listing, settings)
         conversion = _Conversion(listing, dst, settings, shard, folder)
         finished = conversion.finished(on_error)
         if finished is not None:
@@ -139,11 +123,7 @@ class _Conversion:
         self.start = data_start(self.total, settings.page_size)
         self.packer = Packer(self.start, settings.page_size)
         self.done: list[DoneTask] = []
-        shown = asdict(settings)
-        for name in ("labels", "classes", "split"):  # what they do to the samples shows in the listing
-            del shown[name]
-        self.settings_shown = shown
-        basis = [shown, library_versions(), listing.kind, self.total, shard, TASK, MANIFEST_VERSION]
+        basis = [shown_settings(settings), library_versions(), listing.kind, self.total, shard, TASK, MANIFEST_VERSION]
         self.identity = hashlib.sha256(json.dumps(basis).encode()).hexdigest()
         request = [self.identity, listing.digest(self.order), listing.classes, listing.faults]
         self.request = hashlib.sha256(json.dumps(request).encode()).hexdigest()
@@ -169,7 +149,7 @@ class _Conversion:
         indices = sources.tolist()
         return ConvertTask(number, indices, [self.listing.place(i) for i in indices], self.raw[sources].tolist())
 
-    def run(self, journal: ConvertJournal, count: int, progress: Callable[[ConvertProgress], None] | None) -> None:
+    def run(self, journal: ConvertJournal, count: int, report: Callable[[ConvertProgress], None] | None) -> None:
         """Converts what earlier runs have not."""
         digests = [self.listing.digest(self.sources(task)) for task in range(self.tasks)]
         self.done = journal.resume(digests, self.packer)
@@ -178,32 +158,39 @@ class _Conversion:
             log.info("%s: %d of %d tasks were done by an earlier run", self.dst, first, self.tasks)
         if first == self.tasks:
             return
-        listing = self.listing
+        listing, work = self.listing, self.folder.path
         count = min(count, self.tasks - first)
-        with Workers(
-            count, self.settings, listing.files, listing.kind == "cifar", listing.names, self.folder.path
-        ) as workers:
-            estimate = self._estimate(workers)
+        with (
+            Workers(count, self.settings, listing.files, listing.kind == "cifar", listing.names, work) as workers,
+            contextlib.closing(Fetcher(listing, work, self.settings.max_bytes)) as fetcher,
+        ):
+            estimate = self._estimate(workers, fetcher)
             self._refuse_if_too_large(estimate)
-            meter = _Meter(self, estimate, progress)
+            before = sum(len(done.samples) + len(done.faults) for done in self.done)
+            meter = ConvertMeter(self.total, before, estimate, self.start, report)
+            tasks = (self._task(number, self.sources(number)) for number in range(first, self.tasks))
             try:
-                for done in workers.run(self._task(k, self.sources(k)) for k in range(first, self.tasks)):
+                for done in workers.run(fetcher.tasks(tasks)):
+                    fetcher.discard(done.number)
                     addresses = self.packer.place(done.samples["size"])
                     write_payload(journal.data_fd, done.payload, addresses, done.samples["size"])
                     journal.add(done, digests[done.number])
                     self.done.append(done._replace(payload=b""))
-                    meter.show()
+                    meter.add(len(done.samples) + len(done.faults), self.packer.end)
             finally:
                 journal.commit()
-        meter.show(last=True)
+        meter.show(self.packer.end)
 
-    def _estimate(self, workers: Workers) -> float:
+    def _estimate(self, workers: Workers, fetcher: Fetcher) -> float:
         """Bytes per image, from what is converted already, or from images spread over the source."""
         sizes = [done.samples["size"] for done in self.done]
         if not sum(map(len, sizes)):
             number = min(PROBES, max(1, self.total // 64))
             probes = self.order[np.linspace(0, self.total - 1, number).astype(np.int64)]
-            sizes = [done.samples["size"] for done in workers.run(self._task(-1, part) for part in _chunks(probes, 4))]
+            tasks = (self._task(-1 - i, part) for i, part in enumerate(_chunks(probes, 4)))
+            for done in workers.run(fetcher.tasks(tasks)):
+                fetcher.discard(done.number)
+                sizes.append(done.samples["size"])
         found = np.concatenate(sizes)
         if not len(found):  # none of them could be converted
             sizes_in = self.listing.sizes
@@ -240,27 +227,12 @@ class _Conversion:
         os.fsync(journal.data_fd)
         if progress is not None:
             progress(ConvertProgress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
-        manifest = {
-            "format": MANIFEST_VERSION,
-            "samples": len(samples),
+        manifest = make_manifest(self.listing, self.settings, self.shard, samples, faults, self.done) | {
             "bytes": os.fstat(journal.data_fd).st_size,
             "sha256": _sha256(journal.data_fd),
-            "source": {"kind": self.listing.kind, "sha256": self._source_digest(samples)},
-            "settings": self.settings_shown,
-            "shard": list(self.shard),
-            "versions": library_versions(),
-            "counts": {"samples": len(samples), "faults": len(faults), "ignored": len(self.listing.ignored)}
-            | dict(sorted(sum((Counter(done.how) for done in self.done), Counter()).items())),
-            "faults": [{"name": name, "reason": reason} for name, reason in faults],
-            "ignored": self.listing.ignored,
             "request": self.request,
-            "samples_per_class": np.bincount(labels, minlength=len(self.listing.classes)).tolist(),
-            "classes": self.listing.classes,
         }
-        with open(self.folder.file("manifest"), "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(manifest, self.folder.file("manifest"))
         # The manifest first: where there is a beton, its manifest is there too.
         os.rename(self.folder.file("manifest"), f"{self.dst}.json")
         os.rename(self.folder.file("data"), self.dst)
@@ -288,46 +260,6 @@ class _Conversion:
         for name, reason in faults:
             log.warning("%s: left out: %s", name, reason)
 
-    def _source_digest(self, samples: npt.NDArray[Any]) -> str:
-        """Digest of the stored images' names, labels and original bytes, in the source's order: that of the data alone,
-        wherever and in whichever order it is stored."""
-        digest = hashlib.sha256()
-        for sample in samples[np.argsort(samples["source"])]:
-            source = int(sample["source"])
-            name = self.listing.names[source].encode("utf-8", "surrogateescape")
-            digest.update(b"%s\0%d\0%s" % (name, self.listing.labels[source], sample["digest"].tobytes()))
-        return digest.hexdigest()
-
-
-class _Meter:
-    """Calls `progress` a few times a second."""
-
-    def __init__(self, run: _Conversion, per_image: float, progress: Callable[[ConvertProgress], None] | None) -> None:
-        self._run, self._per_image, self._progress = run, per_image, progress
-        self._began = self._shown = time.monotonic()
-        self._counted = 0
-        self._done = self._before = self._count()
-
-    def _count(self) -> int:
-        """Images done; counts what is new since the last call."""
-        new = self._run.done[self._counted :]
-        self._counted += len(new)
-        return sum(len(done.samples) + len(done.faults) for done in new)
-
-    def show(self, last: bool = False) -> None:
-        now = time.monotonic()
-        self._done += self._count()
-        if self._progress is None or (now - self._shown < 0.2 and not last):
-            return
-        self._shown = now
-        run = self._run
-        written = run.packer.end - run.start
-        rate = (self._done - self._before) / max(now - self._began, 1e-9)
-        left = (run.total - self._done) / max(rate, 1e-9)
-        per_image = written / self._done if self._done > TASK else self._per_image
-        final = run.packer.end + int((run.total - self._done) * per_image) + run.total * TABLE_TYPE.itemsize
-        self._progress(ConvertProgress("converting", self._done, run.total, written, rate, left, final))
-
 
 def _order(n: int, seed: int | None) -> npt.NDArray[np.int64]:
     """Numbers in the listing in the order in which samples are stored, int64 [n]."""
@@ -350,22 +282,22 @@ def _stored_raw(n: int, settings: ConvertSettings) -> npt.NDArray[np.bool_]:
     return draws[:, 0] < settings.raw_share
 
 
-def _log_classes(src: str, listing: Listing, settings: ConvertSettings) -> None:
+def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None:
     """Says which class has which number, and what may surprise about it."""
     names = listing.classes
     shown = [f"{i} = {name}" for i, name in enumerate(names)]
     if len(shown) > SHOWN_CLASSES:
         shown[SHOWN_CLASSES - 1 : -1] = ["..."]
-    log.info("%s: %d images of %d classes: %s", printable(src), len(listing), len(names), ", ".join(shown))
+    log.info("%s: %d images of %d classes: %s", name, len(listing), len(names), ", ".join(shown))
     if settings.classes is None and ordered_as_text(names):
         log.warning(
             "%s: class names are numbers in the order of text, as torchvision's ImageFolder has them; give `classes` "
             "(one name a line) for another order",
-            printable(src),
+            name,
         )
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)
     if len(empty):
-        log.warning("%s: %d of the classes have no image, e.g. %s", printable(src), len(empty), names[empty[0]])
+        log.warning("%s: %d of the classes have no image, e.g. %s", name, len(empty), names[empty[0]])
 
 
 def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

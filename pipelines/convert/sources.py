@@ -11,14 +11,17 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 
 from pipelines.convert.labels import fixed_classes, is_number, read_labels
 from pipelines.convert.listing import SOURCES, Builder, Listing, has_image_ending, is_clutter
 from pipelines.convert.records import CIFAR_FILE, list_cifar, list_parquet
+from pipelines.convert.remote_tree import local_copy, remote_tree
 from pipelines.convert.tars import SPLIT_NAMES, list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError
 from pipelines.read.image_prep import ConvertSettings
+from pipelines.read.remote import is_url
 from pipelines.read.source import printable
 
 COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+|zip|7z|rar)", re.IGNORECASE)
@@ -27,11 +30,19 @@ NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipy
 
 
 def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
-    """Lists a source of any kind, told by its files. `work` is a folder for copies, which only parquet needs.
+    """Lists a source of any kind, told by its files; `src` is a path or a URL. `work` is a folder for copies.
 
     Raises UserError when there is nothing to convert, the kind is not known or not certain, a class is empty, or labels
     are missing.
     """
+    labels, classes = (
+        local_copy(given, work) if given is not None and is_url(given) else given
+        for given in (settings.labels, settings.classes)
+    )
+    settings = replace(settings, labels=labels, classes=classes)
+    if is_url(src):
+        tree, is_file = remote_tree(src, work)
+        return list_tree(tree, settings, work, is_file)
     try:
         status = os.stat(src)
     except (OSError, ValueError) as error:

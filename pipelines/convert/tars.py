@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
@@ -25,6 +26,7 @@ from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+LISTED_AT_ONCE = 8
 MAX_CLS, MAX_JSON = 4096, 1 << 20  # bytes
 SIDECARS = ("cls", "json", "txt", "xml", "csv")
 """endings of what lies beside an image"""
@@ -36,9 +38,11 @@ class Tar:
 
     name: str
     stem: str
-    number: int
-    """in Listing.files"""
     stamp: int
+    number: int = -1
+    """in Listing.files"""
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    clutter: list[str] = field(default_factory=list)
     inner: list[tuple[str, list[Member]]] = field(default_factory=list)
     """tars that lie in it: name without .tar, and what they hold, under full names"""
     files: list[Member] = field(default_factory=list)
@@ -49,7 +53,14 @@ class Tar:
 
 def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
     """Lists tars. Raises UserError where they cannot be read, and where it is not certain what the labels are."""
-    tars = [_read_tar(tree, entry, settings.label_key, builder) for entry in entries]
+    tars = []
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+        for tar in pool.map(lambda entry: _read_tar(tree, entry, settings.label_key), entries):
+            tar.number = builder.file(tree.place(tar.name))
+            for name, reason in tar.faults:
+                builder.fault(name, reason)
+            builder.listing.ignored += map(printable, tar.clutter)
+            tars.append(tar)
     nested = any(tar.inner for tar in tars)
     flat = [(tar, member) for tar in tars for member in tar.files]
     if not nested and not flat:
@@ -79,10 +90,10 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
     return builder.done(tree.root)
 
 
-def _read_tar(tree: Tree, entry: Entry, label_key: str | None, builder: Builder) -> Tar:
+def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
     if entry.fault:
         raise UserError(f"{printable(tree.place(entry.name))}: {entry.fault}; mend or remove it")
-    tar = Tar(entry.name, entry.name[:-4].rpartition("/")[2], builder.file(tree.place(entry.name)), entry.stamp)
+    tar = Tar(entry.name, entry.name[:-4].rpartition("/")[2], entry.stamp)
     with tree.open(entry.name) as reader:
 
         def walk(prefix: str, start: int, size: int | None) -> Iterator[Member]:
@@ -90,13 +101,13 @@ def _read_tar(tree: Tree, entry: Entry, label_key: str | None, builder: Builder)
                 for member in members(reader, start, size):
                     base = member.name.rpartition("/")[2]
                     if member.fault:
-                        builder.fault(prefix + member.name, member.fault)
+                        tar.faults.append((prefix + member.name, member.fault))
                     elif is_clutter(base) or member.name.startswith("__MACOSX/"):
-                        builder.listing.ignored.append(printable(prefix + member.name))
+                        tar.clutter.append(prefix + member.name)
                     else:
                         yield member
             except (TarDamaged, OSError) as error:
-                builder.fault(prefix.removesuffix("/"), str(error))
+                tar.faults.append((prefix.removesuffix("/"), str(error)))
 
         for member in walk(f"{tar.name}/", 0, None):
             base = member.name.rpartition("/")[2]

@@ -1,12 +1,10 @@
-"""Looks into a converted dataset: what it holds (inspect, sample_sheet), whether it is whole (verify), and brings it
-into the page cache (warm)."""
+"""Looks into a converted dataset: what it holds (inspect, sample_sheet), and whether it is complete (verify)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -195,19 +193,3 @@ def _against_manifest(name: str, source: BetonSource, manifest: dict[str, Any]) 
     if manifest.get("sha256") != digest.hexdigest():
         faults.append(f"{name}: its checksum is not the manifest's: the file was changed or damaged; convert it again")
     return faults
-
-
-def warm(path: str) -> dict[str, float]:
-    """Reads the file once, so that the operating system holds it in memory as far as there is room. Returns bytes and
-    seconds. Raises UserError when it cannot be read."""
-    began = time.monotonic()
-    total = 0
-    block = bytearray(_BLOCK)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while count := file.readinto(block):
-                total += count
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read ({error.strerror}); give a beton") from None
-    return {"bytes": total, "seconds": time.monotonic() - began}

@@ -48,6 +48,8 @@ class ConvertTask(NamedTuple):
     places: list[tuple[int, str, int, int]]
     """see Listing.place"""
     raw: list[bool]
+    failed: tuple[str, ...] = ()
+    """why an image could not be fetched, "" where it was; () where none had to be"""
 
 
 class DoneTask(NamedTuple):
@@ -234,10 +236,14 @@ def convert_task(task: ConvertTask, settings: ConvertSettings, files: list[str],
     """Converts a task's samples one by one; `beat` is called with each one's number in the listing."""
     samples, payloads, faults = [], [], []
     how: collections.Counter[str] = collections.Counter()
-    for source, (number, name, offset, size), raw in zip(task.sources, task.places, task.raw, strict=True):
+    failed = task.failed or [""] * len(task.sources)
+    for source, place, raw, reason in zip(task.sources, task.places, task.raw, failed, strict=True):
         beat(source)
+        number, name, offset, size = place
         path = os.path.join(files[number], name) if name else files[number]
         try:
+            if reason:
+                raise BadImage(reason)
             data = read_place(path, offset, size, bool(name), settings.max_bytes)
             made = prepare_cifar(data, settings, raw) if is_cifar else prepare(data, settings, raw)
             if len(made.payload) > settings.page_size:

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import CorruptImage, DataError, UserError, printable
+from pipelines.read.remote import cached, is_url
 from pipelines.untrusted import open_regular, read_bytes, read_json
 
 if TYPE_CHECKING:
@@ -116,12 +117,15 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     """Opens a beton, an image folder (SRC/CLASS/*), or several betons as one dataset.
 
     Several betons are a sequence of paths, or one path with *, ? or [] in it. They follow each other in the given
-    order, the matches of a pattern in the order of their names.
+    order, the matches of a pattern in the order of their names. A URL is that of a beton which `std-fast warm` has
+    brought into the cache; with {0..3} in it, of several.
     Raises UserError when there is nothing there, it is neither kind, a class is empty, a beton's structure does not
     hold, or betons differ in classes.
     """
     if isinstance(path, (str, os.PathLike)):
         only = os.fspath(path)
+        if is_url(only):
+            return open_source(cached(only))
         if os.path.isdir(only):
             return FolderSource(only)
         if os.path.exists(only) or not glob.has_magic(only):
@@ -130,7 +134,8 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
         if not paths:
             raise UserError(f"{printable(only)}: no file matches this pattern; give betons made by `std-fast convert`")
     else:
-        paths = [os.fspath(p) for p in path]
+        given = [os.fspath(p) for p in path]
+        paths = [file for p in given for file in (cached(p) if is_url(p) else [p])]
         if not paths:
             raise UserError("data: the list of betons is empty; give at least one path")
     return BetonSource(paths[0]) if len(paths) == 1 else JoinedSource([BetonSource(p) for p in paths])

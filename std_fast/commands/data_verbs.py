@@ -35,7 +35,7 @@ def add_convert(parser: Parser) -> None:
     from pipelines.convert.job import ON_ERROR, ConvertSettings
 
     parser.add_argument(
-        "src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet files or CIFAR's files"
+        "src", help="image folder SRC/CLASS/*, ImageNet's tars, tar shards, parquet or CIFAR's files; a path or a URL"
     )
     parser.add_argument("dst", help="the .beton to write")
     for field in fields(ConvertSettings):
@@ -120,12 +120,12 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def add_warm(parser: Parser) -> None:
-    parser.add_argument("path", help="a .beton")
+    parser.add_argument("path", help="a .beton, or its URL: it is copied to STD_FAST_CACHE [~/.cache/std_fast]")
     add_json(parser)
 
 
 def warm(args: argparse.Namespace) -> None:
-    from pipelines.convert.verify import warm as read_through
+    from pipelines.convert.warm import warm as read_through
 
     data = read_through(args.path)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
@@ -150,6 +150,6 @@ VERBS = {
     "convert": Verb(convert, add_convert, "image folder, tars, parquet or CIFAR files to .beton"),
     "inspect": Verb(inspect, add_inspect, "what a .beton holds"),
     "verify": Verb(verify, add_verify, "whether a .beton is complete and as its manifest says"),
-    "warm": Verb(warm, add_warm, "read a .beton into the page cache"),
+    "warm": Verb(warm, add_warm, "read a .beton into the page cache, one at a URL into the cache folder first"),
     "preview": Verb(preview, add_preview, "draw what a student sees: a contact sheet of augmented images"),
 }

@@ -18,8 +18,9 @@ import pytest
 
 from pipelines.convert import job as convert_module
 from pipelines.convert import workers as convert_workers
-from pipelines.convert.job import ConvertProgress, ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.journal import WorkFolder
+from pipelines.convert.progress import ConvertProgress
 from pipelines.convert.verify import decode_sample, verify
 from pipelines.errors import DataError, UserError
 from pipelines.read import image_prep

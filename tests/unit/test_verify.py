@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 
 from pipelines.convert.job import ConvertSettings, convert
-from pipelines.convert.verify import inspect, sample_sheet, verify, warm
+from pipelines.convert.verify import inspect, sample_sheet, verify
+from pipelines.convert.warm import warm
 from pipelines.errors import UserError
 from pipelines.read.source import BetonSource
 from tests.beton_tools import encoded, jpeg_sample, pixels, raw_sample, write_beton

@@ -1,0 +1,323 @@
+"""Files on other machines, by URL: what is there, parts of files, copies that resume, and the cache of betons.
+
+http:// and https:// go through the standard library, since fsspec's own reader of them needs aiohttp; every other
+scheme goes through fsspec, which needs a package for some of them (s3fs for s3://, gcsfs for gs://, huggingface_hub).
+A call that fails is repeated after each of DELAYS, unless what it asks for is not there or not allowed. Everything here
+may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import itertools
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from pipelines.errors import UserError, printable
+
+DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""seconds before each further attempt"""
+TIMEOUT = 60  # seconds without an answer
+CHUNK = 1 << 24  # bytes of a copy that are asked for at once
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"}
+STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
+"""what file systems call that which changes with a file, the best first"""
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, UserError)
+
+T = TypeVar("T")
+
+
+class RemoteFile(NamedTuple):
+    url: str
+    size: int
+    stamp: int
+    """changes with the file, as far as the server says"""
+
+
+class NoRanges(Exception):
+    """The server gives whole files only."""
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(path)) is not None
+
+
+def shown(url: str) -> str:
+    """A URL for messages: without user, password and query, which may be secrets."""
+    parts = urllib.parse.urlsplit(url)
+    return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+
+
+def file_name(url: str) -> str:
+    """Last part of the path."""
+    return urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+
+
+def expand_braces(url: str) -> list[str]:
+    """`x-{000..012}.tar` and `{a,b}.tar` as the URLs that they stand for."""
+    parts = re.split(r"\{([^{}]*)\}", url)
+    choices: list[list[str]] = [[part] for part in parts]
+    for i, part in list(enumerate(parts))[1::2]:
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        if span:
+            first, last = int(span[1]), int(span[2])
+            if not first <= last < first + 1_000_000:
+                raise UserError(f"{shown(url)}: {{{part}}} is no range; write {{000..012}}")
+            choices[i] = [str(n).zfill(len(span[1])) for n in range(first, last + 1)]
+        else:
+            choices[i] = part.split(",")
+    return ["".join(words) for words in itertools.product(*choices)]
+
+
+def info(url: str) -> RemoteFile:
+    """Size and stamp of a file. Raises UserError when it is not there or cannot be reached."""
+    return _asked(url, lambda: _http_info(url) if _is_http(url) else _fsspec_info(url))
+
+
+def info_or_none(url: str) -> RemoteFile | None:
+    """The same, None where it is not there."""
+
+    def action() -> RemoteFile | None:
+        try:
+            return _http_info(url) if _is_http(url) else _fsspec_info(url)
+        except FileNotFoundError:
+            return None
+
+    return _asked(url, action)
+
+
+def read(url: str, start: int, end: int) -> bytes:
+    """Bytes start..end of a file that has them. Raises UserError; NoRanges where the server has no parts of files."""
+    return _asked(url, lambda: _complete(_read_part(url, start, end), end - start))
+
+
+def read_if_there(url: str, start: int, end: int) -> bytes | None:
+    """The same, None where the file is gone. Whatever else is wrong with one image, credentials that have run out say,
+    is likely to be so with all that follow, and is raised."""
+
+    def action() -> bytes | None:
+        try:
+            return _complete(_read_part(url, start, end), end - start)
+        except FileNotFoundError:
+            return None
+
+    return _asked(url, action)
+
+
+def read_all(file: RemoteFile) -> bytes:
+    """All of a small file. Raises UserError."""
+    try:
+        return read(file.url, 0, file.size)
+    except NoRanges:
+        out = io.BytesIO()
+        _asked(file.url, lambda: _copy_all(file, out))
+        return out.getvalue()
+
+
+def find(url: str) -> list[RemoteFile]:
+    """All files below a folder, or those that a pattern with * names. Raises UserError, also where nothing is there."""
+    if _is_http(url):
+        raise UserError(
+            f"{shown(url)}: a folder on a web server cannot be listed; give the URL of a .tar, .parquet or CIFAR file, "
+            "several of them as NAME-{000..012}.tar"
+        )
+    files = _asked(url, lambda: _fsspec_find(url))
+    if not files:
+        raise UserError(f"{shown(url)}: nothing is there; give a folder, a file, or a pattern of files")
+    return files
+
+
+def copy(file: RemoteFile, path: str) -> None:
+    """Copies a file to `path`, which then is complete; a copy that was interrupted goes on where it was. Raises
+    UserError, and OSError where `path` cannot be written."""
+    if os.path.exists(path) and os.path.getsize(path) == file.size:
+        return
+    part = f"{path}.part"
+    with open(part, "ab") as out:
+        done = out.tell()
+        if done > file.size:
+            done = out.truncate(0)
+        try:
+            while done < file.size:
+                data = read(file.url, done, min(file.size, done + CHUNK))
+                out.write(data)
+                done += len(data)
+        except NoRanges:
+            out.truncate(0)
+            _asked(file.url, lambda: _copy_all(file, out))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, path)
+
+
+def _copy_all(file: RemoteFile, out: Any) -> None:
+    out.seek(0)
+    out.truncate()
+    with _request(file.url) as answer:
+        while data := answer.read(1 << 20):
+            out.write(data)
+    if out.tell() != file.size:
+        raise OSError(f"{out.tell()} bytes came of {file.size}")
+
+
+# -- the cache of betons ------------------------------------------------------------------------------------------
+
+
+def cache_path(url: str) -> str:
+    """Where `std-fast warm URL` puts a beton: below STD_FAST_CACHE, or else ~/.cache/std_fast (XDG_CACHE_HOME)."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.environ.get("STD_FAST_CACHE") or os.path.join(home, "std_fast")
+    return os.path.join(folder, "betons", hashlib.sha256(url.encode()).hexdigest()[:16], file_name(url))
+
+
+def cached(url: str) -> list[str]:
+    """Paths of the betons with this URL, which may hold {0..3}, in the cache. Raises UserError where one is missing."""
+    paths = []
+    for one in expand_braces(url):
+        path = cache_path(one)
+        if not os.path.exists(path):
+            raise UserError(f"{shown(one)}: not in the cache ({printable(path)}); run `std-fast warm URL` first")
+        paths.append(path)
+    return paths
+
+
+# -- retries and errors -------------------------------------------------------------------------------------------
+
+
+def _repeated(action: Callable[[], T]) -> T:
+    for delay in DELAYS:
+        try:
+            return action()
+        except (*_FINAL, NoRanges):
+            raise
+        except Exception:  # libraries of many kinds: what may pass is tried again
+            time.sleep(delay)
+    return action()
+
+
+def _asked(url: str, action: Callable[[], T]) -> T:
+    """Repeats, and makes UserErrors of errors, but NoRanges."""
+    try:
+        return _repeated(action)
+    except (UserError, NoRanges):
+        raise
+    except ImportError as error:
+        package = PACKAGES.get(url.partition("://")[0].lower())
+        way = f"pip install {package}" if package else _reason(error)
+        raise UserError(f"{shown(url)}: this kind of address needs a package that is not installed: {way}") from None
+    except FileNotFoundError:
+        raise UserError(f"{shown(url)}: not found; look at the address") from None
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{shown(url)}: access is refused ({_reason(error)}); look at the credentials") from None
+    except Exception as error:
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    return UserError(
+        f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; run the same command again: "
+        "it goes on where it was"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
+
+
+def _complete(data: bytes, length: int) -> bytes:
+    if len(data) != length:
+        raise OSError(f"{len(data)} bytes came of {length}")
+    return data
+
+
+def _stamp(value: object) -> int:
+    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "little")
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+# -- http and https -----------------------------------------------------------------------------------------------
+
+
+def _request(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
+    request = urllib.request.Request(url, method=method, headers={"User-Agent": "std-fast", **headers})
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"HTTP {error.code}") from None
+        if 400 <= error.code < 500 and error.code not in (408, 425, 429):
+            raise PermissionError(f"HTTP {error.code} {error.reason}") from None
+        raise OSError(f"HTTP {error.code} {error.reason}") from None
+    except urllib.error.URLError as error:
+        raise OSError(str(error.reason)) from None
+
+
+def _http_info(url: str) -> RemoteFile:
+    try:
+        with _request(url, "HEAD") as answer:
+            headers = answer.headers
+    except PermissionError:  # some servers (and signed addresses) allow GET only
+        with _request(url, Range="bytes=0-0") as answer:
+            headers = answer.headers
+    span = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("Content-Range", ""))
+    size = span[1] if span else headers.get("Content-Length", "")
+    if not size.isdigit():
+        raise UserError(f"{shown(url)}: the server does not tell the file's length; download the file first")
+    return RemoteFile(url, int(size), _stamp(headers.get("ETag") or headers.get("Last-Modified")))
+
+
+def _read_part(url: str, start: int, end: int) -> bytes:
+    if start == end:
+        return b""
+    if not _is_http(url):
+        filesystem, path = _filesystem(url)
+        return filesystem.cat_file(path, start=start, end=end)
+    with _request(url, Range=f"bytes={start}-{end - 1}") as answer:
+        if answer.status != 206:
+            raise NoRanges
+        return answer.read(end - start)
+
+
+# -- fsspec -------------------------------------------------------------------------------------------------------
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: {_reason(error)}; give s3://, gs://, hf://, http:// or a path") from None
+
+
+def _remote_file(filesystem: Any, entry: dict[str, Any]) -> RemoteFile:
+    stamp = next((entry[key] for key in STAMPS if entry.get(key) is not None), None)
+    return RemoteFile(filesystem.unstrip_protocol(entry["name"]), int(entry["size"]), _stamp(stamp))
+
+
+def _fsspec_info(url: str) -> RemoteFile:
+    filesystem, path = _filesystem(url)
+    entry = filesystem.info(path)
+    if entry["type"] == "directory":
+        raise IsADirectoryError("it is a folder")
+    return _remote_file(filesystem, entry)
+
+
+def _fsspec_find(url: str) -> list[RemoteFile]:
+    filesystem, path = _filesystem(url)
+    pattern = re.search(r"[*?\[]", path) is not None
+    found = filesystem.glob(path, detail=True) if pattern else filesystem.find(path, detail=True)
+    files: Iterator[dict[str, Any]] = (entry for entry in found.values() if entry["type"] == "file")
+    return sorted(_remote_file(filesystem, entry) for entry in files)

@@ -1,0 +1,63 @@
+"""A web server on the loopback that gives files of a folder, whole or in parts, and fails when it is told to."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import threading
+from pathlib import Path
+
+
+class FileServer:
+    """`url` is the address of `root`. ranges: whether parts of files are given. fail(path, n): a function of the path
+    and of how many requests came for it before; its result, if not 0, is the status that is sent."""
+
+    def __init__(self, root: Path, ranges: bool = True) -> None:
+        self.root, self.ranges = root, ranges
+        self.requests: list[tuple[str, str, str]] = []  # method, path, range
+        self.fail = lambda path, before: 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server._answer(self, body=True)
+
+            def do_HEAD(self) -> None:
+                server._answer(self, body=False)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def _answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
+        path = request.path.partition("?")[0]
+        before = sum(path == one[1] for one in self.requests)
+        self.requests.append((request.command, path, request.headers.get("Range", "")))
+        file = self.root / path.lstrip("/")
+        status = self.fail(path, before) or (200 if file.is_file() else 404)
+        if status != 200:
+            request.send_error(status)
+            return
+        data = file.read_bytes()
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")) if self.ranges else None
+        if span:
+            part = data[int(span[1]) : int(span[2]) + 1]
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {span[1]}-{span[2]}/{len(data)}")
+        else:
+            part = data
+            request.send_response(200)
+        request.send_header("Content-Length", str(len(part)))
+        request.send_header("ETag", f'"{hash(data)}"')
+        request.end_headers()
+        if body:
+            request.wfile.write(part)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
