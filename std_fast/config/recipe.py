@@ -126,6 +126,7 @@ class StudentSpec:
     )
     early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
+    new_head: bool = opt(False, "with weights: keep fresh heads and load all else, for data of other classes")
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")

@@ -6,6 +6,7 @@ Shapes: B batch, K classes.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,19 +118,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; put a .safetensors or timm .pth file there, or name another")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    # names as DistributedDataParallel and torch.compile leave them
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
 
-        try:
-            return load_file(path)
-        except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
-            raise UserError(f"{path}: is no whole safetensors file ({error}); fetch it again") from None
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
+        raise UserError(f"{path}: is no complete safetensors file ({error}); fetch it again") from None
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file, all of which mean this
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as tensors only ({reason}); convert it to safetensors first") from None
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to trust the file
+        reason = f"it holds {foreign[1]}" if foreign else (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be read as tensors only ({reason}); save the model's state_dict() alone, as .safetensors"
+        ) from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
@@ -137,34 +149,44 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     fits = isinstance(data, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
     if not fits or not data:
         raise UserError(f"{path}: holds no state dict of tensors; give a checkpoint of the model's weights")
-    # names as DistributedDataParallel and torch.compile leave them
-    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
+    return data
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of `last_layers`."""
+    heads = last_layers(model)
+    modules = [(owner, module) for owner, module in model.named_modules() if any(module is head for head in heads)]
+    return [name for owner, module in modules for name, _ in module.named_parameters(owner)]
 
 
 def stored_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
     """Rows of the last layer in a state dict; None where it has another name there than in the model."""
-    heads = last_layers(model)
-    for owner, module in model.named_modules():
-        for name, _ in module.named_parameters(owner) if any(module is head for head in heads) else ():
-            if name in state and state[name].ndim:
-                return len(state[name])
+    for name in head_names(model):
+        if name in state and state[name].ndim:
+            return len(state[name])
     return None
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Strictly; UserError names the first key or shape that does not fit."""
     own = model.state_dict()
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise UserError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(own[name].shape)}: "
-                "other classes, image size or options than those it was trained with"
-            )
+    if other := other_shapes(model, state):
+        name = other[0]
+        raise UserError(
+            f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(own[name].shape)}: "
+            "other classes, image size or options than those it was trained with"
+        )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise UserError(f"{where}: does not fit the model: {' '.join(lines)[:300]}") from None
+
+
+def other_shapes(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Names of the model's tensors that have another shape in `state`."""
+    own = model.state_dict()
+    return [name for name, tensor in state.items() if name in own and own[name].shape != tensor.shape]
 
 
 class StoredRun(NamedTuple):
@@ -177,16 +199,16 @@ class StoredRun(NamedTuple):
 
 
 def read_run(folder: Path) -> StoredRun:
-    """The newest whole checkpoint of a run.
+    """The newest complete checkpoint of a run.
 
     Raises:
-        UserError: the folder holds no run, or no whole checkpoint.
+        UserError: the folder holds no run, or no complete checkpoint.
     """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        raise UserError(f"{folder}: holds no whole checkpoint; train it with `std-fast train` first")
+        raise UserError(f"{folder}: holds no complete checkpoint; train it with `std-fast train` first")
     path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}

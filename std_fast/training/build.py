@@ -32,10 +32,8 @@ from std_fast.teachers.teacher import (
     autocast,
     build_classifier,
     build_teacher,
-    load_weights,
-    read_run,
-    read_weights,
 )
+from std_fast.training.initial_weights import load_initial_weights
 from std_fast.training.optim import EMA, build_optimizer
 from std_fast.training.step import GROUP, Guard, Objective, Trainer, kept_rows, residual_scales
 
@@ -149,11 +147,7 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
         backbone, num_classes, modules, d.tokens, weight, mine.width, mine.ema, d.predict, d.token_mlp_ratio
     )
     if s.weights:
-        path = Path(s.weights)
-        if path.is_dir():
-            load_weights(student, read_run(path).state, f"student.weights ({path})")
-        else:
-            load_weights(backbone, read_weights(path), f"student.weights ({path})")
+        load_initial_weights(student, s)
     return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 

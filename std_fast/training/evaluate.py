@@ -97,7 +97,12 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
     if backend:
         recipe = replace(recipe, data=replace(recipe.data, backend=backend))
     device = pick_device(recipe)
-    loader = open_val_loader(recipe, device, data)
+    try:
+        loader = open_val_loader(recipe, device, data)
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(f"{error} (the run's data.val; for data elsewhere: std-fast eval {folder} DATA)") from None
     if loader is None:
         raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
     with loader:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
@@ -446,8 +447,26 @@ def test_files_that_hold_something_else(content, expected, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [np.float64(3.0), np.ones(3)])
+def test_numpy_objects_are_named_without_torchs_advice_to_trust_the_file(value, tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "best": value}, tmp_path / "w.pth")
+    with pytest.raises(UserError) as caught:
+        read_weights(tmp_path / "w.pth")
+    assert "w.pth: cannot be read as tensors only (it holds numpy." in str(caught.value)
+    assert "save the model's state_dict() alone" in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrapped_models_are_taken_off(prefix, suffix, tmp_path):
+    state = {"conv.weight": torch.ones(2), "module_list.0.weight": torch.zeros(2)}
+    path, wrapped = tmp_path / f"w.{suffix}", {prefix + name: tensor for name, tensor in state.items()}
+    save_file(wrapped, path) if suffix == "safetensors" else torch.save(wrapped, path)
+    assert read_weights(path).keys() == state.keys()
+
+
 def test_a_safetensors_file_that_is_cut_short(weights, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(Path(weights).read_bytes()[:-1])
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is no complete safetensors file"):
         read_weights(path)

@@ -1,0 +1,103 @@
+"""What a training starts from: weights of the same model, of other classes, and what is said where they do not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+from std_fast.config.recipe import Recipe, dump
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.training.build import build_student
+from std_fast.training.evaluate import evaluate_run
+
+OPTIONS = {"patch_size": 8, "dim": 16, "depth": 2, "token_dim": 8, "channel_dim": 32}
+STD = {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}
+
+
+def recipe_of(distill, size=16, **student):
+    return from_dict(
+        Recipe,
+        {
+            "student": {"name": "mixer", "options": OPTIONS, **student},
+            "distill": distill,
+            "data": {"image_size": size, "val": "elsewhere/val"},
+            "run": {"seed": 5, "device": "cpu"},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a distilled run of three classes."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    recipe = recipe_of(STD)
+    student = build_student(recipe, 3)
+    tensors = {f"model.{name}": torch.randn_like(t) for name, t in student.state_dict().items()}
+    meta = {"step": 1, "recipe": dump(recipe), "num_classes": 3, "class_names": None}
+    checkpoint.save(folder / "checkpoints" / "step-00000001.safetensors", tensors, meta)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    return folder
+
+
+def stored(run):
+    _, tensors, _ = checkpoint.newest(run / "checkpoints")
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def is_head(name):
+    return ".head" in name or ".heads." in name
+
+
+@pytest.mark.parametrize("distill", [STD, {"mode": "none"}])
+def test_a_new_head_keeps_fresh_heads_and_takes_all_else(run, distill):
+    student = build_student(recipe_of(distill, weights=str(run), new_head=True), 5)
+    fresh = build_student(recipe_of(distill), 5).state_dict()
+    heads = {name for name in fresh if is_head(name)}
+    assert "backbone.head.weight" in heads and len(heads) == (6 if distill is STD else 2)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in heads else stored(run)[name]), name
+
+
+def test_a_file_with_another_head_goes_into_the_backbone(run, tmp_path):
+    backbone = {n.removeprefix("backbone."): t for n, t in stored(run).items() if n.startswith("backbone.")}
+    save_file(backbone, tmp_path / "w.safetensors")
+    student = build_student(recipe_of(STD, weights=str(tmp_path / "w.safetensors"), new_head=True), 5)
+    own = student.backbone.state_dict()
+    assert all(torch.equal(tensor, backbone[name]) for name, tensor in own.items() if "head" not in name)
+    assert own["head.weight"].shape == (5, 16)
+    with pytest.raises(UserError, match="of 3 classes, but the data has 5; set student.new_head true"):
+        build_student(recipe_of(STD, weights=str(tmp_path / "w.safetensors")), 5)
+
+
+def test_what_does_not_fit_names_the_field_that_makes_it_fit(run):
+    def complaint(recipe, classes=3):
+        with pytest.raises(UserError) as caught:
+            build_student(recipe, classes)
+        return str(caught.value)
+
+    weights = {"weights": str(run)}
+    assert "of 3 classes, but the data has 5; set student.new_head true" in complaint(recipe_of(STD, **weights), 5)
+    assert "set data.image_size 16 and student.options" in complaint(recipe_of(STD, 32, **weights))
+    assert "set data.image_size 16 and student.options" in complaint(recipe_of(STD, 32, **weights, new_head=True), 5)
+    hint = "student.weights: `pretrained` is for teachers; save the state_dict() of timm.create_model('mixer'"
+    assert hint in complaint(recipe_of(STD, weights="pretrained"))
+    same = build_student(recipe_of(STD, **weights), 3).state_dict()
+    assert all(torch.equal(tensor, stored(run)[name]) for name, tensor in same.items())
+
+
+def test_evaluating_from_another_folder_names_the_way_on(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"elsewhere/val.*for data elsewhere: std-fast eval {run} DATA"):
+        evaluate_run(run)
+    with pytest.raises(UserError) as caught:
+        evaluate_run(run, "nowhere")
+    assert "eval RUN" not in str(caught.value)
+
+
+def test_a_run_that_began_with_a_new_head_is_built_without_its_first_weights(run):
+    recipe = recipe_of(STD, weights=str(run / "gone"), new_head=True)
+    without = replace(recipe, student=replace(recipe.student, weights=""))
+    assert build_student(without, 5).num_classes == 5
