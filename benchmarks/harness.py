@@ -29,7 +29,6 @@ from typing import Any, NoReturn
 from pipelines.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "timm", "triton", "ffcv", "nvidia-dali-cuda120", "numba", "numpy", "pillow")
 
 Report = dict[str, Any]
