@@ -235,7 +235,7 @@ def make(folder: Path) -> list[Kind]:
 
 def main(folder: str) -> None:
     from pipelines.convert.job import ConvertSettings, convert
-    from pipelines.read.source import printable
+    from pipelines.errors import printable
 
     made = make(Path(folder))
     manifest = convert(folder, f"{folder}.beton", settings=ConvertSettings(seed=None), on_error="skip")

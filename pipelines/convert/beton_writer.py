@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.read.source import FIELD_TYPE, HEADER_TYPE, IMAGE_ID, IMAGE_TYPE, INT_ID, TABLE_TYPE, VERSION
+from pipelines.read.beton import FIELD_TYPE, HEADER_TYPE, IMAGE_ID, IMAGE_TYPE, INT_ID, TABLE_TYPE, VERSION
 
 ROW_TYPE = np.dtype([("", IMAGE_TYPE), ("", "<i8")], align=True)
 """metadata of a sample, as FFCV lays it out: image, label"""

@@ -33,11 +33,11 @@ from pipelines.convert.progress import ConvertMeter, ConvertProgress
 from pipelines.convert.remote_tree import Fetcher
 from pipelines.convert.sources import list_source, ordered_as_text
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, UserError, printable
 from pipelines.files import sync
+from pipelines.read.beton import TABLE_TYPE
 from pipelines.read.image_prep import ConvertSettings, library_versions
 from pipelines.read.remote import is_url, shown
-from pipelines.read.source import TABLE_TYPE, printable
 from pipelines.untrusted import read_json
 
 __all__ = ["ConvertSettings", "ConvertProgress", "convert"]

@@ -23,8 +23,7 @@ import numpy as np
 
 from pipelines.convert.beton_writer import Packer, runs
 from pipelines.convert.workers import SAMPLE_TYPE, DoneTask
-from pipelines.errors import UserError
-from pipelines.read.source import printable
+from pipelines.errors import UserError, printable
 
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 1 << 28

@@ -17,7 +17,7 @@ from pipelines.convert.devkit import devkit_labels, is_devkit
 from pipelines.convert.listing import has_image_ending, read_text
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
-from pipelines.read.source import printable_names
+from pipelines.read.manifest import printable_names
 
 log = logging.getLogger("std_fast")
 

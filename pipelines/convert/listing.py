@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError, printable
-from pipelines.read.source import MAX_CLASSES
+from pipelines.read.base import MAX_CLASSES
 from pipelines.untrusted import read_bytes
 
 CLUTTER = ("thumbs.db", "desktop.ini")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines.read.source import TABLE_TYPE
+from pipelines.read.beton import TABLE_TYPE
 
 SECONDS = 0.2
 

@@ -19,10 +19,9 @@ from pipelines.convert.records import CIFAR_FILE, list_cifar, list_parquet
 from pipelines.convert.remote_tree import local_copy, remote_tree
 from pipelines.convert.tars import SPLIT_NAMES, list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.remote import is_url
-from pipelines.read.source import printable
 
 COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+|zip|7z|rar)", re.IGNORECASE)
 NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipynb_checkpoints", ".cache")

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 
-from pipelines.errors import UserError, one_line
-from pipelines.read.image_prep import BadImage, turbojpeg
-from pipelines.read.source import HEADER_TYPE, BetonSource, printable
+from pipelines.errors import UserError, one_line, printable
+from pipelines.read.beton import HEADER_TYPE, BetonSource
+from pipelines.read.turbojpeg import BadImage, turbojpeg
 from pipelines.untrusted import read_json
 
 EDGES = (1, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 65536)

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import UserError
-from pipelines.read.image_prep import BadImage, ConvertSettings, prepare, prepare_cifar
+from pipelines.read.image_prep import ConvertSettings, prepare, prepare_cifar
+from pipelines.read.turbojpeg import BadImage
 
 SAMPLE_TYPE = np.dtype(
     [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<i8"), ("source", "<i8"), ("digest", "V16")]
@@ -176,7 +177,7 @@ class Workers:
                 )
 
     def _at(self, index: int) -> str:
-        from pipelines.read.source import printable
+        from pipelines.errors import printable
 
         beat = self._beat(index)
         return printable(self._names[beat - 1]) if beat else "its start"

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from pipelines.errors import UserError
+from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 from pipelines.read.corrupt import CorruptTracker
-from pipelines.read.source import Integers, Source
 
 
 def available_cores() -> int:

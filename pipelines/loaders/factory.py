@@ -14,8 +14,8 @@ from pipelines.read.settings import Backend
 from pipelines.read.source import open_source
 
 if TYPE_CHECKING:
+    from pipelines.read.base import Source
     from pipelines.read.batch import Loader, LoaderSpec
-    from pipelines.read.source import Source
 
 BACKENDS = get_args(Backend)
 RESIDENT_SIDE = 96  # pixels; larger images are decoded anew for each batch

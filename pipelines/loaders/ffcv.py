@@ -31,9 +31,9 @@ import numpy.typing as npt
 
 from pipelines.errors import CorruptImage, UserError
 from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
+from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, LoaderSpec
 from pipelines.read.decode import decode_rgb, is_turned
-from pipelines.read.source import Integers, Source
 
 _BLACK = np.zeros((1, 1, 3), np.uint8)
 _INSTALL = "pip install ffcv numba, with OpenCV, libjpeg-turbo and pkg-config installed first; see `std-fast doctor`"

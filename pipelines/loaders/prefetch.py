@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 
 from pipelines.loaders.base import LoaderBase, assemble
+from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
-from pipelines.read.source import Integers, Source
 
 
 @dataclass

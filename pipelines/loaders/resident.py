@@ -20,9 +20,9 @@ import torch
 
 from pipelines.errors import CorruptImage, UserError
 from pipelines.loaders.base import LoaderBase, assemble
+from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 from pipelines.read.decode import decode_rgb
-from pipelines.read.source import Integers, Source
 
 _CHUNK = 256  # images that a thread decodes at a time
 TABLE_BYTES = 64 << 20  # largest table of filter weights

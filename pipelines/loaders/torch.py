@@ -22,10 +22,10 @@ from torch.nn.functional import interpolate
 
 from pipelines.errors import CorruptImage
 from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
+from pipelines.read.base import Source
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import Boxes
 from pipelines.read.decode import Pixels, decode_rgb, is_plain_jpeg
-from pipelines.read.source import Source
 
 log = logging.getLogger("std_fast")
 

@@ -19,7 +19,7 @@ from pipelines.read.order import BatchSampler, Shard, indices_at
 from pipelines.read.settings import ReadSettings
 
 if TYPE_CHECKING:
-    from pipelines.read.source import Integers, Source
+    from pipelines.read.base import Integers, Source
 
 
 @dataclass(frozen=True)

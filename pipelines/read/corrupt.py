@@ -20,9 +20,9 @@ import threading
 import numpy as np
 
 from pipelines.errors import CorruptImage, DataError
+from pipelines.read.base import Integers, Source
 from pipelines.read.batch import BatchSlots, LoaderSpec
 from pipelines.read.decode import decode_rgb
-from pipelines.read.source import Integers, Source
 
 log = logging.getLogger("std_fast")
 

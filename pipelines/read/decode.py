@@ -14,8 +14,10 @@ import numpy.typing as npt
 import PIL.Image
 
 from pipelines.errors import CorruptImage
-from pipelines.read.image_prep import BadImage, ConvertSettings, prepare, turbojpeg
-from pipelines.read.source import MAX_PIXELS, Source, orientation
+from pipelines.read.base import MAX_PIXELS, Source
+from pipelines.read.exif import orientation
+from pipelines.read.image_prep import ConvertSettings, prepare
+from pipelines.read.turbojpeg import BadImage, turbojpeg
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -1,4 +1,4 @@
-"""One encoded image of any kind -> what a beton stores of it. Imported by every converting process: numpy and PIL only.
+"""One encoded image of any kind -> what a beton stores of it. Converting processes import this: numpy and PIL only.
 
 How pixels become 8-bit RGB:
     EXIF orientation is applied. Gray, palette, YCbCr and CMYK go through PIL's `convert("RGB")` (no colour profile is
@@ -7,29 +7,28 @@ How pixels become 8-bit RGB:
     their range is not known.
 How they are resized: never enlarged; antialiased bicubic (PIL), after a reduction in the DCT domain (JPEG) or by a box
     (others) while that leaves at least twice the target, where the difference cannot be seen.
-JPEGs are decoded by the system's libturbojpeg where there is one, since it says when the data is damaged; PIL, which
-    stands in for it with the same pixels, keeps silent about all but missing data.
+JPEGs are decoded by the system's libturbojpeg where there is one, since it reports damaged data; PIL, used otherwise
+    with the same pixels, reports missing data only.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import io
-import threading
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
 
 from pipelines.errors import UserError
-from pipelines.read.source import JPEG_MODE, MAX_PIXELS, MAX_SIDE, RAW_MODE, orientation, upright
+from pipelines.read.base import MAX_PIXELS, MAX_SIDE
+from pipelines.read.beton import JPEG_MODE, RAW_MODE
+from pipelines.read.exif import orientation, upright
+from pipelines.read.turbojpeg import BadImage, turbojpeg, turbojpeg_library
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-"""the readers of PIL that are let near a file ("JPEG" opens MPO too): none that starts a program, as EPS does"""
+"""PIL's readers that see a file ("JPEG" opens MPO too): none that starts a program, as EPS does"""
 REDUCING_GAP = 2
 ORIENTATION_TAG = 0x0112
 MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB to below 4 GiB
@@ -87,10 +86,6 @@ class ConvertSettings:
                 raise UserError(f"{name} {getattr(self, name)} must lie in {low}..{high}")
         if not MIN_PAGE <= self.page_size <= MAX_PAGE or self.page_size & (self.page_size - 1):
             raise UserError(f"page_size {self.page_size} must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
-
-
-class BadImage(Exception):
-    """The image cannot be stored; the message is the reason, one line."""
 
 
 class Prepared(NamedTuple):
@@ -209,9 +204,6 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# JPEG
-
-
 def _frame_marker(data: bytes) -> int:
     """The marker that says how a JPEG is coded: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare; 0 if there
     is none."""
@@ -229,7 +221,7 @@ def _frame_marker(data: bytes) -> int:
 
 def _fits(image: PIL.Image.Image, data: bytes) -> bool:
     """Whether a JPEG of the right size and position can be stored as it is: one that FFCV, DALI and PIL all read,
-    without a word of warning. Raises BadImage when it does not decode wholly."""
+    without a warning. Raises BadImage when it does not decode completely."""
     if image.format != "JPEG" or image.mode != "RGB" or data[-2:] != b"\xff\xd9":
         return False
     if _frame_marker(data) not in (0xC0, 0xC1, 0xC2):
@@ -252,7 +244,7 @@ def _decode_jpeg(image: PIL.Image.Image, data: bytes, target: tuple[int, int]) -
     known = None if decoder is None else decoder.header(data)
     if decoder is not None and known is not None and (known.width, known.height) == image.size:
         if known.is_cmyk:
-            decoder.decode(data, known, 8)  # looks for damage only: PIL knows Adobe's inverted CMYK
+            decoder.decode(data, known, 8)  # only looks for damage: PIL handles Adobe's inverted CMYK
         else:
             pixels = np.empty((-(-known.height // divisor), -(-known.width // divisor), 3), np.uint8)
             decoder.decode(data, known, divisor, pixels)
@@ -263,139 +255,11 @@ def _decode_jpeg(image: PIL.Image.Image, data: bytes, target: tuple[int, int]) -
     return image
 
 
-def with_usual_header(data: bytes) -> bytes:
-    """A JPEG with the JFIF revision and Adobe transform that libjpeg assumes where it does not know the given ones."""
-    changed, at, components = bytearray(data), 2, 3
-    places = []
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        marker, body = data[at + 1], data[at + 4 : at + 16]
-        if marker == 0xE0 and body[:5] == b"JFIF\0":
-            changed[at + 9] = 1
-        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) == 12:
-            places.append(at + 15)
-        elif 0xC0 <= marker <= 0xC2 and len(body) > 5:
-            components = body[5]
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    for place in places:
-        changed[place] = 2 if components == 4 else 1
-    return bytes(changed)
-
-
-class JpegHeader(NamedTuple):
-    width: int
-    height: int
-    is_rgb: bool
-    is_cmyk: bool
-
-
-class TurboJpeg:
-    """The part of libturbojpeg (TurboJPEG API 2, which 3 keeps) that finds damage: libjpeg warns of it and decodes on,
-    and TurboJPEG passes the first warning on. One instance per thread."""
-
-    _PF_RGB, _PF_GRAY, _PF_CMYK = 0, 6, 11
-    _CS_RGB, _CS_CMYK, _CS_YCCK = 0, 3, 4
-    _LIMIT_SCANS = 32768  # refuses progressive files of absurdly many scans
-    _WARNING = 0
-    # Warnings after which the picture is whole: about bytes after its last line, or of the header. Of many warnings
-    # the library tells the first alone, so behind one of the header there may be others.
-    _AT_THE_END, _OF_THE_HEADER = "before marker 0xd9", ("JFIF revision", "Adobe color transform")
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, long, integer = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
-        known = ctypes.POINTER(integer)
-        library.tjInitDecompress.restype = pointer
-        library.tjGetErrorStr2.restype = ctypes.c_char_p
-        library.tjGetErrorStr2.argtypes = library.tjGetErrorCode.argtypes = library.tjDestroy.argtypes = [pointer]
-        library.tjDecompressHeader3.argtypes = [pointer, ctypes.c_char_p, long, known, known, known, known]
-        sizes_and_flags = (integer, integer, integer, integer, integer)
-        library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, long, pointer, *sizes_and_flags]
-        self._library = library
-        self._handle = None
-        self._renew()
-
-    def _renew(self) -> None:
-        """A fresh handle, for each image. TurboJPEG 2.1 keeps what it read of the one before: after a header that
-        failed half-read, a good image has size 0x0, and decoding it writes outside its buffer; an image without
-        quantization tables is decoded with the tables of another."""
-        self.__del__()
-        self._handle = self._library.tjInitDecompress()
-        if not self._handle:
-            raise MemoryError("tjInitDecompress")
-
-    def __del__(self) -> None:
-        if self._handle:
-            self._library.tjDestroy(self._handle)
-
-    def header(self, data: bytes) -> JpegHeader | None:
-        """None where TurboJPEG does not know the kind of JPEG, which may still be a good one."""
-        self._renew()
-        width, height, sampling, space = (ctypes.c_int() for _ in range(4))
-        outputs = [ctypes.byref(value) for value in (width, height, sampling, space)]
-        failed = self._library.tjDecompressHeader3(self._handle, data, len(data), *outputs)
-        if failed:
-            usual = with_usual_header(data)  # a warning fails too
-            return None if usual == data else self.header(usual)
-        if width.value < 1 or height.value < 1:
-            return None
-        is_cmyk = space.value in (self._CS_CMYK, self._CS_YCCK)
-        return JpegHeader(width.value, height.value, space.value == self._CS_RGB, is_cmyk)
-
-    def decode(self, data: bytes, known: JpegHeader, divisor: int, pixels: npt.NDArray[np.uint8] | None = None) -> str:
-        """Decodes at 1/divisor of the size into `pixels`, uint8 RGB [H, W, 3] of the sides divided and rounded up, or
-        away, when only damage is looked for. Returns "" or the library's harmless remark. Raises BadImage."""
-        width, height = -(-known.width // divisor), -(-known.height // divisor)
-        kind = self._PF_CMYK if known.is_cmyk else self._PF_RGB if known.is_rgb or pixels is not None else self._PF_GRAY
-        out = pixels
-        if out is None:
-            out = np.empty((height, width, {self._PF_CMYK: 4, self._PF_RGB: 3, self._PF_GRAY: 1}[kind]), np.uint8)
-        status = self._library.tjDecompress2(
-            self._handle, data, len(data), out.ctypes.data, width, 0, height, kind, self._LIMIT_SCANS
-        )
-        if not status:
-            return ""
-        remark = self._library.tjGetErrorStr2(self._handle).decode("ascii", "replace")
-        is_warning = self._library.tjGetErrorCode(self._handle) == self._WARNING
-        if is_warning and self._AT_THE_END in remark:
-            return remark
-        if is_warning and any(text in remark for text in self._OF_THE_HEADER):
-            usual = with_usual_header(data)
-            if usual == data:
-                raise BadImage(f"damaged JPEG: {remark}")
-            self._renew()
-            return self.decode(usual, known, divisor, pixels) or remark
-        raise BadImage(f"damaged JPEG: {remark}")
-
-
-@functools.cache
-def _turbojpeg_library() -> ctypes.CDLL | None:
-    for name in ("libturbojpeg.so.0", "libturbojpeg.so", "libturbojpeg.dylib"):  # find_library would start a compiler
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        if hasattr(library, "tjDecompressHeader3"):
-            return library
-    return None
-
-
-_per_thread = threading.local()
-
-
-def turbojpeg() -> TurboJpeg | None:
-    """This thread's decoder, None where the library is not installed."""
-    library = _turbojpeg_library()
-    if library is None:
-        return None
-    if not hasattr(_per_thread, "decoder"):
-        _per_thread.decoder = TurboJpeg(library)
-    return _per_thread.decoder
-
-
 def library_versions() -> dict[str, str]:
     """What the bytes of a converted image depend on besides its settings."""
     from PIL import features
 
-    library = _turbojpeg_library()
+    library = turbojpeg_library()
     return {
         "pillow": PIL.__version__,
         "libjpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),

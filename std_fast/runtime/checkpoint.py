@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
-from pipelines.read.source import MAX_CLASSES
+from pipelines.read.base import MAX_CLASSES
 from std_fast.config.legacy import upgrade_meta, upgrade_tensors
 from std_fast.runtime.memory import ran_out
 

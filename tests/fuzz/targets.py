@@ -124,7 +124,7 @@ class Beton(Target):
 
     def read(self, data: bytes) -> None:
         from pipelines.convert.verify import inspect, verify
-        from pipelines.read.source import BetonSource
+        from pipelines.read.beton import BetonSource
 
         path = self.folder / "x.beton"
         path.write_bytes(data)
@@ -162,7 +162,7 @@ class Loading(Beton):
         return bytes(out)
 
     def read(self, data: bytes) -> None:
-        from pipelines.read.source import BetonSource
+        from pipelines.read.beton import BetonSource
 
         path = self.folder / "x.beton"
         path.write_bytes(data)
@@ -226,7 +226,7 @@ class LoadingDali(Loading):
         from pipelines.loaders.base import LoaderBase
         from pipelines.loaders.dali.loader import DaliLoader
         from pipelines.loaders.dali.prepare import Preparer
-        from pipelines.read.source import BetonSource
+        from pipelines.read.beton import BetonSource
 
         source = BetonSource(path)
         if self._loader is None:
@@ -539,8 +539,9 @@ class Image(Target):
 
     def read(self, data: bytes) -> None:
         from pipelines.read.decode import decode_rgb
-        from pipelines.read.image_prep import BadImage, ConvertSettings, prepare
-        from pipelines.read.source import FolderSource
+        from pipelines.read.folder import FolderSource
+        from pipelines.read.image_prep import ConvertSettings, prepare
+        from pipelines.read.turbojpeg import BadImage
 
         settings = ConvertSettings(max_pixels=MOST_PIXELS, size=4)
         for raw in (False, True):

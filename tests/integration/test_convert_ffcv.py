@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.verify import decode_sample
-from pipelines.read.source import BetonSource
+from pipelines.read.beton import BetonSource
 from tests.beton_tools import encoded, pixels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.convert.verify import verify
 from pipelines.errors import UserError
-from pipelines.read.source import BetonSource
+from pipelines.read.beton import BetonSource
 from std_fast import __version__
 from std_fast.commands.export import trained_student
 from std_fast.config import recipe as recipes

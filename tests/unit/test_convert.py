@@ -22,9 +22,10 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.journal import WorkFolder
 from pipelines.convert.progress import ConvertProgress
 from pipelines.convert.verify import decode_sample, verify
-from pipelines.errors import DataError, UserError
+from pipelines.errors import DataError, UserError, printable
 from pipelines.read import image_prep
-from pipelines.read.source import BetonSource, open_source, printable
+from pipelines.read.beton import BetonSource
+from pipelines.read.source import open_source
 from tests import odd_images
 
 KEEP = ConvertSettings(seed=None)

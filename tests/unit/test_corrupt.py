@@ -13,7 +13,7 @@ from pipelines import open_loader
 from pipelines.errors import CorruptImage, DataError, UserError
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
-from pipelines.read.image_prep import turbojpeg
+from pipelines.read.turbojpeg import turbojpeg
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 from tests.unit.test_loaders import BACKENDS, THREADED, batches, evaluation, training
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_gone_is_no_corrupt_image(tmp_path, backend):
 @needs_turbojpeg
 def test_a_remark_about_the_header_hides_no_damage():
     """libjpeg tells the first of its warnings alone."""
-    from pipelines.read.image_prep import BadImage
+    from pipelines.read.turbojpeg import BadImage
 
     decoder = turbojpeg()
     strange = of_unknown_revision(GOOD)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import struct
 import tempfile
 import zlib
@@ -14,8 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipelines.errors import DataError, UserError
-from pipelines.read.source import EXTENSIONS, MAX_PIXELS, FolderSource, open_source, orientation, printable, upright
+from pipelines.errors import DataError, UserError, printable
+from pipelines.read.base import MAX_PIXELS
+from pipelines.read.exif import orientation, upright
+from pipelines.read.folder import EXTENSIONS, FolderSource
+from pipelines.read.source import open_source
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 SAMPLES = [jpeg_sample(20, 31, 1, 0), raw_sample(5, 4, 0, 1), jpeg_sample(17, 9, 2, 2), jpeg_sample(8, 8, 1, 3)]
@@ -131,7 +135,7 @@ FAULTS = {
     "table beyond the file": (TABLE, 2**63, "allocation table .* outside the file"),
     "table in the metadata": (TABLE, ROWS_START, "allocation table .* outside the file"),
     "table off by one": (TABLE, entry(0, "sample")[0] + 1, "allocation table .* cut off"),
-    "table lacks an entry": (TABLE, entry(1, "sample")[0], "sample 0 .* the allocation table lacks"),
+    "table lacks an entry": (TABLE, entry(1, "sample")[0], "sample 0 .* is not in the allocation table"),
     "table empty": (TABLE, entry(4, "sample")[0], "allocation table is empty"),
     "custom field": ((24, "<B"), 255, "field 'image' is of a custom type"),
     "unknown field": ((24, "<B"), 77, "field 'image' is of a custom type"),
@@ -141,7 +145,7 @@ FAULTS = {
     "mode": (row(2, "mode"), 7, "sample 2 is stored in a mode"),
     "no width": (row(1, "width"), 0, "sample 1 has no height or no width"),
     "no height": (row(3, "height"), 0, "sample 3 has no height or no width"),
-    "absurd width": (row(0, "width"), 65501, "sample 0 claims an absurd size"),
+    "absurd width": (row(0, "width"), 65501, "sample 0 claims more pixels than any image"),
     "raw of another size": (row(1, "height"), 6, "sample 1 is raw, but its length"),
     "negative label": (row(3, "label"), -1, "sample 3 has a label outside"),
     "absurd label": (row(3, "label"), 2**62, "sample 3 has a label outside"),
@@ -153,7 +157,7 @@ FAULTS = {
     "allocation too long": (entry(3, "size"), len(SAMPLES[3].data) + 1, "1 of its allocations lie outside"),
     "allocation that wraps": (entry(0, "size"), 2**64 - POINTER_0, "1 of its allocations lie outside"),
     "overlap": (entry(0, "size"), len(SAMPLES[0].data) + 1, "overlap"),
-    "no data": (entry(3, "size"), 0, "sample 3 has data at an address that the allocation table lacks"),
+    "no data": (entry(3, "size"), 0, "sample 3 has data at an address that is not in"),
     "entry of another sample": (entry(2, "sample"), 9, "sample 2 has data that .* another sample"),
 }
 
@@ -172,7 +176,7 @@ def test_a_bomb_is_refused(beton):
     """A few bytes that would have a decoder set aside gigabytes."""
     poke(beton, row(0, "width"), 20000)
     poke(beton, row(0, "height"), MAX_PIXELS // 20000 + 1)
-    with pytest.raises(DataError, match="sample 0 claims an absurd size"):
+    with pytest.raises(DataError, match="sample 0 claims more pixels than any image"):
         open_source(beton)
 
 
@@ -250,6 +254,8 @@ def test_manifest_names_the_classes(beton):
         (b'{"classes": ["a", "b", "a"]}', "list of different names"),
         (b'{"classes": ["a", "b", 3]}', "list of different names"),
         (b'{"classes": {"a": 1}}', "list of different names"),
+        (b'{"classes": ["a", "b", "c"], "shard": [3, 3]}', "`shard` must be"),
+        (b'{"classes": ["a", "b", "c"], "shard": {"0": 1}}', "`shard` must be"),
         (b'{"class": []}', "KeyError"),
         (b"[1]", "TypeError"),
         (b"", "not a manifest"),
@@ -288,6 +294,63 @@ def test_betons_that_do_not_belong_together(tmp_path):
     Path(f"{paths[1]}.json").write_text(json.dumps({"classes": ["a", "b", "c"]}))
     with pytest.raises(UserError, match="1.beton: other classes than .*0.beton"):
         open_source(paths)
+
+
+def shards(folder, *manifests):
+    """Betons of two samples each with these manifests; None: without one."""
+    paths = []
+    for place, manifest in enumerate(manifests):
+        samples = [jpeg_sample(9, 8, 0, 2 * place), jpeg_sample(9, 8, 1, 2 * place + 1)]
+        paths.append(write_beton(folder / f"{place}.beton", samples))
+        if manifest is not None:
+            Path(f"{paths[-1]}.json").write_text(json.dumps({"classes": ["a", "b"], **manifest}))
+    return paths
+
+
+def test_all_shards_of_a_conversion_are_one_dataset(tmp_path, caplog):
+    paths = shards(
+        tmp_path,
+        *({"shard": [i, 3], "settings": {"size": 64}, "conversion": {"id": "x", "part": i}} for i in (2, 0, 1)),
+    )
+    assert open_source(paths).num_samples == 6
+    assert not caplog.records
+    open_source(paths[0])
+    assert "0.beton: shard 2/3 of its conversion, opened without the others" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("manifests", "message"),
+    [
+        ([{"shard": [0, 3]}, {"shard": [1, 3]}], "0.beton: shard 2/3 of its conversion is not given; give all 3"),
+        ([{"shard": [0, 2]}, {"shard": [1, 2]}, {"shard": [1, 2]}], "2.beton: shard 1/2, and so is .*1.beton"),
+        ([{"shard": [0, 1]}, {"shard": [0, 1]}], "1.beton: shard 0/1, and so is .*0.beton"),
+        ([{"shard": [0, 2]}, {"shard": [1, 3]}], "1.beton: shard 1/3 of another conversion than .*0.beton"),
+        ([{"shard": [i, 2], "settings": {"size": 64 + i}} for i in (0, 1)], "1.beton: shard 1/2 of another conversion"),
+        ([{"shard": [i, 2], "conversion": {"id": str(i)}} for i in (0, 1)], "1.beton: shard 1/2 of another conversion"),
+        ([{"shard": [0, 2]}, {}], "1.beton: has no manifest .* that names its part"),
+    ],
+)
+def test_shards_that_are_not_one_conversion_are_refused(tmp_path, manifests, message):
+    paths = shards(tmp_path, *manifests)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(paths)
+    assert "\n" not in str(caught.value)
+
+
+def test_betons_without_manifests_are_joined_with_a_warning(tmp_path, caplog):
+    open_source(shards(tmp_path, None, None))
+    assert "0.beton and 1 more: without manifests" in caplog.text
+
+
+def test_fingerprints_do_not_depend_on_the_path(tmp_path, folder):
+    (tmp_path / "parts").mkdir()
+    parts = shards(tmp_path / "parts", {"shard": [0, 2]}, {"shard": [1, 2]})
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    for path in (folder, parts, parts[0]):
+        moved = [tmp_path / "moved" / one.relative_to(tmp_path) for one in (path if path is parts else [path])]
+        assert open_source(path).fingerprint() == open_source(moved if path is parts else moved[0]).fingerprint()
+    (folder / "b/2.png").write_bytes(encoded(pixels(6, 10), "PNG"))
+    assert open_source(folder).fingerprint() != open_source(tmp_path / "moved" / folder.name).fingerprint()
 
 
 def test_nothing_to_open(tmp_path):
@@ -346,7 +409,7 @@ def test_sizes_are_read_once(folder):
     source.sizes(np.array([1]))
     (folder / "b/10.JPG").unlink()
     assert [int(v[0]) for v in source.sizes(np.array([1]))] == [7, 5]
-    with pytest.raises(DataError, match="10.JPG: not a readable image .No such file.*; mend or remove it"):
+    with pytest.raises(DataError, match="10.JPG: not a readable image .No such file.*; replace or remove it"):
         source.read(1)
     with pytest.raises(DataError, match="10.JPG"):
         source.fingerprint()
@@ -411,7 +474,7 @@ def test_an_unreadable_image_is_reported_by_name(folder, kind):
     source = open_source(folder)
     assert source.name(3).endswith("b/5.jpg")
     for use in (lambda: source.sizes(np.arange(5)), lambda: source.is_jpeg(3)):
-        with pytest.raises(DataError, match="b/5.jpg: not a readable image .*; mend or remove it") as caught:
+        with pytest.raises(DataError, match="b/5.jpg: not a readable image .*; replace or remove it") as caught:
             use()
         assert "\n" not in str(caught.value)
 
@@ -479,7 +542,7 @@ def test_what_may_not_be_read_is_named():
         try:
             if user == 0:
                 os.seteuid(65534)
-            with pytest.raises(UserError, match="/shut: cannot be listed .Permission denied.; mend its permissions"):
+            with pytest.raises(UserError, match="/shut: cannot be listed .Permission denied.; change its permissions"):
                 open_source(root)
             os.seteuid(user)
             (root / "shut").chmod(0o755)

@@ -18,7 +18,7 @@ from pipelines.convert.sources import list_source
 from pipelines.convert.tar_index import TarDamaged, members
 from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
-from pipelines.read.source import BetonSource
+from pipelines.read.beton import BetonSource
 from tests.beton_tools import encoded, pixels
 
 CLASSES = ("n01", "n02", "n07")

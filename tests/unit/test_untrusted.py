@@ -26,7 +26,9 @@ from pipelines.convert.sources import list_source
 from pipelines.convert.tar_index import TarDamaged, members
 from pipelines.convert.verify import verify
 from pipelines.errors import LONGEST, DataError, UserError
-from pipelines.read.source import BetonSource, FolderSource, open_source
+from pipelines.read.beton import BetonSource
+from pipelines.read.folder import FolderSource
+from pipelines.read.source import open_source
 from pipelines.untrusted import Refused, confined, read_bytes, read_json
 from std_fast import cli
 from std_fast.config import recipe as recipes

@@ -11,7 +11,7 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.verify import inspect, sample_sheet, verify
 from pipelines.convert.warm import warm
 from pipelines.errors import UserError
-from pipelines.read.source import BetonSource
+from pipelines.read.beton import BetonSource
 from tests.beton_tools import encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 

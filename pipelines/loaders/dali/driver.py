@@ -20,9 +20,9 @@ from pipelines.errors import UserError
 from pipelines.loaders.base import assemble
 from pipelines.loaders.dali.prepare import DaliBatch
 from pipelines.loaders.torch import crop_and_resize
+from pipelines.read.base import Bytes
 from pipelines.read.batch import Batch, LoaderSpec
 from pipelines.read.crops import Boxes
-from pipelines.read.source import Bytes
 
 _PART = 8  # crops that a thread resizes at a time
 Result = TypeVar("Result")

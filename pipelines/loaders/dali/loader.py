@@ -16,9 +16,9 @@ from pipelines.loaders.base import LoaderBase
 from pipelines.loaders.dali.driver import DaliDriver, DaliFailure
 from pipelines.loaders.dali.pipeline import import_dali, make_pipeline
 from pipelines.loaders.dali.prepare import DaliBatch, Preparer
+from pipelines.read.base import Source
 from pipelines.read.batch import Batch, LoaderSpec
 from pipelines.read.decode import decode_rgb
-from pipelines.read.source import Source
 
 
 class DaliLoader(LoaderBase):

@@ -14,11 +14,11 @@ import PIL.Image
 
 from pipelines.errors import CorruptImage
 from pipelines.loaders.torch import crop_and_resize
+from pipelines.read.base import Bytes, Integers, Source
 from pipelines.read.batch import BatchSlots, LoaderSpec
 from pipelines.read.corrupt import CorruptTracker
 from pipelines.read.crops import Boxes
 from pipelines.read.decode import decode_rgb, is_plain_jpeg
-from pipelines.read.source import Bytes, Integers, Source
 
 _UNKNOWN, _PLAIN, _ODD = range(3)
 _PLACEHOLDER_BOX = (0, 0, 8, 8)

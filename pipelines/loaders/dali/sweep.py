@@ -22,8 +22,8 @@ from pipelines.files import write_atomic
 from pipelines.loaders.base import available_cores
 from pipelines.loaders.dali.loader import DaliLoader
 from pipelines.loaders.dali.pipeline import import_dali
+from pipelines.read.base import Source
 from pipelines.read.batch import LoaderSpec
-from pipelines.read.source import Source
 from pipelines.untrusted import read_json
 
 log = logging.getLogger("std_fast")

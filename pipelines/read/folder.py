@@ -1,0 +1,152 @@
+"""Image folders: SRC/CLASS/IMAGE."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import CorruptImage, DataError, UserError, printable
+from pipelines.read.base import MAX_BYTES, Bytes, Integers
+from pipelines.read.exif import orientation
+from pipelines.untrusted import open_regular, read_bytes
+
+log = logging.getLogger("std_fast")
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""endings of image files, in lower or upper case: torchvision's list and .gif"""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""formats that PIL may recognise in a file, whatever its name; its other readers do not see untrusted files (EPS runs a
+program)"""
+
+
+class FolderSource:
+    """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images follow each other by class and name.
+
+    Hidden entries are passed over; files with other endings and folders within a class too, with a warning. There is no
+    descent below a class, so that links that lead in circles do no harm. Files are opened when they are asked for.
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        names: list[str] = []
+        files: list[str] = []
+        counts: list[int] = []
+        ignored: list[str] = []
+        for entry in _visible(path):
+            if not _is_folder(entry):
+                ignored.append(entry.path)
+                continue
+            images = []
+            for inner in _visible(entry.path):
+                if _is_folder(inner) or not inner.name.lower().endswith(EXTENSIONS):
+                    ignored.append(inner.path)
+                else:
+                    images.append(os.path.join(entry.name, inner.name))
+            if not images:
+                raise UserError(
+                    f"{printable(entry.path)}: no image in this class; add images "
+                    f"({' '.join(EXTENSIONS)}) directly in it or remove the folder"
+                )
+            names.append(printable(entry.name))
+            files += images
+            counts.append(len(images))
+        if not counts:
+            raise UserError(f"{printable(path)}: no class folders in it; put the images in {printable(path)}/CLASS/")
+        if ignored:
+            example = printable(ignored[0])
+            log.warning(
+                "%s: passed over %d entries that are no images, e.g. %s", printable(path), len(ignored), example
+            )
+        self.class_names: list[str] | None = names
+        self._files = files
+        self.num_samples = len(files)
+        self.num_classes = len(counts)
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self._heights = np.zeros(len(files), np.int32)  # 0: not looked at yet
+        self._widths = np.zeros(len(files), np.int32)
+        self._jpeg = np.zeros(len(files), np.bool_)
+
+    def file(self, index: int) -> str:
+        """Path of the sample's image."""
+        return os.path.join(self.path, self._files[index])
+
+    def _look(self, index: int) -> None:
+        """Reads the image's header, once."""
+        if self._heights[index]:
+            return
+        import PIL.Image
+
+        try:
+            with open_regular(self.file(index)) as file, PIL.Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if not width or not height:
+                    raise ValueError("it has no pixels")
+                if orientation(image) >= 5:
+                    width, height = height, width
+                self._jpeg[index] = image.format in ("JPEG", "MPO")
+        except Exception as error:  # PIL's readers raise errors of every kind on what is not an image
+            if getattr(error, "errno", None) is not None:
+                raise self._unreadable(index, error) from error
+            raise CorruptImage(str(self._unreadable(index, error))) from error
+        self._widths[index] = width
+        self._heights[index] = height  # last: it says that the others are known
+
+    def _unreadable(self, index: int, error: object) -> DataError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return DataError(f"{self.name(index)}: not a readable image ({reason}); replace or remove it")
+
+    def sizes(self, indices: npt.NDArray[np.integer]) -> tuple[Integers, Integers]:
+        for index in indices:
+            self._look(int(index))
+        return self._heights[indices].astype(np.int64), self._widths[indices].astype(np.int64)
+
+    def read(self, index: int) -> Bytes:
+        try:
+            data = read_bytes(self.file(index), MAX_BYTES)
+        except OSError as error:
+            raise self._unreadable(index, error.strerror) from error
+        if not data:
+            raise CorruptImage(str(self._unreadable(index, "the file is empty")))
+        return np.frombuffer(data, np.uint8)
+
+    def is_jpeg(self, index: int) -> bool:
+        self._look(index)
+        return bool(self._jpeg[index])
+
+    def name(self, index: int) -> str:
+        return printable(self.file(index))
+
+    def fingerprint(self) -> str:
+        """Digest of the files' names, in order, and their lengths in bytes."""
+        digest = hashlib.sha256(b"folder\n")
+        for index, file in enumerate(self._files):
+            try:
+                size = os.stat(self.file(index)).st_size
+            except OSError as error:
+                raise self._unreadable(index, error.strerror) from error
+            digest.update(os.fsencode(file) + b"\0%d\n" % size)
+        return digest.hexdigest()
+
+
+def _visible(path: str) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name, without hidden ones. Raises UserError when it cannot be listed."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(
+            f"{printable(path)}: cannot be listed ({error.strerror}); change its permissions or remove it"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself; as an image it will be reported by name when it is read
+        return False
