@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from std_fast import cli
 from std_fast.commands.arguments import split_overrides
 from std_fast.config import files as recipe_files
-from std_fast.config import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,18 +120,6 @@ def test_empty_class_and_unreadable_image(image_folder, tmp_path, capsys):
     (folder / "dog").mkdir()
     code, _, err = run(capsys, "convert", folder, tmp_path / "y.beton")
     assert code == 2 and "dog" in err
-
-
-def test_every_command_of_the_readme_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    (?:torchrun .* -m std_fast\.cli|std-fast) (.*)$", text, re.M)
-    assert len(commands) >= 8
-    for command in commands:
-        words = shlex.split(command.split("#")[0])
-        assert words[0] in cli.VERBS, command
-        if words[0] in ("train", "preview", "plan", "teach"):
-            own, overrides = split_overrides(words[1:], {"--resume", "--quiet", "--json"})
-            recipes.load(own[0], overrides)
 
 
 def test_the_readme_speaks_of_files_that_exist_and_shows_the_example_as_it_is():
