@@ -1,22 +1,29 @@
-"""Is STD worth its cost? Students of CIFAR-10 taught in each way, at equal samples and at equal cost, over seeds.
+"""Is a distilled MLP, and is STD, worth its cost? A Mixer on Imagenette, trained in each way with two teachers.
 
-A queue of real `std-fast` runs in --work, each a folder of its own: two teachers, their stored targets for each seed,
-then every (student, setting, seed). Killed or stopped at any moment and called again, it goes on where it was.
+A queue of real `std-fast` runs in --work, each a folder of its own: the stored targets of two ImageNet teachers, then
+every (setting, student, initialisation). Killed or stopped at any moment and called again, it goes on where it was.
 
-    std-fast bench evidence --size cpu --data TRAIN.beton TEST.beton --work WORK --jobs 2
-    std-fast bench evidence --size cpu --work WORK --out benchmarks/results     # collects: tables, JSON, figure
-    std-fast bench evidence --from benchmarks/results/FILE.json                 # draws them again
+    python examples/imagenet_teachers.py teachers
+    std-fast bench evidence --size cpu --data IMAGENETTE --teachers teachers --work WORK
+    std-fast bench evidence --work WORK --out benchmarks/results     # collects: tables, JSON, figure
+    std-fast bench evidence --from benchmarks/results/FILE.json --out AGAIN     # shows and draws a stored result
 
-Sizes: `gpu` is the study itself; `cpu` one that two cores can do in two hours (a small Mixer, few epochs); `smoke` only
-tries the machinery.
+IMAGENETTE holds train/WNID/* and val/WNID/*. Sizes: `gpu` (C 512), `cpu` (C 64 and C 128, about 16 hours of a core),
+`short` (C 64, fewer epochs, hard labels only, about an hour of a core), `smoke` (seconds; tries the machinery).
 
-Equal cost: where a GPU can be had alone (`gpu`), every setting gets a GPU-hour budget, that which the STD run of its
-seed took; once as it is, and once with what teachers and targets cost added to the budget of the plain student. On a
-machine that others use too (`cpu`), an hour of the clock is no measure: there the settings' processor time per sample
-is measured in turns in one process (`costs`), and the others get as many samples as cost what STD's cost. Answers that
-a longer run needs beyond the stored ones are asked for then, and not counted in that cost.
+Choices are made on each tenth training image, which no run trains on; the accuracies over the course of a run are on
+these images too. The validation images are seen once by each run, at its end, and what each head predicts for each of
+them is stored. Initialisations share batches, augmentation and targets (`run.init_seed`). The other loss is the soft
+one of KL, DKD, DIST and OFA with which STD is best on the images held out.
 
-Pushed: plain and STD with the size's `push` on top, one seed, for each of its `push_minutes`.
+What the design can see. Two settings that differ on a quarter of the 1,966 validation images have a difference whose
+standard error over images is sqrt(0.25 / 1966) = 1.1 points for one pair of runs; means over k initialisations differ
+less by chance, but by no less than the share of it that the images themselves decide. Initialisations that deviate by
+0.8 points add 0.8 sqrt(2 / k). With three (`short`), both together are about 1.2 points: a difference under 2.4 is not
+seen. With four (`cpu`), about 1.1. The paper's 0.6 points between STD and no tokens are not seen by either.
+
+Cost: seconds of the processor per sample, all settings in turns in one process (job `costs`; run it when the machine
+does nothing else), and multiply-accumulates. Equal cost: settings that train as many epochs more as STD costs.
 """
 
 from __future__ import annotations
@@ -30,25 +37,26 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.study import Children, Study
+from benchmarks.study_data import write_whole
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
 from pipelines.errors import UserError
-from pipelines.files import write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="[cpu]")
+    parser.add_argument("--size", choices=SIZES, help="how large; kept in --work [cpu]")
     parser.add_argument("--work", help="folder of the runs")
-    parser.add_argument("--data", nargs=2, metavar=("TRAIN", "TEST"), help="CIFAR-10 as betons; works the queue off")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core of a CPU [1]")
+    parser.add_argument("--data", metavar="IMAGENETTE", help="folder with train/ and val/; works the queue off")
+    parser.add_argument("--teachers", metavar="DIR", help="folder of the teachers' weights [teachers]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores [1]")
     parser.add_argument("--only", default="*", help="pattern of job names; what they need is done too")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, saved; call again to go on")
-    parser.add_argument("--list", action="store_true", help="only name the jobs and how they stand")
+    parser.add_argument("--list", action="store_true", help="only name the jobs and whether they are done")
     parser.add_argument("--from", dest="stored", metavar="FILE", help="a stored result: show and draw it again")
     parser.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), help="bfloat16 pays on a CPU with AMX [auto]"
+        "--precision", choices=("auto", "float32", "bfloat16"), help="bfloat16 pays on a CPU with AVX512-BF16 [auto]"
     )
-    parser.add_argument("--costs", help=argparse.SUPPRESS)
+    parser.add_argument("--costs", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> harness.Report:
@@ -56,29 +64,28 @@ def run(args: argparse.Namespace) -> harness.Report:
         return json.loads(Path(args.stored).read_text(encoding="utf-8"))
     if args.work is None:
         raise UserError("--work: is missing; give the folder of the runs")
-    if args.smoke:
-        args.size = "smoke"
     work = Path(args.work).resolve()
     record = work / "study.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    precision = args.precision or known.get("precision", "auto")
-    if args.data is None:
-        if not known:
-            raise UserError("--data: is missing, and --work holds no study; give CIFAR-10's two betons")
-        args.data = known["data"]
-        working = False
-    else:
-        args.data = [os.path.abspath(path) for path in args.data]
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomic(record, json.dumps({"size": args.size, "data": args.data, "precision": precision}))
-        working = not args.list
-    study = Study(args.size, work, tuple(args.data), precision)
+    if args.data is None and not known:
+        raise UserError("--data: is missing, and --work holds no study; give the folder of Imagenette")
+    wanted = {
+        "size": "smoke" if args.smoke else args.size,
+        "data": args.data and os.path.abspath(args.data),
+        "teachers": args.teachers and os.path.abspath(args.teachers),
+        "precision": args.precision,
+    }
+    settings = {"size": "cpu", "teachers": os.path.abspath("teachers"), "precision": "auto"} | known
+    settings |= {name: value for name, value in wanted.items() if value}
+    study = Study(settings["size"], work, settings["data"], settings["teachers"], settings["precision"])
     if args.costs:
         study.measure_costs(args)
         return {"rows": []}
     if args.list:
-        return {"variant": args.size, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
-    if working:
+        return {"variant": study.name, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
+    if args.data is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps(settings))
         jobs = max(1, args.jobs)
         study.work_off(jobs, args.only, time.monotonic() + 60 * args.minutes, Children(jobs))
     return study.collect() | {"rows": []}

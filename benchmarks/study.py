@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,17 +22,18 @@ from typing import Any
 import yaml
 
 from benchmarks import harness, workload
-from benchmarks.study_sizes import BOTH, PUSHED, SETTINGS, SIZES, Overrides, Setting
+from benchmarks.study_data import BETONS, prepare, store_predictions, write_whole
+from benchmarks.study_sizes import CHOICE, OTHER, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
-from pipelines.files import write_atomic
-from std_fast.commands.arguments import STOPPED
-from std_fast.config import files as recipe_files
+from std_fast.cli import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.config.schema import merge
 from std_fast.runtime.checkpoint import listed
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.teachers.overlap import taught
 from std_fast.training.build import Parts, build
+
+TARGETS = "targets"
 
 
 @dataclass(frozen=True)
@@ -46,126 +48,109 @@ class Job:
 
 
 class Study:
-    """The jobs of a size in a folder."""
+    """The jobs of a size in a folder.
 
-    def __init__(self, size: str, work: Path, data: tuple[str, str], precision: str = "auto") -> None:
-        self.name, self.size, self.work, self.data, self.precision = size, SIZES[size], work, data, precision
+    Args:
+        source: Imagenette, as DIR/train and DIR/val.
+        teachers: folder of the teachers' weights.
+    """
+
+    def __init__(self, size: str, work: Path, source: str, teachers: str, precision: str = "auto") -> None:
+        self.name, self.size, self.work, self.precision = size, SIZES[size], work, precision
+        self.source, self.teachers = Path(source), Path(teachers)
         self.jobs = {job.name: job for job in self._jobs()}
 
     def out(self, job: str) -> Path:
         return self.work / job
 
     def done(self, job: str) -> bool:
-        """Trained to the end, or all targets stored, or costs measured."""
-        return (self.out(job) / ("costs.json" if job.startswith("costs") else "summary.json")).is_file()
-
-    def _common(self, *more: Overrides, **run: Any) -> Overrides:
-        own = {"data": {"train": self.data[0], "val": self.data[1]}, "run": {"precision": self.precision} | run}
-        return merged(self.size.common, *more, own)
+        """Trained and its predictions stored, or all targets stored, or costs measured."""
+        name = {"train": "predictions.json", "teach": "summary.json", "costs": "costs.json"}[self.jobs[job].verb]
+        return (self.out(job) / name).is_file()
 
     def _jobs(self) -> Iterator[Job]:
+        """In the order in which partial results are worth most: one initialisation of every setting, then the next."""
         size = self.size
-        for name, overrides in size.teachers.items():
-            job = f"teacher-{name}"
-            yield Job(job, "train", functools.partial(self._common, overrides, out=str(self.out(job))))
-        stored = {SETTINGS[s].teachers for s in size.settings} - {()}
-        for seed in size.seeds:
-            for teachers in sorted(stored):
-                job = targets_name(teachers, seed)
-                yield Job(
-                    job,
-                    "teach",
-                    functools.partial(self._student, Setting({}, teachers), next(iter(size.students)), seed),
-                    tuple(f"teacher-{name}" for name in teachers),
-                )
-        if not size.budget:
-            after = tuple(targets_name(t, size.seeds[0]) for t in sorted(stored))
-            plain = tuple(name for name in size.settings if not SETTINGS[name].cost_of_std)
-            yield Job("costs", "costs", dict, after, {"names": plain})
-            if size.push_minutes:
-                yield Job("costs-pushed", "costs", dict, after, {"names": PUSHED})
-        for seed in size.seeds:
+        length = f"{size.epochs} epochs"
+        first = next(iter(size.students))
+        yield Job(TARGETS, "teach", functools.partial(self._student, Setting({}), first, length=length))
+        chosen: tuple[str, ...] = ()
+        for init in range(max(len(inits) for inits in size.inits.values())):
             for student in size.students:
+                if init >= len(size.inits[student]):
+                    continue
                 for name in size.settings:
-                    yield self._student_job(student, name, seed)
-        for minutes in size.push_minutes:
-            for name in PUSHED:
-                yield self._pushed_job(name, minutes)
+                    setting = SETTINGS[name]
+                    if setting.once and init > 0:
+                        continue
+                    if (setting.labels == OTHER or setting.cost_of) and not chosen:
+                        yield from self._choice(first)
+                        yield Job("costs", "costs", dict, (TARGETS,))
+                        chosen = tuple(f"choice-{loss}" for loss in CHOICE)
+                    yield self._run(student, name, size.inits[student][init], chosen)
 
-    def _student_job(self, student: str, name: str, seed: int) -> Job:
+    def _choice(self, student: str) -> Iterator[Job]:
+        """STD with each soft loss, compared on the images held out."""
+        length = f"{self.size.choice_epochs} epochs"
+        for loss in CHOICE:
+            setting = Setting({"loss": loss}, OTHER)
+            recipe = functools.partial(self._student, setting, student, f"choice-{loss}", 0, length)
+            yield Job(f"choice-{loss}", "train", recipe, (TARGETS,), {"student": student, "loss": loss})
+
+    def _run(self, student: str, name: str, init: int, chosen: tuple[str, ...]) -> Job:
         setting = SETTINGS[name]
-        after: tuple[str, ...] = (targets_name(setting.teachers, seed),) if setting.teachers else ()
-        if setting.cost_of_std:
-            after += (run_name(student, "STD", seed),) if self.size.budget else ("costs",)
-        job = run_name(student, name, seed)
+        job = run_name(student, name, init)
+        after: tuple[str, ...] = (TARGETS,) if setting.labels else ()
+        after += chosen if setting.labels == OTHER else ()
+        after += ("costs",) if setting.cost_of else ()
 
         def recipe() -> Overrides:
-            length = f"{self.size.epochs} epochs"
-            if setting.cost_of_std:
-                length = self._equal_cost(student, name, seed)
-            return merged(self._student(setting, student, seed), {"run": {"out": str(self.out(job)), "length": length}})
+            distill = dict(setting.distill)
+            if setting.labels == OTHER:
+                distill["loss"] = self.other_loss()
+            epochs = float(self.size.epochs)
+            if setting.cost_of:
+                costs, base = self.costs(), name.split(",")[0]
+                epochs *= costs[cost_name(student, setting.cost_of)] / costs[cost_name(student, base)]
+            return self._student(Setting(distill, setting.labels), student, job, init, f"{epochs:.3f} epochs")
 
-        return Job(job, "train", recipe, after, {"student": student, "setting": name, "seed": seed})
+        return Job(job, "train", recipe, after, {"student": student, "setting": name, "init": init})
 
-    def _pushed_job(self, name: str, minutes: float) -> Job:
-        setting, seed, student = SETTINGS[name], self.size.seeds[0], next(iter(self.size.students))
-        after: tuple[str, ...] = (targets_name(setting.teachers, seed),) if setting.teachers else ()
-        after += () if self.size.budget else ("costs-pushed",)
-        job = f"{run_name(student, name, seed)}-{minutes:g}-minutes"
-
-        def recipe() -> Overrides:
-            length = f"{minutes / 60:.5f} gpu-hours"
-            if not self.size.budget:
-                length = f"{max(1, round(60 * minutes / self.costs()[name]))} samples"
-            return merged(self._student(setting, student, seed), {"run": {"out": str(self.out(job)), "length": length}})
-
-        return Job(job, "train", recipe, after, {"student": student, "setting": name, "seed": seed, "minutes": minutes})
-
-    def _student(self, setting: Setting, student: str, seed: int) -> Overrides:
-        """The recipe of a student but for folder and length."""
-        distill = dict(setting.distill)
-        if setting.teachers:
-            targets = targets_name(setting.teachers, seed)
-            distill |= {
+    def _student(
+        self, setting: Setting, student: str, job: str = TARGETS, init: int = 0, length: str = ""
+    ) -> Overrides:
+        """A recipe."""
+        size = self.size
+        betons = {name: str(self.work / "data" / f"{name}.beton") for name in BETONS}
+        run = {"precision": self.precision, "init_seed": init, "length": length, "out": str(self.out(job))}
+        common: Overrides = {"data": {"train": betons["train"], "val": betons["held-out"]}, "run": run}
+        distill: Overrides = dict(setting.distill)
+        if setting.labels:
+            weights = {name: str((self.teachers / f"{name}.safetensors").resolve()) for name in size.teachers}
+            distill = {
                 "mode": "std",
-                "teachers": [{"weights": str(self.out(f"teacher-{name}"))} for name in setting.teachers],
-                "target_cache": str(self.out(targets) / "targets"),
-            }
+                "teachers": [{"name": name, "weights": path} for name, path in weights.items()],
+                "target_cache": str(self.out(TARGETS) / "targets"),
+            } | distill
             if distill.get("taps") == [-1]:
-                distill["taps"] = [self._depth(student)]
-            if setting.pushed:
-                distill["views"] = self.size.epochs
-        overrides = self._common(self.size.students[student], seed=seed, length=f"{self.size.epochs} epochs")
-        return merged(overrides, {"distill": distill}, self.size.push if setting.pushed else {})
+                distill["taps"] = [size.students[student]["student"]["options"]["depth"]]
+            if setting.labels == OTHER or job == TARGETS:
+                distill |= size.soft
+        return merged(size.common, size.students[student], common, {"distill": distill})
 
-    def _depth(self, student: str) -> int:
-        """Blocks of a student."""
-        base = yaml.safe_load(recipe_files.find(self.size.common["base"]).read_text(encoding="utf-8"))
-        options = merged(base, self.size.common, self.size.students[student])["student"]["options"]
-        return options["depth"] if "depth" in options else sum(options["layers"])
+    # -- what later jobs follow from ----------------------------------------------------------------------------------
 
-    def _equal_cost(self, student: str, name: str, seed: int) -> str:
-        """The length that costs what this seed's STD run cost."""
-        if not self.size.budget:
-            per_sample = self.costs()
-            base = next(s for s in ("plain", "DeiT token") if name.startswith(s))
-            return f"{self.size.epochs * per_sample['STD'] / per_sample[base]:.3f} epochs"
-        hours = self._hours(run_name(student, "STD", seed))
-        if SETTINGS[name].cost_of_std == "with teachers":
-            hours += self._hours(targets_name(BOTH, seed)) + sum(self._hours(f"teacher-{t}") for t in BOTH)
-        return f"{hours:.5f} gpu-hours"
+    def other_loss(self) -> str:
+        """The soft loss with the best accuracy on the images held out."""
+        return max(CHOICE, key=lambda loss: self.summary(f"choice-{loss}")["result"]["top1"])
 
     def costs(self) -> dict[str, float]:
-        """Processor seconds per sample of each setting that was measured."""
-        return {name: value for costs in self._measured() for name, value in costs["cpu_seconds_per_sample"].items()}
+        """Seconds per sample of each student and setting that was measured; of the processor where it trains on one."""
+        path = self.out("costs") / "costs.json"
+        return json.loads(path.read_text(encoding="utf-8"))["seconds_per_sample"] if path.is_file() else {}
 
-    def _measured(self) -> list[harness.Report]:
-        """What the jobs that measure costs wrote."""
-        paths = [self.out(job.name) / "costs.json" for job in self.jobs.values() if job.verb == "costs"]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-
-    def _hours(self, job: str) -> float:
-        return json.loads((self.out(job) / "summary.json").read_text(encoding="utf-8"))["gpu_hours"]
+    def summary(self, job: str) -> harness.Report:
+        return json.loads((self.out(job) / "summary.json").read_text(encoding="utf-8"))
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
@@ -176,6 +161,12 @@ class Study:
             UserError: at the end, naming the jobs that failed.
         """
         wanted = self._wanted(only)
+        for name in self.size.teachers:
+            if not (self.teachers / f"{name}.safetensors").is_file():
+                raise UserError(
+                    f"--teachers: {self.teachers} lacks {name}.safetensors; make it by examples/imagenet_teachers.py"
+                )
+        prepare(self.source, self.work / "data")
         running: dict[Future[int], str] = {}
         failed: set[str] = set()
         with ThreadPoolExecutor(jobs) as pool, children:
@@ -217,8 +208,7 @@ class Study:
         folder = self.out(job.name)
         folder.mkdir(parents=True, exist_ok=True)
         if job.verb == "costs":
-            command = [sys.executable, "-m", "benchmarks.evidence", "--size", self.name, "--costs", job.name, "--json"]
-            command += ["--work", str(self.work), "--data", *self.data, "--precision", self.precision]
+            command = [sys.executable, "-m", "benchmarks.evidence", "--work", str(self.work), "--costs", "--json"]
             command += ["--repeats", str(self.size.cost_turns)]
         else:
             path = folder / "wanted.yaml"
@@ -231,66 +221,71 @@ class Study:
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             code, said = children.run(command, log)
         if code == 0 and job.verb == "teach":
-            hours = (time.perf_counter() - began) / 3600  # of the whole process, imports included
+            hours = (time.perf_counter() - began) / 3600  # of the complete process, imports included
             record = json.loads(said) | {"gpu_hours": hours}
-            write_atomic(folder / "summary.json", json.dumps(record))
+            write_whole(folder / "summary.json", json.dumps(record))
+        if code == 0 and job.verb == "train":
+            store_predictions(folder, self.work / "data" / "val.beton")
         return code
 
     def measure_costs(self, args: argparse.Namespace) -> None:
-        """Processor time per sample of each way to teach, targets stored, from raw batch to updated weights."""
+        """Time per sample of each way to train, targets stored, from raw batch to updated weights."""
         import torch
 
         torch.set_num_threads(1)
-        seed, student = self.size.seeds[0], next(iter(self.size.students))
+        folder = self.out("costs")
+        folder.mkdir(exist_ok=True)
         parts = {}
-        for name in self.jobs[args.costs].about["names"]:
-            path = self.out(args.costs) / f"{run_name(student, name, seed)}.yaml"
-            path.write_text(yaml.safe_dump(self._student(SETTINGS[name], student, seed)), encoding="utf-8")
-            parts[name] = build(recipes.load(str(path)))
+        for student in self.size.students:
+            for name in self.size.settings:
+                setting = SETTINGS[name]
+                if setting.cost_of or setting.once:
+                    continue
+                path = folder / f"{run_name(student, name, 0)}.yaml"
+                loss = {"loss": CHOICE[0]} if setting.labels == OTHER else {}
+                recipe = self._student(
+                    Setting(setting.distill | loss, setting.labels), student, "costs", 0, f"{self.size.epochs} epochs"
+                )
+                path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+                parts[cost_name(student, name)] = build(recipes.load(str(path)))
         try:
-            contestants = {name: one_step(p) for name, p in parts.items()}
-            times = harness.measure(contestants, args)
+            times = harness.measure({name: one_step(p) for name, p in parts.items()}, args)
         finally:
             for p in parts.values():
                 p.close()
         batch = next(iter(parts.values())).recipe.run.batch
         report = {
-            "cpu_seconds_per_sample": {name: t.seconds / batch for name, t in times.items()},
+            "seconds_per_sample": {name: t.seconds / batch for name, t in times.items()},
             "rows": [harness.row(name, t, batch) for name, t in times.items()],
             "conditions": harness.conditions(args.device),
         }
-        write_atomic(self.out(args.costs) / "costs.json", json.dumps(report, indent=1))
+        write_whole(folder / "costs.json", json.dumps(report, indent=1))
 
     # -- what came out ------------------------------------------------------------------------------------------------
 
     def collect(self) -> harness.Report:
-        """Recipe, evaluations, figures of the log and ledger of every run that is done."""
+        """Recipe, evaluations, metrics of the log, ledger and predictions of every run that is done."""
         runs = []
         for job in self.jobs.values():
             folder = self.out(job.name)
             if not self.done(job.name) or job.verb == "costs":
                 continue
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            if job.verb == "teach":
-                runs.append({"job": job.name, "verb": job.verb, "summary": summary})
-                continue
-            records = read_jsonl(folder / "metrics.jsonl")
-            runs.append(
-                {
-                    "job": job.name,
-                    "verb": job.verb,
-                    **job.about,
+            run = {"job": job.name, "verb": job.verb, **job.about, "summary": self.summary(job.name)}
+            if job.verb == "train":
+                records = read_jsonl(folder / "metrics.jsonl")
+                run |= {
                     "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-                    "summary": summary,
+                    "predictions": json.loads((folder / "predictions.json").read_text(encoding="utf-8")),
                     "evaluations": [rounded(r) for r in records if r["kind"] == "eval"],
                     "log": thin([rounded(r) for r in records if r["kind"] == "train"], 25),
                 }
-            )
+            runs.append(run)
+        costs = self.out("costs") / "costs.json"
         return {
             "variant": self.name,
             "runs": runs,
-            "cpu_seconds_per_sample": self.costs(),
-            "costs": self._measured(),
+            "seconds_per_sample": self.costs(),
+            "costs": json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else None,
             "missing": [job for job in self.jobs if not self.done(job)],
         }
 
@@ -317,24 +312,27 @@ class Children:
             process.send_signal(signal.SIGTERM)
 
     def run(self, command: list[str], log: Any) -> tuple[int, str]:
-        """Exit code and standard output; standard error goes to the log."""
+        """Exit code and standard output; standard error goes to the log, and at the end the processor time."""
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment
         )
         self._processes.add(process)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             said, _ = process.communicate()
         finally:
             self._processes.discard(process)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        log.write(f"processor time of all children that ended: {after.ru_utime - before.ru_utime:.1f} s\n")
         return process.returncode, said
 
 
-def targets_name(teachers: tuple[str, ...], seed: int) -> str:
-    return f"targets-{'-'.join(teachers)}-{seed}"
+def run_name(student: str, setting: str, init: int) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", f"{student}-{setting}-{init}")
 
 
-def run_name(student: str, setting: str, seed: int) -> str:
-    return f"{student}-{re.sub('[^A-Za-z0-9]+', '-', setting)}-{seed}"
+def cost_name(student: str, setting: str) -> str:
+    return f"{student}: {setting}"
 
 
 def one_step(parts: Parts) -> Callable[[], None]:

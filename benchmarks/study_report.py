@@ -2,160 +2,226 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from benchmarks import harness
+from benchmarks.study_data import unpack
 from benchmarks.study_sizes import SETTINGS
 
+AGAINST = ("plain", "no tokens")
+"""settings that the others are compared with"""
 
-def students_of(report: harness.Report) -> Iterator[tuple[str, str, list[harness.Report]]]:
-    """(student, setting, its runs over the seeds), in the order of the study."""
-    groups: dict[tuple[str, str], list[harness.Report]] = {}
+
+class Group(NamedTuple):
+    """All runs of a student and a setting."""
+
+    student: str
+    setting: str
+    runs: list[harness.Report]
+
+    def correct(self, head: str = "") -> dict[int, np.ndarray]:
+        """Which validation images each initialisation gets right `[N]`, by a head; by default by their mean."""
+        found = {}
+        for run in self.runs:
+            predictions = run["predictions"]
+            chosen = head or ("mean" if "mean" in predictions else "class")
+            if chosen in predictions:
+                found[run["init"]] = unpack(predictions[chosen]) == unpack(predictions["labels"])
+        return found
+
+
+def groups(report: harness.Report) -> Iterator[Group]:
+    """In the order of the study."""
+    found: dict[tuple[str, str], list[harness.Report]] = {}
     for run in report["runs"]:
-        if "setting" in run and "minutes" not in run:
-            groups.setdefault((run["student"], run["setting"]), []).append(run)
+        if "setting" in run:
+            found.setdefault((run["student"], run["setting"]), []).append(run)
     order = list(SETTINGS)
-    for (student, setting), runs in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        yield student, setting, runs
+    for student, setting in sorted(
+        found, key=lambda key: (list(dict.fromkeys(s for s, _ in found)).index(key[0]), order.index(key[1]))
+    ):
+        yield Group(student, setting, found[student, setting])
 
 
-def pushed(report: harness.Report) -> dict[str, dict[float, float]]:
-    """Final top-1 of the pushed runs: setting -> minutes -> %."""
-    found: dict[str, dict[float, float]] = {}
-    for run in report["runs"]:
-        if "minutes" in run:
-            found.setdefault(run["setting"], {})[run["minutes"]] = run["summary"]["result"]["top1"]
-    return found
-
-
-def cost_of(setting: str, report: harness.Report) -> float | None:
-    """Processor seconds per sample; settings that differ in their length alone cost the same."""
-    costs = report["cpu_seconds_per_sample"]
-    return next((costs[s] for s in sorted(costs, key=len, reverse=True) if setting.startswith(s)), None)
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """Mean, and the deviation over seeds where there are several."""
+def mean_and_error(values: list[float]) -> str:
+    """Mean, and its standard error where there are several."""
     mean = statistics.mean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+    return f"{mean:.1f} ± {standard_error(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+class Difference(NamedTuple):
+    """Accuracy of one setting less that of another, in points, over the initialisations that both have."""
+
+    points: float
+    over_images: float  # standard error of the mean over images, each image's value a mean over initialisations
+    over_inits: float | None  # standard error over the pairs of one initialisation; None for one pair
+    better: int  # McNemar's counts over all pairs: images that only this one gets right,
+    worse: int  # and that only the other one does
+    p: float  # McNemar's exact two-sided test, the largest of the pairs'
+
+    @property
+    def error(self) -> float:
+        """Both parts together, as if they were independent; that counts a part of the chance twice."""
+        return math.hypot(self.over_images, self.over_inits or 0.0)
+
+
+def difference(one: Group, other: Group) -> Difference | None:
+    """None without a common initialisation."""
+    ours, theirs = one.correct(), other.correct()
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return None
+    pairs = np.stack([ours[i].astype(float) - theirs[i] for i in both]) * 100  # [inits, images]
+    of_images, of_inits = pairs.mean(0), pairs.mean(1)
+    counts = [(int((pair > 0).sum()), int((pair < 0).sum())) for pair in pairs]
+    return Difference(
+        float(pairs.mean()),
+        float(of_images.std(ddof=1) / math.sqrt(len(of_images))),
+        standard_error(of_inits.tolist()) if len(both) > 1 else None,
+        sum(b for b, _ in counts),
+        sum(w for _, w in counts),
+        max(mcnemar(b, w) for b, w in counts),
+    )
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """Probability of counts at least so uneven if both were equally likely (two-sided, exact)."""
+    n, least = better + worse, min(better, worse)
+    tail = sum(math.comb(n, k) for k in range(least + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def per_sample(group: Group, report: harness.Report) -> float | None:
+    """Seconds of the processor (or of the GPU) per sample; settings that differ in their length alone cost the same."""
+    costs = report["seconds_per_sample"]
+    names = (group.setting, group.setting.split(", STD's cost")[0], group.setting.split(", ")[0])
+    return next((costs[key] for name in names if (key := f"{group.student}: {name}") in costs), None)
+
+
+def cost(group: Group, report: harness.Report, samples: float) -> float:
+    """Minutes of the processor where they were measured, else 10^15 multiply-accumulates, three forwards a sample."""
+    seconds = per_sample(group, report)
+    if seconds is not None:
+        return samples * seconds / 60
+    return 3e-15 * samples * group.runs[0]["predictions"]["macs"]
 
 
 def show(report: harness.Report) -> str:
     found = report["conditions"]
-    teachers = [
-        {
-            "job": run["job"],
-            "top1": f"{run['summary']['result']['top1']:.2f}",
-            "samples": run["summary"]["samples"],
-            "hours": run["summary"]["gpu_hours"],
-        }
-        for run in report["runs"]
-        if run["verb"] == "train" and "setting" not in run
-    ]
-    targets = [
-        {
-            "job": run["job"],
-            "asked": run["summary"]["asked"],
-            "bytes": run["summary"]["bytes"],
-            "hours": run["summary"]["gpu_hours"],
-        }
-        for run in report["runs"]
-        if run["verb"] == "teach"
-    ]
+    where = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, {found['cores']} cores"
+    every = list(groups(report))
+    lines = [f"{where}, torch {found['versions']['torch']}, {found['date'][:10]}, commit {found['commit'][:9]}"]
     rows = []
-    for student, setting, runs in students_of(report):
-        results = [run["summary"]["result"] for run in runs]
-        row: harness.Report = {"student": student, "setting": setting, "runs": len(runs)}
-        for head in ("top1", "top1_class", "top1_distill"):
-            if all(head in r for r in results):
-                row[head] = mean_and_spread([r[head] for r in results])
-        row["samples"] = round(statistics.mean(run["summary"]["samples"] for run in runs))
-        row["hours"] = f"{statistics.mean(run['summary']['gpu_hours'] for run in runs):.3f}"
-        if (cost := cost_of(setting, report)) is not None:
-            row["cost"] = f"{row['samples'] * cost / 60:.1f}"
+    for group in every:
+        samples = statistics.mean(run["summary"]["samples"] for run in group.runs)
+        row: harness.Report = {"student": group.student, "setting": group.setting, "runs": len(group.runs)}
+        for head in ("", "class", "distill"):
+            accuracies = [100 * float(correct.mean()) for correct in group.correct(head).values()]
+            row[head or "top1"] = mean_and_error(accuracies) if accuracies else None
+        row |= {"samples": round(samples), "macs": f"{group.runs[0]['predictions']['macs'] / 1e6:.1f}"}
+        row["cost"] = f"{cost(group, report, samples):.3g}"
         rows.append(row)
     columns = {
         "student": "student",
         "setting": "setting",
         "runs": "runs",
-        "top-1, %": "top1",
-        "class head": "top1_class",
-        "distillation heads": "top1_distill",
+        "validation top-1, %": "top1",
+        "class head": "class",
+        "distillation heads": "distill",
         "samples": "samples",
-        "CPU minutes": "cost",
-        "hours held": "hours",
+        "MMACs of a forward": "macs",
+        "CPU minutes" if report["seconds_per_sample"] else "10^15 MACs": "cost",
     }
-    where = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, {found['cores']} cores"
-    parts = [f"{where}, torch {found['versions']['torch']}, {found['date'][:10]}, commit {found['commit'][:9]}"]
-    parts.append(
-        harness.table(teachers, {"teacher": "job", "top-1, %": "top1", "samples": "samples", "hours held": "hours"})
+    lines.append(harness.table(rows, columns))
+    for name in AGAINST:
+        if table := differences(every, name):
+            lines.append(table)
+    choice = {run["loss"]: run["summary"]["result"]["top1"] for run in report["runs"] if "loss" in run}
+    if choice:
+        text = ", ".join(f"{loss} {top1:.1f}" for loss, top1 in choice.items())
+        lines.append(f"The other loss, by STD's top-1 on the images held out: {text}.")
+    lines.append(
+        "± standard error over initialisations."
+        + (f" Not run yet: {', '.join(report['missing'])}." if report["missing"] else "")
     )
-    parts.append(harness.table(targets, {"targets": "job", "asked": "asked", "bytes": "bytes", "hours held": "hours"}))
-    parts.append(harness.table(rows, columns))
-    if found_pushed := pushed(report):
-        minutes = sorted({m for values in found_pushed.values() for m in values})
-        rows = [{"minutes": f"{m:g}"} | {s: f"{v[m]:.2f}" for s, v in found_pushed.items() if m in v} for m in minutes]
-        parts.append(harness.table(rows, {"minutes": "minutes"} | {f"{s}: top-1, %": s for s in found_pushed}))
-    parts.append(
-        "Mean ± deviation over seeds." + (f" Missing: {', '.join(report['missing'])}." if report["missing"] else "")
-    )
-    return "\n\n".join(parts)
+    return "\n\n".join(lines)
 
 
-def color_of(setting: str) -> tuple[float, ...]:
-    """The same in every figure; light ones from the eleventh setting on."""
-    import matplotlib
-
-    number = list(SETTINGS).index(setting)
-    return matplotlib.colormaps["tab20"](2 * (number % 10) + number // 10)
+def differences(every: list[Group], name: str) -> str:
+    """Table of all settings against one, paired by images and initialisations; empty where there is none."""
+    rows = []
+    for group in every:
+        other = next((g for g in every if g.student == group.student and g.setting == name), None)
+        if other is None or group.setting == name or (found := difference(group, other)) is None:
+            continue
+        rows.append(
+            {
+                "student": group.student,
+                "setting": group.setting,
+                "points": f"{found.points:+.1f} ± {found.error:.1f}",
+                "images": f"{found.over_images:.1f}",
+                "inits": None if found.over_inits is None else f"{found.over_inits:.1f}",
+                "counts": f"{found.better} : {found.worse}",
+                "p": f"{found.p:.2g}",
+            }
+        )
+    columns = {
+        "student": "student",
+        "setting": "setting",
+        f"points over {name}": "points",
+        "of it over images": "images",
+        "over initialisations": "inits",
+        "McNemar's counts": "counts",
+        "largest p of a pair": "p",
+    }
+    return harness.table(rows, columns) if rows else ""
 
 
 def draw(report: harness.Report, path: Path) -> None:
-    """Validation accuracy over samples and over cost, mean over seeds with every seed as a dot at the end.
+    """Accuracy over cost: lines on the images held out in the course of training, points on the validation images.
 
-    The pushed runs, which are of the first student, are dots of their own over cost.
+    Mean over initialisations; bars are standard errors over images and initialisations together.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    costs = report["cpu_seconds_per_sample"]
-    students = sorted({student for student, _, _ in students_of(report)})
+    every = list(groups(report))
+    students = list(dict.fromkeys(group.student for group in every))
     figure, axes = plt.subplots(
-        len(students), 2, figsize=(13, 4.2 * len(students)), squeeze=False, sharey="row", layout="constrained"
+        1, max(1, len(students)), figsize=(7.5 * max(1, len(students)), 4.8), squeeze=False, layout="constrained"
     )
-    for student, setting, runs in students_of(report):
-        left, right = axes[students.index(student)]
-        style: dict[str, Any] = {
-            "color": color_of(setting),
-            "linestyle": "--" if SETTINGS[setting].cost_of_std else "-",
-        }
-        curves = [run["evaluations"] for run in runs]
-        points = list(zip(*curves, strict=False))
-        x = [statistics.mean(e["samples"] for e in at) for at in points]
-        if (per_sample := cost_of(setting, report)) is not None:
-            cost = [value * per_sample / 60 for value in x]
-        else:
-            cost = [statistics.mean(e["gpu_hours"] for e in at) * 60 for at in points]
-        y = [statistics.mean(e["top1"] for e in at) for at in points]
-        for axis, values in ((left, x), (right, cost)):
-            axis.plot(values, y, label=setting, **style)
-            axis.scatter([values[-1]] * len(runs), [c[-1]["top1"] for c in curves], s=12, color=style["color"])
-    for setting, results in pushed(report).items():
-        minutes, top1 = zip(*sorted(results.items()), strict=True)
-        axes[0][1].plot(minutes, top1, "o:", label=setting, color=color_of(setting))
-    for row, student in zip(axes, students, strict=True):
-        row[0].set(xlabel="training samples", ylabel="validation top-1, %", title=f"{student}: over samples")
-        row[1].set(
-            xlabel="CPU minutes" if costs else "GPU minutes", title=f"{student}: at equal cost, teachers' excluded"
+    for group in every:
+        axis = axes[0][students.index(group.student)]
+        color = matplotlib.colormaps["tab20"](list(SETTINGS).index(group.setting) % 20)
+        points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
+        x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
+        axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)
+        correct = np.stack(list(group.correct().values())) * 100.0  # [inits, images]
+        error = float(correct.mean(0).std() / math.sqrt(correct.shape[1]))
+        if len(correct) > 1:
+            error = math.hypot(error, standard_error(correct.mean(1).tolist()))
+        end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
+        label = f"{group.setting} ({len(correct)})"
+        axis.errorbar(end, correct.mean(), error, fmt="o", color=color, capsize=3, markersize=5, label=label)
+    unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{15}$ multiply-accumulates of the student"
+    for axis, student in zip(axes[0], students, strict=False):
+        axis.set(
+            xlabel=f"{unit}, teachers' excluded", ylabel="top-1, %", title=f"Mixer {student}, Imagenette at 128 px"
         )
-        for axis in row:
-            axis.grid(alpha=0.3)
-    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower right", title="validation (initialisations)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -6,39 +6,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Overrides = dict[str, Any]
-LARGE, BOTH = ("large",), ("small", "large")
+OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to teach; the teachers' weights are filled in."""
+    """A way to train the student; the teachers are filled in."""
 
     distill: Overrides
-    teachers: tuple[str, ...] = BOTH
-    cost_of_std: str = ""
-    """how this one's length is found: "" the study's epochs; "alone", "with teachers": what STD's run cost"""
-    pushed: bool = False
-    """with the size's `push` on top, for each of its `push_minutes`, one seed"""
+    labels: str = "hard"
+    """of the teachers: `hard`, `other` (the soft loss that the choice found best), or empty: no teachers"""
+    cost_of: str = ""
+    """as many epochs as cost what this setting costs, instead of the study's"""
+    once: bool = False
+    """of the first initialisation alone"""
 
 
+NO_MINE: Overrides = {"mine": {"weight": 0.0}}
 SETTINGS = {
-    "plain": Setting({"mode": "none"}, ()),
-    "no tokens": Setting({"tokens": "none", "mine": {"weight": 0.0}}),
-    "DeiT token": Setting({"tokens": "deit", "mine": {"weight": 0.0}}),
+    "plain": Setting({"mode": "none"}, ""),
+    "no tokens": Setting({"tokens": "none", **NO_MINE}),
+    "DeiT token": Setting({"tokens": "deit", **NO_MINE}),
     "STD": Setting({}),
-    "STD, last module": Setting({"taps": [-1], "assign": [[0, 1]]}),
-    "STD, MINE in each step": Setting({"mine": {"every": "1 step"}}),
-    "STD, MINE in each step at 0.1": Setting({"mine": {"every": "1 step", "weight": 0.1}}),
-    "STD, no MINE": Setting({"mine": {"weight": 0.0}}),
-    "STD, no reweighting": Setting({"reweight": False}),
-    "STD, one teacher": Setting({"assign": [[0], [0]]}, LARGE),
-    "plain, STD's cost": Setting({"mode": "none"}, (), "alone"),
-    "plain, STD's and its teachers' cost": Setting({"mode": "none"}, (), "with teachers"),
-    "DeiT token, STD's cost": Setting({"tokens": "deit", "mine": {"weight": 0.0}}, BOTH, "alone"),
-    "plain, pushed": Setting({"mode": "none"}, (), pushed=True),
-    "STD, pushed": Setting({"mine": {"weight": 0.0}}, pushed=True),
+    "STD narrow": Setting({"token_mlp_ratio": [0.5, 1.0]}),
+    "STD at the last block": Setting({"taps": [-1], "assign": [[0, 1]]}),
+    "no tokens, other loss": Setting({"tokens": "none", **NO_MINE}, OTHER),
+    "DeiT token, other loss": Setting({"tokens": "deit", **NO_MINE}, OTHER),
+    "STD, other loss": Setting({}, OTHER),
+    "plain, STD's cost": Setting({"mode": "none"}, "", cost_of="STD"),
+    "no tokens, STD's cost": Setting({"tokens": "none", **NO_MINE}, cost_of="STD"),
+    "STD, 5 views": Setting({"views": 5}, once=True),
+    "STD, 10 views": Setting({"views": 10}, once=True),
 }
-PUSHED = tuple(name for name, setting in SETTINGS.items() if setting.pushed)
+HARD = ("plain", "no tokens", "DeiT token", "STD", "STD narrow")
+CHOICE = ("kl", "dkd", "dist", "ofa")
+"""the soft losses of which the choice takes the best"""
 
 
 @dataclass(frozen=True)
@@ -46,121 +48,78 @@ class Size:
     """How large the study is."""
 
     common: Overrides
-    teachers: dict[str, Overrides]
+    teachers: tuple[str, ...]
+    """timm names; their weights are NAME.safetensors in the folder of the teachers"""
     students: dict[str, Overrides]
+    inits: dict[str, tuple[int, ...]]
+    """initialisations of each student"""
     epochs: int
-    settings: tuple[str, ...] = tuple(name for name in SETTINGS if name not in PUSHED)
-    budget: bool = True
-    """equal cost by budgets of GPU-hours; else by samples, from the measured costs"""
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    choice_epochs: int = 0
+    """length of the runs that choose the other loss; 0: nothing is chosen"""
     cost_turns: int = 31
-    """how often a step of each setting is timed, in turns, where costs are measured"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    push_minutes: tuple[float, ...] = ()
-    """budgets: minutes of a GPU, or of a processor where `budget` is not set"""
-    push: Overrides = field(default_factory=dict)
-    """nothing that the teacher targets depend on: the stored ones are cycled"""
+    """how often a step of each setting is timed, in turns"""
+    soft: Overrides = field(default_factory=lambda: {"labels": "soft", "temperature": 2.0, "top_k": 9})
+    """how the targets are stored; hard labels are read from the same files"""
 
 
-def mixer(dim: int, depth: int) -> Overrides:
-    options = {"patch_size": 4, "dim": dim, "depth": depth, "token_dim": dim // 2, "channel_dim": 4 * dim}
-    return {"name": "mixer", "options": options}
+def mixer(dim: int, patch_size: int = 16) -> Overrides:
+    """Mixer-S16's proportions: token hidden C/2, channel hidden 4 C, 8 blocks."""
+    options = {"patch_size": patch_size, "dim": dim, "depth": 8, "token_dim": dim // 2, "channel_dim": 4 * dim}
+    return {"student": {"name": "mixer", "options": options}}
 
 
-def narrow_resnet(layers: list[int], channels: list[int]) -> Overrides:
-    return {"name": "resnet18", "options": {"layers": layers, "channels": channels}, "drop_path": 0.0}
-
-
-LIGHT = {"mix_prob": 0.5}  # half of the samples are mixed: few epochs leave a small student underfitted as it is
-PUSH: Overrides = {"optim": {"name": "muon"}}
+TEACHERS = ("tf_efficientnet_lite0", "tf_efficientnet_lite2")
+ON_A_CPU: Overrides = {
+    "base": "imagenette_mixer",
+    "data": {"threads": 1},
+    "run": {"device": "cpu", "eval_every": "2 epochs", "eval_batch": 256, "save_every": "2 minutes"},
+}
 SIZES = {
     "gpu": Size(
-        common={"base": "cifar10_mixer"},
-        teachers={
-            "small": {"base": "cifar10_teacher_small"},
-            "large": {"base": "cifar10_teacher"},
-        },
-        students={
-            "mixer": {},
-            "resmlp": {"student": {"name": "resmlp", "options": {"patch_size": 4, "dim": 384, "depth": 12}}},
-            "cyclemlp": {
-                "student": {
-                    "name": "cyclemlp",
-                    "options": {
-                        "layers": [2, 2, 4, 2],
-                        "embed_dims": [64, 128, 320, 512],
-                        "mlp_ratios": [4, 4, 4, 4],
-                    },
-                }
-            },
-        },
-        epochs=100,
-        push_minutes=(10, 30, 100),
-        push=PUSH,
+        common={"base": "imagenette_mixer", "run": {"batch": 256, "eval_every": "2 epochs"}},
+        teachers=TEACHERS,
+        students={"C 512": mixer(512)},
+        inits={"C 512": (0, 1, 2, 3)},
+        epochs=30,
+        choice_epochs=30,
     ),
     "cpu": Size(
-        common={
-            "base": "cifar10_mixer",
-            "augment": LIGHT,
-            "student": mixer(64, 4) | {"drop_path": 0.0},
-            "optim": {"lr": 2.0e-3, "lr_batch": 0, "warmup": "5 %"},
-            "run": {
-                "batch": 128,
-                "eval_every": "1 epoch",
-                "eval_batch": 500,
-                "device": "cpu",
-                "save_every": "2 minutes",
-            },
-            "data": {"threads": 1},
-        },
-        teachers={
-            # at 48 px, so that timm's usual stem leaves 12 x 12 positions: 2 to 4 times the speed of a stem for 32 px
-            "small": {
-                "student": narrow_resnet([1, 1, 1, 1], [32, 64, 128, 256]),
-                "data": {"image_size": 48},
-                "augment": {"mix_prob": 0.2},
-                "run": {"length": "8 epochs", "eval_every": "2 epochs"},
-            },
-            "large": {
-                "student": narrow_resnet([2, 2, 2, 2], [32, 64, 128, 256]),
-                "data": {"image_size": 48},
-                "augment": {"mix_prob": 0.2},
-                "run": {"length": "8 epochs", "eval_every": "2 epochs"},
-            },
-        },
-        students={"mixer": {}},
-        epochs=3,
-        settings=(
-            "plain",
-            "DeiT token",
-            "STD",
-            "plain, STD's cost",
-            "DeiT token, STD's cost",
-            "STD, no MINE",
-            "STD, MINE in each step",
-            "STD, MINE in each step at 0.1",
-        ),
-        budget=False,
-        push_minutes=(1.5, 4.5, 13.5),
-        push=PUSH,
+        common=ON_A_CPU,
+        teachers=TEACHERS,
+        students={"C 64": mixer(64), "C 128": mixer(128)},
+        inits={"C 64": (0, 1, 2, 3), "C 128": (0, 1)},
+        epochs=30,
+        choice_epochs=15,
+    ),
+    "short": Size(
+        common=ON_A_CPU,
+        teachers=TEACHERS,
+        students={"C 64": mixer(64)},
+        inits={"C 64": (0, 1, 2)},
+        epochs=8,
+        settings=HARD,
     ),
     "smoke": Size(
         common={
-            "base": "cifar10_mixer",
-            "data": {"image_size": 16, "threads": 1},
-            "student": mixer(16, 3) | {"drop_path": 0.0},
-            "optim": {"lr_batch": 0},
-            "run": {"batch": 8, "eval_every": "1 epoch", "log_every": 1, "device": "cpu"},
+            "base": "imagenette_mixer",
+            "data": {"image_size": 32, "threads": 1, "backend": "torch"},
+            "run": {"batch": 4, "eval_every": "1 epoch", "log_every": 1, "device": "cpu"},
         },
-        teachers={
-            name: {"student": narrow_resnet([1, 1, 1, 1], [8, 8, 8, 8]), "run": {"length": "2 steps"}} for name in BOTH
+        teachers=("test_resnet", "test_efficientnet"),
+        students={
+            "C 16": {
+                "student": {
+                    "name": "mixer",
+                    "options": {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+                }
+            }
         },
-        students={"mixer": {}},
+        inits={"C 16": (0, 1)},
         epochs=1,
-        settings=("plain", "STD", "plain, STD's cost"),
-        budget=False,
+        settings=("plain", "no tokens", "STD", "STD, other loss", "plain, STD's cost"),
+        choice_epochs=1,
         cost_turns=2,
-        seeds=(0,),
-        push_minutes=(0.001,),
-        push=PUSH,
+        soft={"labels": "soft", "temperature": 2.0, "top_k": 2},
     ),
 }

@@ -1,15 +1,22 @@
 """The evidence study at its smallest: real runs of every kind, stopped in between, collected, shown and drawn."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from benchmarks import evidence, harness, study_sizes
 from benchmarks import study as studies
+from benchmarks.study_data import pack, unpack
+from benchmarks.study_report import Group, difference, mcnemar
 from tests.killing import Child
 
 
@@ -37,68 +44,112 @@ def evidence_main(*argv: str) -> None:
     sys.exit(evidence.command(list(argv)))
 
 
-def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
-    data = (str(image_folder), str(image_folder))
-    study = studies.Study("smoke", tmp_path / "work", data)
+@pytest.fixture
+def source(image_folder, tmp_path):
+    """Imagenette's layout, with the same images for training and validation, and two teachers of random weights."""
+    folder = tmp_path / "imagenette"
+    folder.mkdir()
+    for part in ("train", "val"):
+        (folder / part).symlink_to(image_folder)
+    (tmp_path / "teachers").mkdir()
+    for name in study_sizes.SIZES["smoke"].teachers:
+        torch.manual_seed(0)
+        save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "teachers" / f"{name}.safetensors")
+    return folder
+
+
+def test_a_study_stopped_and_gone_on_with(source, tmp_path, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    known = {"size": "smoke", "data": str(source), "teachers": str(tmp_path / "teachers"), "precision": "auto"}
+    (work / "study.json").write_text(json.dumps(known))
+    study = studies.Study("smoke", work, known["data"], known["teachers"])
     forever = time.monotonic() + 1e6
     first = Forked(stop_after=3)
     assert not study.work_off(1, "*", forever, first)
     assert sum(study.done(job) for job in study.jobs) == len(first.commands) == 3
     rest = Forked()
     assert study.work_off(1, "*", forever, rest)
-    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 10
+    assert len(first.commands) + len(rest.commands) == len(study.jobs) == 1 + 4 + 1 + 2 * 5
 
     report = study.collect() | {"conditions": harness.conditions(), "missing": []}
     runs = {run["job"]: run for run in report["runs"]}
-    costs = report["cpu_seconds_per_sample"]
-    assert costs["STD"] > costs["plain"] > 0
-    std, plain, equal = (runs[f"mixer-{name}-0"] for name in ("STD", "plain", "plain-STD-s-cost"))
-    assert std["summary"]["samples"] == plain["summary"]["samples"] == 24
-    asked = json.dumps(std["recipe"]["distill"]["teachers"])
-    assert "teacher-small" in asked and "teacher-large" in asked
+    costs = report["seconds_per_sample"]
+    assert costs["C 16: STD"] > costs["C 16: plain"] > 0
+    std, plain, equal = (runs[f"C-16-{name}-1"] for name in ("STD", "plain", "plain-STD-s-cost"))
+    assert std["recipe"]["run"]["init_seed"] == 1 and std["recipe"]["run"]["seed"] == 0
+    assert std["summary"]["samples"] == plain["summary"]["samples"] == 20  # 8 of each class, one held out
     # to the nearest step: as many samples as cost what STD's cost
-    assert equal["summary"]["samples"] == pytest.approx(24 * costs["STD"] / costs["plain"], abs=4.01)
-    pushed = runs["mixer-STD-pushed-0-0.001-minutes"]
-    assert pushed["recipe"]["optim"]["name"] == "muon" and pushed["recipe"]["distill"]["views"] == 1
-    assert pushed["summary"]["samples"] == pytest.approx(60 * 0.001 / costs["STD, pushed"], abs=8)
-    assert [e["step"] for e in std["evaluations"]] == [3] and std["log"][-1]["step"] == 3
-    assert "seconds" in std["summary"] and runs["targets-small-large-0"]["summary"]["asked"] == 24
+    assert equal["summary"]["samples"] == pytest.approx(20 * costs["C 16: STD"] / costs["C 16: plain"], abs=4.01)
+    assert runs["targets"]["summary"]["asked"] == 20
+    other = runs["C-16-STD-other-loss-0"]["recipe"]["distill"]
+    assert (other["labels"], other["loss"]) == ("soft", study.other_loss())
+    assert other["target_cache"] == std["recipe"]["distill"]["target_cache"]
+
+    predictions = std["predictions"]
+    labels = unpack(predictions["labels"])
+    assert sorted(labels.tolist()) == [0] * 8 + [1] * 8 + [2] * 8
+    assert set(predictions) == {"labels", "class", "distill", "mean", "macs"}
+    assert set(plain["predictions"]) == {"labels", "class", "macs"}
+    assert predictions["macs"] > plain["predictions"]["macs"] > 0
+    held_out = std["evaluations"][-1]
+    assert held_out["images"] == 3 and held_out["samples"] == 20
 
     stored = tmp_path / "stored.json"
     stored.write_text(json.dumps(report))
     capsys.readouterr()
     assert evidence.command(["--from", str(stored), "--out", str(tmp_path / "again")]) == 0
     shown = capsys.readouterr().out
-    for name in (
-        "teacher-small",
-        "| mixer | STD |",
-        "| mixer | plain, STD's cost |",
-        "| minutes | plain, pushed: top-1, % |",
-    ):
-        assert name in shown
+    for text in ("| C 16 | STD | 2 |", "points over plain", "points over no tokens", "The other loss, by STD's top-1"):
+        assert text in shown
     assert len(list((tmp_path / "again").glob("evidence-smoke-*.png"))) == 1
 
 
-def test_every_size_names_recipes_that_are_valid(tmp_path):
-    """What a GPU is to run without anyone looking on: each recipe is built, and each job can begin one day."""
+def run_with(init: int, correct: list[int]) -> harness.Report:
+    labels = np.zeros(len(correct), np.uint8)
+    return {"init": init, "predictions": {"labels": pack(labels), "class": pack(1 - np.array(correct))}}
+
+
+def test_differences_are_paired_by_image_and_initialisation():
+    one = Group("s", "a", [run_with(0, [1, 1, 1, 0]), run_with(1, [1, 1, 0, 0])])
+    other = Group("s", "b", [run_with(1, [1, 0, 0, 1]), run_with(0, [1, 0, 0, 0]), run_with(2, [1, 1, 1, 1])])
+    found = difference(one, other)
+    by_init = [50.0, 0.0]  # points: images 1 and 2 of four gained; one gained, one lost
+    by_image = [0.0, 100.0, 50.0, -50.0]
+    assert found.points == np.mean(by_init)
+    assert found.over_images == pytest.approx(np.std(by_image, ddof=1) / 2)
+    assert found.over_inits == pytest.approx(np.std(by_init, ddof=1) / math.sqrt(2))
+    assert (found.better, found.worse) == (3, 1)
+    assert difference(one, Group("s", "b", [run_with(2, [1, 1, 1, 1])])) is None
+
+
+def test_mcnemars_exact_test():
+    """scipy's binomtest(3, 12) and (0, 5), both two-sided."""
+    assert mcnemar(3, 9) == pytest.approx(0.14599609375)
+    assert mcnemar(5, 0) == pytest.approx(0.0625)
+    assert mcnemar(4, 4) == 1.0
+
+
+def test_every_size_names_recipes_that_are_valid(tmp_path, monkeypatch):
+    """What nobody looks on at: each recipe is built, and each job can begin one day."""
     from std_fast.config import recipe as recipes
 
-    for name in study_sizes.SIZES:
-        study = studies.Study(name, tmp_path / name, ("train.beton", "test.beton"))
+    monkeypatch.setattr(studies.Study, "other_loss", lambda self: "dist")
+    for name, size in study_sizes.SIZES.items():
+        study = studies.Study(name, tmp_path / name, "imagenette", "teachers")
+        costs = {studies.cost_name(s, setting): 1.0 for s in size.students for setting in study_sizes.SETTINGS}
+        monkeypatch.setattr(studies.Study, "costs", lambda self, costs=costs: costs)
         done: set[str] = set()
         for job in study.jobs.values():
             assert done.issuperset(job.after), job.name
             done.add(job.name)
-            if (
-                job.verb == "costs"
-                or any(study_sizes.SETTINGS[s].cost_of_std for s in [job.about.get("setting", "plain")])
-                or ("minutes" in job.about and not study.size.budget)
-            ):
-                continue  # a length that is measured
+            if job.verb == "costs":
+                continue
             path = tmp_path / f"{name}-{job.name}.yaml"
             path.write_text(yaml.safe_dump(job.recipe()))
             recipe = recipes.load(str(path))
-            assert recipe.run.out.startswith(str(tmp_path)) or job.verb == "teach"
+            assert recipe.run.out.startswith(str(tmp_path))
+            assert recipe.distill.mode == "none" or recipe.distill.target_cache.endswith("targets/targets")
 
 
 @pytest.mark.parametrize(
@@ -106,10 +157,11 @@ def test_every_size_names_recipes_that_are_valid(tmp_path):
     [
         ([], "--work: is missing"),
         (["--work", "nowhere"], "--data: is missing"),
-        (["--work", "w", "--data", "a", "b", "--only", "nothing"], "--only: no job"),
+        (["--work", "w", "--data", "a", "--only", "nothing"], "--only: no job"),
+        (["--work", "w", "--data", "a"], "--teachers: {here}/teachers lacks tf_efficientnet_lite0.safetensors"),
     ],
 )
 def test_mistakes(argv, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evidence.command(argv) == 2
-    assert complaint in capsys.readouterr().err
+    assert complaint.format(here=tmp_path) in capsys.readouterr().err
