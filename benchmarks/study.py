@@ -295,7 +295,7 @@ class Children:
 
     def __init__(self, jobs: int) -> None:
         self.stopped = False
-        self._environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, harness.cores() // jobs)))
+        self._environment = {"OMP_NUM_THREADS": str(max(1, harness.cores() // jobs))} | dict(os.environ)
         self._processes: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Children:
