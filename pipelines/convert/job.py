@@ -96,9 +96,9 @@ def convert(
             return conversion.complete(journal, on_error, progress)
     except OSError as error:
         free = shutil.disk_usage(folder.path if os.path.isdir(folder.path) else os.path.dirname(folder.path)).free
-        mend = "free some space" if error.errno in DISK_FULL else "mend that"
+        fix = "free some space" if error.errno in DISK_FULL else "fix that"
         raise UserError(
-            f"{printable(dst)}: writing failed ({error.strerror}; {_size(free)} are free); {mend} and run the same "
+            f"{printable(dst)}: writing failed ({error.strerror}; {_size(free)} are free); {fix} and run the same "
             "command: it goes on where it was"
         ) from error
     finally:
@@ -215,7 +215,7 @@ class _Conversion:
     def complete(
         self, journal: ConvertJournal, on_error: str, progress: Callable[[ConvertProgress], None] | None
     ) -> dict[str, Any]:
-        """Checks the whole, writes header and manifest, and gives both files their names."""
+        """Checks the result, writes header and manifest, and gives both files their names."""
         faults = self.listing.faults + sorted(
             (printable(self.listing.names[source]), reason) for done in self.done for source, reason in done.faults
         )
@@ -250,12 +250,12 @@ class _Conversion:
             shown = "; ".join(f"{name} ({reason})" for name, reason in faults[:SHOWN_FAULTS])
             if len(faults) > SHOWN_FAULTS:
                 shown += f"; and {len(faults) - SHOWN_FAULTS} more"
-            mend = "mend or remove them"
+            fix = "fix or remove them"
             if good:
-                mend += f", or pass --on-error skip; what is converted is kept in {printable(self.folder.path)}"
+                fix += f", or pass --on-error skip; what is converted is kept in {printable(self.folder.path)}"
             raise DataError(
                 f"{len(faults)} of {good + len(faults)} images cannot be converted: {shown}; "
-                f"all are listed in {printable(_faults_file(self.dst))}; {mend}"
+                f"all are listed in {printable(_faults_file(self.dst))}; {fix}"
             )
         for name, reason in faults:
             log.warning("%s: left out: %s", name, reason)
@@ -283,7 +283,7 @@ def _stored_raw(n: int, settings: ConvertSettings) -> npt.NDArray[np.bool_]:
 
 
 def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None:
-    """Says which class has which number, and what may surprise about it."""
+    """Logs which class has which number, and warns of numbers in the order of text and of empty classes."""
     names = listing.classes
     shown = [f"{i} = {name}" for i, name in enumerate(names)]
     if len(shown) > SHOWN_CLASSES:

@@ -1,7 +1,7 @@
 """What a conversion has done so far, on disk, so that one killed at any moment goes on where it was.
 
 A working folder beside the final file holds the lock, the data (already laid out as the final beton) and the journal:
-one line per finished task, appended only after the data it speaks of is on the disk. A resumed conversion believes a
+one line per finished task, appended only after its data is on the disk. A resumed conversion accepts a
 line when its own checksum, the sources it names and the checksum of its data all agree, and goes on behind the last
 such line.
 """
@@ -27,6 +27,7 @@ from pipelines.errors import UserError, printable
 
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 1 << 28
+LOCK_ATTEMPTS = 100
 
 
 class WorkFolder:
@@ -37,20 +38,24 @@ class WorkFolder:
         folder, name = os.path.split(os.path.abspath(dst))
         self.path = os.path.join(folder, f".{name}.converting")
         lock = os.path.join(self.path, "lock")
-        while True:
+        for attempt in range(LOCK_ATTEMPTS):
             try:
                 os.makedirs(self.path, exist_ok=True)
                 self._lock: IO[bytes] = open(lock, "ab")
-            except FileNotFoundError:
-                continue  # removed just now by its last owner
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt + 1 < LOCK_ATTEMPTS:
+                    continue  # removed just now by its last owner
                 raise UserError(
                     f"{printable(dst)}: cannot write there ({error.strerror}); choose another place"
                 ) from None
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
                 self._lock.close()
+                if not isinstance(error, BlockingIOError):  # a network disk without locks
+                    raise UserError(
+                        f"{printable(dst)}: cannot be locked there ({error.strerror}); choose another disk"
+                    ) from None
                 raise UserError(
                     f"{printable(dst)}: another process is converting to it; wait for it or choose another name"
                 ) from None
@@ -60,6 +65,7 @@ class WorkFolder:
             except FileNotFoundError:
                 pass
             self._lock.close()  # its last owner removed it between our opening and locking it
+        raise UserError(f"{printable(dst)}: its working folder comes and goes; see what else writes there")
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -75,7 +81,7 @@ class WorkFolder:
 
 
 class ConvertJournal:
-    """The record of finished tasks, and the data file it speaks of."""
+    """The record of finished tasks, and the data file that it describes."""
 
     def __init__(self, folder: WorkFolder, identity: str) -> None:
         """identity: of all that every task depends on; a journal of another identity is started anew."""
@@ -127,8 +133,8 @@ class ConvertJournal:
         return DoneTask(number, samples, b"", entry["sha256"], faults, entry["how"])
 
     def add(self, done: DoneTask, digest: str) -> None:
-        """Records a task whose payload has been written. It reaches the disk, data first, about once a second, behind
-        the back of the caller. Raises OSError of an earlier write."""
+        """Records a task whose payload has been written. A thread writes it to the disk each second, data first.
+        Raises OSError of an earlier write."""
         entry = {
             "task": done.number,
             "sources": digest,

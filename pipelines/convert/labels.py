@@ -140,7 +140,7 @@ def read_labels(
     if numbers and min(numbers) > 0 and classes is None:
         raise UserError(
             f"{where}: numbers begin at {min(numbers)}; if it is ImageNet's ground truth, give the devkit "
-            "(ILSVRC2012_devkit_t12.tar.gz), which says which class each stands for; otherwise number from 0, or give "
+            "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; otherwise number from 0, or give "
             "`classes`, whose first line names number 0"
         )
     return dict(zip(used, parsed, strict=True)), None
@@ -153,7 +153,7 @@ def _pairs(lines: list[str], images: ImageNames, where: str, key: str | None) ->
             try:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
             except csv.Error as error:
-                raise UserError(f"{where}: cannot be read as a table ({error}); mend it") from None
+                raise UserError(f"{where}: cannot be read as a table ({error}); fix it") from None
             found = _from_table(rows, images, where, key)
             if found is not None:
                 return found
@@ -174,7 +174,7 @@ def _from_table(rows: list[list[str]], images: ImageNames, where: str, key: str 
     collected = _Collected(images, where)
     for row in body:
         if len(row) <= max(name_column, label):
-            raise UserError(f"{where}: some lines hold a name and a label, others do not; mend it")
+            raise UserError(f"{where}: some lines hold a name and a label, others do not; fix it")
         text = row[label]
         boxes = _BOXES.fullmatch(" ".join(row[label:]))
         collected.add(row[name_column], boxes[1] if boxes else text)

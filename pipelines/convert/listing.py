@@ -109,13 +109,13 @@ class Builder:
             listing.labels = np.array(labels, np.int64)
             highest = int(listing.labels.max(initial=0))
             if not 0 <= int(listing.labels.min(initial=0)) <= highest < MAX_CLASSES:
-                raise UserError(f"{printable(src)}: labels must lie in 0..{MAX_CLASSES - 1}; mend them")
+                raise UserError(f"{printable(src)}: labels must lie in 0..{MAX_CLASSES - 1}; fix them")
             if classes is None:
                 classes = [str(i) for i in range(highest + 1)]
             if highest >= len(classes):
                 raise UserError(
                     f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
-                    "mend the labels or give `classes` with all names"
+                    "fix the labels or give `classes` with all names"
                 )
         if len(set(classes)) != len(classes):
             twice = next(name for name in classes if classes.count(name) > 1)
@@ -132,7 +132,7 @@ class Builder:
         if unknown:
             raise UserError(
                 f"{printable(src)}: class {unknown[0]!r} ({len(unknown)} such) is not among the {len(classes)} "
-                "classes given; mend the list of classes or the source"
+                "classes given; fix the list of classes or the source"
             )
         return np.array([number[name] for name in names], np.int64), classes
 
@@ -152,7 +152,7 @@ def scan(path: str) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be listed ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{printable(path)}: cannot be listed ({error.strerror}); fix its permissions") from None
 
 
 def regular(path: str) -> os.stat_result | str:
@@ -170,7 +170,7 @@ def read_text(path: str) -> str:
     """A list that the user gave. Raises UserError."""
     status = regular(path)
     if isinstance(status, str):
-        raise UserError(f"{printable(path)}: {'a folder; give a text file' if os.path.isdir(path) else status}")
+        raise UserError(f"{printable(path)}: {'a folder' if os.path.isdir(path) else status}; give a text file")
     if status.st_size > MAX_TEXT:
         raise UserError(f"{printable(path)}: {status.st_size} bytes are too many for a list of labels")
     try:

@@ -132,7 +132,7 @@ def _unpacked(
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        raise UserError(f"{printable(place)}: cannot be read ({error.strerror}); mend that") from None
+        raise UserError(f"{printable(place)}: cannot be read ({error.strerror}); fix that") from None
     return base, labels, classes
 
 
@@ -225,4 +225,4 @@ def _copy_images(file: Any, column: str, path: str, base: str, max_bytes: int, c
         np.save(out, np.array(rows, np.int64).reshape(-1, 2))
         out.flush()
         os.fsync(out.fileno())
-    os.rename(f"{base}.npy.part", f"{base}.npy")  # the index says that the copy is whole
+    os.rename(f"{base}.npy.part", f"{base}.npy")  # where there is an index, the copy is complete

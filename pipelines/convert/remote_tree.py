@@ -1,6 +1,6 @@
 """Sources on other machines: their files as a tree, and the bytes of their images while they are converted.
 
-Nothing is unpacked or copied as a whole where parts of files can be read: tars are listed by reading through them once
+No file is copied or unpacked where parts of files can be read: tars are listed by reading through them once
 (all of it, when their images are small), and each image is fetched when its turn comes. Parquet and CIFAR's files, and
 tars on servers without parts of files, are copied beside the result first; such a copy goes on where it was.
 """

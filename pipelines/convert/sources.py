@@ -29,7 +29,7 @@ NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipy
 
 
 def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
-    """Lists a source of any kind, told by its files; `src` is a path or a URL. `work` is a folder for copies.
+    """Lists a source of any kind, which its files show; `src` is a path or a URL. `work` is a folder for copies.
 
     Raises UserError when there is nothing to convert, the kind is not known or not certain, a class is empty, or labels
     are missing.

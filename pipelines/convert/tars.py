@@ -92,7 +92,7 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
 
 def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
     if entry.fault:
-        raise UserError(f"{printable(tree.place(entry.name))}: {entry.fault}; mend or remove it")
+        raise UserError(f"{printable(tree.place(entry.name))}: {entry.fault}; fix or remove it")
     tar = Tar(entry.name, entry.name[:-4].rpartition("/")[2], entry.stamp)
     with tree.open(entry.name) as reader:
 

@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     is_folder: bool
     size: int
     stamp: int
-    """changes when the file does: modification time, ns, or a digest of what a server says"""
+    """changes when the file does: modification time, ns, or a digest of what a server sends"""
     fault: str
     """why it is neither a folder nor a file that can be read; "" if it is one"""
 
@@ -67,7 +67,7 @@ class LocalTree:
         try:
             fd = os.open(place, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{printable(place)}: cannot be opened ({error.strerror}); mend its permissions") from None
+            raise UserError(f"{printable(place)}: cannot be opened ({error.strerror}); fix its permissions") from None
         try:
             yield FileReader(fd)
         finally:

@@ -26,7 +26,7 @@ _BLOCK = 1 << 24
 
 def inspect(path: str) -> dict[str, Any]:
     """What a beton holds, ready for JSON: counts, bytes, sizes in pixels (histograms over EDGES), classes, and what its
-    manifest says of its making (None where there is none). Raises UserError when it is no beton."""
+    manifest holds about its making (None where there is none). Raises UserError when it is no beton."""
     source = BetonSource(path)
     sides = np.sort(np.stack([source.heights, source.widths]).astype(np.int64), axis=0)
     per_class = np.bincount(source.labels, minlength=source.num_classes)
@@ -143,7 +143,7 @@ def decode_sample(source: BetonSource, index: int) -> npt.NDArray[np.uint8]:
 
 
 def verify(path: str, decode: bool = False, threads: int = 0) -> list[str]:
-    """Faults of a beton, one line each, none if it is whole: its structure, its manifest's counts and checksum, and
+    """Faults of a beton, one line each, none if it is complete: its structure, its manifest's counts and checksum, and
     with `decode` every image. threads: for decoding; 0 = one per core this process may use."""
     try:
         source = BetonSource(path)

@@ -11,10 +11,11 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from pipelines.convert.manifest import write_manifest
 from pipelines.errors import DataError, UserError, printable
+from pipelines.files import write_atomic
 from pipelines.read import remote
 from pipelines.untrusted import MAX_JSON, read_json
 
@@ -84,9 +85,9 @@ def _copy(url: str, path: str) -> None:
         if manifest.get("sha256") != digest.hexdigest():
             os.remove(arriving)
             raise DataError(f"{remote.shown(url)}: its checksum is not its manifest's; convert it again")
-        write_manifest(manifest, f"{path}.json")
+        write_atomic(Path(f"{path}.json"), json.dumps(manifest, indent=1))
     os.replace(arriving, path)
-    write_manifest(origin, f"{path}.origin")
+    write_atomic(Path(f"{path}.origin"), json.dumps(origin))
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
         os.remove(left)
 

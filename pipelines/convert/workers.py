@@ -140,7 +140,7 @@ class Workers:
                 index = self._pipes.index(pipe)  # type: ignore[arg-type]
                 result = self._receive(index)
                 ready[self._queues[index].popleft()] = result
-            self._look_for_hanging()
+            self._check_progress()
             while following in ready:
                 yield ready.pop(following)
                 following += 1
@@ -164,7 +164,7 @@ class Workers:
     def _beat(self, index: int) -> int:
         return _BEAT.unpack_from(self._beats, _BEAT.size * index)[0]
 
-    def _look_for_hanging(self) -> None:
+    def _check_progress(self) -> None:
         now = time.monotonic()
         for index, queue in enumerate(self._queues):
             beat, since = self._seen[index]
@@ -189,12 +189,12 @@ class Workers:
         except subprocess.TimeoutExpired:
             code = 0
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        mend = "run the same command: it goes on where it was"
+        way = "run the same command: it goes on where it was"
         if code == -signal.SIGKILL:
-            mend = f"if memory was short, use fewer workers; {mend}"
+            way = f"if memory was short, use fewer workers; {way}"
         self._log.seek(0)
         last = "".join(f" ({line})" for line in self._log.read().decode("utf-8", "replace").strip().splitlines()[-1:])
-        return UserError(f"a converting process {how} at {self._at(index)}{last}; {mend}")
+        return UserError(f"a converting process {how} at {self._at(index)}{last}; {way}")
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -213,15 +213,15 @@ class Workers:
         self.close()
 
 
-def read_place(path: str, offset: int, size: int, whole: bool, max_bytes: int) -> bytes:
-    """Bytes of one image: of a file that is one (`whole`), or that holds it. Raises BadImage."""
+def read_place(path: str, offset: int, size: int, is_file: bool, max_bytes: int) -> bytes:
+    """Bytes of one image: of a file that is one (`is_file`), or that holds it. Raises BadImage."""
     if size > max_bytes:
         raise BadImage(f"{size} bytes are more than {max_bytes} (max_bytes)")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe put in its place must not block
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or (whole and status.st_size != size):
+            if not stat.S_ISREG(status.st_mode) or (is_file and status.st_size != size):
                 raise BadImage("the file changed while it was converted")
             data = os.pread(fd, size, offset)
         finally:
@@ -262,7 +262,7 @@ def convert_task(task: ConvertTask, settings: ConvertSettings, files: list[str],
 
 
 def work(socket_fd: int, beats_fd: int, index: int) -> None:
-    """The whole life of a converting process."""
+    """Runs a converting process until the parent closes its socket."""
     import traceback
 
     pipe = Connection(socket_fd)
@@ -276,9 +276,9 @@ def work(socket_fd: int, beats_fd: int, index: int) -> None:
         while True:
             task = pipe.recv()
             try:
-                answer: DoneTask | str = convert_task(task, settings, files, is_cifar, beat)
+                result: DoneTask | str = convert_task(task, settings, files, is_cifar, beat)
             except Exception:  # a fault of this program: the parent shows it
-                answer = traceback.format_exc()
-            pipe.send(answer)
+                result = traceback.format_exc()
+            pipe.send(result)
     except (EOFError, ConnectionError):
         return  # the parent is gone, or has no more work

@@ -25,7 +25,7 @@ from pipelines.errors import UserError, printable
 
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds before each further attempt"""
-TIMEOUT = 60  # seconds without an answer
+TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 24  # bytes of a copy that are asked for at once
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"}
 STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -39,11 +39,11 @@ class RemoteFile(NamedTuple):
     url: str
     size: int
     stamp: int
-    """changes with the file, as far as the server says"""
+    """changes with the file, as far as the server sends what does"""
 
 
 class NoRanges(Exception):
-    """The server gives whole files only."""
+    """The server gives complete files only."""
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -161,8 +161,8 @@ def copy(file: RemoteFile, path: str) -> None:
 def _copy_all(file: RemoteFile, out: Any) -> None:
     out.seek(0)
     out.truncate()
-    with _request(file.url) as answer:
-        while data := answer.read(1 << 20):
+    with _request(file.url) as response:
+        while data := response.read(1 << 20):
             out.write(data)
     if out.tell() != file.size:
         raise OSError(f"{out.tell()} bytes came of {file.size}")
@@ -266,11 +266,11 @@ def _request(url: str, method: str = "GET", **headers: str) -> http.client.HTTPR
 
 def _http_info(url: str) -> RemoteFile:
     try:
-        with _request(url, "HEAD") as answer:
-            headers = answer.headers
+        with _request(url, "HEAD") as response:
+            headers = response.headers
     except PermissionError:  # some servers (and signed addresses) allow GET only
-        with _request(url, Range="bytes=0-0") as answer:
-            headers = answer.headers
+        with _request(url, Range="bytes=0-0") as response:
+            headers = response.headers
     span = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("Content-Range", ""))
     size = span[1] if span else headers.get("Content-Length", "")
     if not size.isdigit():
@@ -284,10 +284,10 @@ def _read_part(url: str, start: int, end: int) -> bytes:
     if not _is_http(url):
         filesystem, path = _filesystem(url)
         return filesystem.cat_file(path, start=start, end=end)
-    with _request(url, Range=f"bytes={start}-{end - 1}") as answer:
-        if answer.status != 206:
+    with _request(url, Range=f"bytes={start}-{end - 1}") as response:
+        if response.status != 206:
             raise NoRanges
-        return answer.read(end - start)
+        return response.read(end - start)
 
 
 # -- fsspec -------------------------------------------------------------------------------------------------------

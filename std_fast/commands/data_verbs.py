@@ -67,10 +67,8 @@ def convert(args: argparse.Namespace) -> None:
         if not bar:
             bar.append(Progress("converted", now.total, "images"))
         bar[0].update(now.done)
-        left = f"{now.seconds_left:.0f} s left, " if now.phase == "converting" else ""
-        bar[0].note(
-            now.done, f"{now.phase}: {now.rate:.0f} images/s, {left}{now.estimated_bytes / 1e6:.0f} MB in the end"
-        )
+        rate = f"{now.rate:.0f} images/s, {now.seconds_left:.0f} s left, " if now.phase == "converting" else ""
+        bar[0].note(now.done, f"{now.phase}: {rate}{now.estimated_bytes / 1e6:.0f} MB in the end")
 
     try:
         manifest = run_conversion(

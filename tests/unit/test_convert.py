@@ -416,7 +416,7 @@ def _samples(line: bytes) -> bytes:
     return base64.b64decode(json.loads(line.split(b" ", 1)[1])["samples"])
 
 
-def test_a_full_disk_is_said_and_mended(images: Path, reference: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_work_is_kept(images: Path, reference: Path, tmp_path: Path) -> None:
     """A limit on the file's size stands for the full disk. What was written before it is used afterwards."""
     path = tmp_path / "x.beton"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -555,6 +555,8 @@ def test_progress(images: Path, tmp_path: Path) -> None:
         ({"workers": -1}, "workers -1"),
         ({"dst": "{tmp}"}, "is a folder; name the file"),
         ({"dst": "{tmp}/no/x.beton"}, "no such folder"),
+        ({"dst": "/proc/x.beton"}, "/proc/x.beton: cannot write there"),
+        ({"dst": "{tmp}/" + 300 * "x"}, "cannot write there .File name too long"),
         ({"src": "{tmp}/no"}, "cannot be opened"),
     ],
 )
