@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from std_fast.method.channel_mlp import channel_mlp
 from std_fast.models.common import mix_tokens
 
 TokenKind = Literal["both", "spatial", "channel", "none"]
 
 
 class TokenOutput(NamedTuple):
-    """What one STD module answers for a batch."""
+    """Outputs of one STD module for a batch."""
 
     logits: Tensor  # [B, M, K], one row per teacher
     spatial: Tensor | None  # T_S' [B, M, C]
@@ -33,15 +34,6 @@ class TokenOutput(NamedTuple):
 def at_least_float32(x: Tensor) -> Tensor:
     """bfloat16 and float16 as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def add_outer(hidden_BPH: Tensor, t_BPM: Tensor, w_HM: Tensor) -> Tensor:
-    """`hidden + t @ w^T` for a few columns M: compiled, pointwise, to fuse with what follows; eager, a product."""
-    if torch.compiler.is_compiling():
-        for m in range(w_HM.shape[1]):
-            hidden_BPH = hidden_BPH + t_BPM[..., m : m + 1] * w_HM[:, m]
-        return hidden_BPH
-    return torch.addmm(hidden_BPH.flatten(0, 1), t_BPM.flatten(0, 1), w_HM.T).view_as(hidden_BPH)
 
 
 def few_outputs(hidden: Tensor, w_MH: Tensor, dim: int) -> Tensor:
@@ -147,6 +139,15 @@ class STDModule(nn.Module):
 
     def channel_token(self, z_BPC: Tensor) -> Tensor:
         """`T_C' = MLP_C(LN([Z , T_C])) + T_C`, the MLP along the channels: `[B, P, C] -> [B, M, P]`."""
+        if torch.compiler.is_compiling():
+            token_BMP = self._channel_mlp_to_compile(z_BPC)
+        else:
+            token_BPM = channel_mlp(z_BPC, self.token_c, self.norm_c, self.fc1_c, self.fc2_c.weight)
+            token_BMP = token_BPM.transpose(1, 2)
+        return token_BMP + (self.fc2_c.bias[:, None] + self.token_c.T)
+
+    def _channel_mlp_to_compile(self, z_BPC: Tensor) -> Tensor:
+        """What `channel_mlp` computes, `[B, P, C] -> [B, M, P]`, in operators that inductor fuses."""
         C, width = self.dim, self.dim + self.teachers
         # the statistics at least in float32, as layer norm keeps them under autocast
         z_BPC, t_PM = at_least_float32(z_BPC), at_least_float32(self.token_c)
@@ -158,12 +159,9 @@ class STDModule(nn.Module):
         w_HD = self.fc1_c.weight * self.norm_c.weight  # the norm's affine part belongs to the first layer
         bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
         hidden_BPH = F.linear(z_BPC * scale_BP1, w_HD[:, :C], bias_H)
-        hidden_BPH = add_outer(hidden_BPH, t_BPM * scale_BP1, w_HD[:, C:])
-        if torch.compiler.is_compiling():
-            token_BMP = few_outputs(F.gelu(hidden_BPH), self.fc2_c.weight, 2)
-        else:
-            token_BMP = F.linear(F.gelu(hidden_BPH), self.fc2_c.weight).transpose(1, 2)
-        return token_BMP + (self.fc2_c.bias[:, None] + self.token_c.T)
+        for m in range(self.teachers):  # an outer product, which fuses with what follows
+            hidden_BPH = hidden_BPH + (t_BPM * scale_BP1)[..., m : m + 1] * w_HD[:, C + m]
+        return few_outputs(F.gelu(hidden_BPH), self.fc2_c.weight, 2)
 
     def forward(self, z_BPC: Tensor) -> TokenOutput:
         """Features `[B, P, C]` -> `TokenOutput`."""

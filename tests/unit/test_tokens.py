@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from std_fast.method import channel_mlp
 from std_fast.method.tokens import STDModule
 
 
@@ -46,9 +49,53 @@ def compare(module, z, found, expected, tolerance):
 
 @settings(max_examples=12, deadline=None)
 @given(B=st.integers(1, 3), P=st.integers(1, 9), C=st.integers(2, 12), K=st.integers(1, 5), m=st.integers(1, 3))
-def test_fused_form_is_the_papers_function(B, P, C, K, m):
+def test_eager_form_is_the_papers_function(B, P, C, K, m):
     module, z = some(B, P, C, K, m)
     compare(module, z, module_targets(module, z), reference(module, z), 1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 12, 35, 1000])
+def test_size_of_the_pieces_changes_nothing_but_rounding(monkeypatch, rows):
+    """One image each, two, seven, and the whole batch of eleven at once."""
+    module, z = some(11, 5, 6, 3, 2)
+    monkeypatch.setattr(channel_mlp, "ROWS", rows)
+    compare(module, z, module_targets(module, z), reference(module, z), 1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(module(z).channel, reference(module, z)[1], rtol=1e-10, atol=1e-10)
+
+
+class LargeArrays(TorchDispatchMode):
+    """Counts the arrays of at least `size` bytes that are made under it."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.made = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                if x.untyped_storage().nbytes() >= self.size:
+                    self.made.append(x)  # kept alive, so that no place is used twice
+        return out
+
+
+def test_eager_channel_mlp_makes_one_array_of_the_hidden_size():
+    """Run operator by operator it makes four or more, whose traffic takes more time than the products."""
+    B, P, C, H = 64, 64, 8, 32
+    module, z = some(B, P, C, 5, 1, dtype=torch.float32)
+
+    def made(form):
+        with LargeArrays(4 * B * P * H) as arrays:
+            form().sum().backward()
+        return len(arrays.made)
+
+    assert made(lambda: module.channel_token(z)) == 1
+    assert made(lambda: reference(module, z)[1]) >= 4
+    with torch.no_grad(), LargeArrays(4 * B * P * H) as arrays:
+        module(z)
+    assert not arrays.made
 
 
 def traced(module, z):
