@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from pipelines.errors import UserError, did_you_mean
+from pipelines.errors import UserError, did_you_mean, one_line
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
 from std_fast.commands.arguments import STOPPED, Parser, Verb, parse
 from std_fast.runtime.memory import ran_out
@@ -47,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        line = one_line(f"{os.fsdecode(error.filename)}: {error.strerror}; make it usable, or name another path")
+        print(f"std-fast: {line}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("std-fast: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ Imports nothing heavy; recipe.py validates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from std_fast.config.legacy import FIELDS, upgrade_recipe
 from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+LONGEST_NAME = 255  # bytes of a file's name
 OUT = "runs/{name}"
 """default of run.out"""
 
@@ -70,8 +72,12 @@ def read(name: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]
 
 
 def filled_in(out: str, name: str, seed: object) -> Path:
-    """`run.out` with the run's name and seed. UserError when it holds other braces."""
+    """`run.out` with the run's name and seed. UserError when it holds other braces, or what no file system takes."""
     try:
-        return Path(out.format(name=name or "run", seed=seed))
+        path = Path(out.format(name=name or "run", seed=seed))
     except (AttributeError, KeyError, IndexError, ValueError):
         raise UserError(f"run.out: {out!r} may hold {{name}} and {{seed}}, and no other braces") from None
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > LONGEST_NAME or "\0" in out:
+        raise UserError(f"run.out: holds a name of {longest} bytes; use at most {LONGEST_NAME}, none of them zero")
+    return path

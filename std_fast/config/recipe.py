@@ -16,12 +16,12 @@ from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
 from pipelines.read.settings import Backend, ReadSettings, Resample
+from std_fast.config.durations import Duration, parse_seconds, parse_warmup, unkept
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
 from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict
 
-LONGEST = 1e15  # of any unit of a duration: steps stay exact in float64
 LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
 
@@ -32,67 +32,6 @@ def refuse_loaders(options: dict, where: str) -> None:
         require(
             key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
         )
-
-
-@dataclass(frozen=True)
-class Duration:
-    """A length of training: a number and `epochs`, `steps`, `samples` or `gpu-hours`."""
-
-    amount: float
-    unit: str
-
-    UNITS = ("epochs", "steps", "samples", "gpu-hours")
-
-    @classmethod
-    def parse(cls, text: str | Duration, where: str = "duration") -> Duration:
-        """`"300 epochs"`, `"1 epoch"`, `"5e6 samples"`, `"8 gpu-hours"` -> Duration. UserError otherwise."""
-        if isinstance(text, Duration):
-            return text
-        words = str(text).split()
-        unit = words[1].rstrip("s") + "s" if len(words) == 2 else ""
-        try:
-            amount = float(words[0])
-        except (ValueError, IndexError):
-            amount = -1.0
-        if unit not in cls.UNITS or not 0 <= amount <= LONGEST:
-            raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
-        return cls(amount, unit)
-
-    def steps(self, steps_per_epoch: int, global_batch: int) -> int:
-        """Whole steps, rounded to the nearest. Not defined for gpu-hours: the budget's clock decides there."""
-        per_step = {"epochs": 1 / steps_per_epoch, "steps": 1.0, "samples": float(global_batch)}[self.unit]
-        return round(self.amount / per_step)
-
-    def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
-
-
-def parse_seconds(text: str, where: str) -> float:
-    """`"10 minutes"` -> 600.0. UserError for anything but a number and seconds, minutes or hours."""
-    words = str(text).split()
-    scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
-    try:
-        seconds = float(words[0]) * scale  # type: ignore[operator]
-        if 0 <= seconds <= LONGEST:
-            return seconds
-    except (TypeError, ValueError):
-        pass
-    raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
-
-
-def parse_warmup(text: str) -> Duration | float:
-    """A duration, or a share such as `"5 %"` as a float in [0, 1)."""
-    words = str(text).replace("%", " %").split()
-    if len(words) == 2 and words[1] == "%":
-        try:
-            share = float(words[0]) / 100
-        except ValueError:
-            share = -1.0
-        require(0 <= share < 1, "optim.warmup", f"{text!r} must be from 0 % to under 100 %")
-        return share
-    duration = Duration.parse(text, "optim.warmup")
-    require(duration.unit != "gpu-hours", "optim.warmup", "write a share of the training such as `5 %` instead")
-    return duration
 
 
 @dataclass(frozen=True)
@@ -387,6 +326,17 @@ class Recipe:
     optim: Optim = opt(Optim(), "")
     run: Run = opt(Run(), "")
     name: str = opt("", "filled in from the file's name")
+
+
+def unkept_durations(recipe: Recipe, steps_per_epoch: int) -> list[str]:
+    """A line for each duration that the run does not keep to."""
+    run, distill = recipe.run, recipe.distill
+    every = {"run.eval_every": run.eval_every}
+    if distill.uses_mine:
+        every["distill.mine.every"] = distill.mine.every
+    if run.not_finite == "rollback":
+        every["run.rollback_every"] = run.rollback_every
+    return list(unkept(every, recipe.optim.warmup, run.length, steps_per_epoch, run.batch))
 
 
 def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:

@@ -18,7 +18,7 @@ import torch
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from pipelines.files import write_atomic
-from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds
+from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds, unkept_durations
 from std_fast.method.losses import TeacherTargets
 from std_fast.method.student import smaller
 from std_fast.runtime.budget import Clock, Ledger, Pace, Timed, in_words, process_seconds, productive_seconds
@@ -78,6 +78,8 @@ class Run:
         self._closing.callback(self.parts.close)
         self.per_epoch = self.parts.train_loader.steps_per_epoch
         self.clock = Clock(recipe, self.per_epoch, self.ledger)
+        for line in unkept_durations(recipe, self.per_epoch) if world.main else ():
+            log.warning(line)
         meta: dict[str, Any] = {}
         if self.folder.found is not None:
             meta = self.folder.restore(self.parts.trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import platform
 import time
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from std_fast import __version__
-from std_fast.config.recipe import Duration, Recipe, dump, loads
+from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
@@ -48,6 +49,16 @@ RESUMABLE_CHANGES = (
 )
 
 
+def changed_fields(one: Recipe, two: Recipe) -> list[str]:
+    """Fields in which two recipes differ, and which a resumed run may not change."""
+    return [name for name in difference(one, two) if name not in RESUMABLE_CHANGES]
+
+
+def unused_beside(folder: Path) -> Path:
+    """FOLDER-2, or the next that does not exist."""
+    return next(path for i in itertools.count(2) if not (path := folder.with_name(f"{folder.name}-{i}")).exists())
+
+
 class Saved(NamedTuple):
     """A checkpoint that is whole."""
 
@@ -75,7 +86,7 @@ class RunFolder:
         self.path = Path(recipe.run.out)
         self.writer = checkpoint.Writer(self.path / "checkpoints", recipe.run.keep_checkpoints)
         if not resume and checkpoint.listed(self.path / "checkpoints"):
-            raise UserError(f"{self.path}: already holds a run; add --resume to continue it, or give another --run.out")
+            raise UserError(f"{self.path}: already holds a run; {self._way_on()}")
         self.found = self._newest() if resume else None
         self._saved_step, self.copy_seconds = 0, 0.0
         self._heartbeat: Heartbeat | None = None
@@ -87,6 +98,17 @@ class RunFolder:
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
             self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
+
+    def _way_on(self) -> str:
+        """What to do where the folder holds a run: resume it if it is this one, else take another folder."""
+        other = f"--run.out {unused_beside(self.path)}"
+        try:
+            differing = changed_fields(self.recipe, read_saved(self.path))
+        except UserError:  # no recipe beside the checkpoints
+            return f"start this one with {other}"
+        if differing:
+            return f"it has another {differing[0]}, so start this one with {other}"
+        return f"add --resume to continue it, or start a new one with {other}"
 
     def _newest(self) -> Saved | None:
         folder = self.path / "checkpoints"
@@ -122,11 +144,10 @@ class RunFolder:
         """
         assert self.found is not None
         path, tensors, meta = self.found
-        other = [name for name in difference(self.recipe, loads(meta["recipe"])) if name not in RESUMABLE_CHANGES]
-        if other:
+        if other := changed_fields(self.recipe, loads(meta["recipe"])):
             raise UserError(
-                f"{path}: was written by another recipe ({other[0]} differs); resume with the run's recipe.yaml, or "
-                "start a new run with another --run.out"
+                f"{path}: was written by another recipe ({other[0]} differs); resume with {self.path}/recipe.yaml, or "
+                f"start a new run with --run.out {unused_beside(self.path)}"
             )
         trainer.load_state(tensors)
         self._saved_step = meta["step"]

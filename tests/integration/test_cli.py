@@ -14,6 +14,7 @@ from std_fast import cli
 from std_fast.commands.arguments import split_overrides
 from std_fast.config import files as recipe_files
 
+LONG = "x" * 300
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -99,6 +100,16 @@ def test_info_and_recipes(capsys):
         (["info", "mixer", "--options", "["], "--options"),
         (["doctor", "extra"], "extra"),
         (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
+        (["train", "digits_mixer", "--run.out", LONG], "run.out: holds a name of 300 bytes; use at most 255"),
+        (["train", "digits_mixer", "--run.out", "a\0b"], "run.out: "),
+        (["preview", "digits_mixer", "--data.train", LONG], LONG),
+        (["train", LONG], LONG),
+        (["eval", LONG], LONG),
+        (["export", LONG, "out"], LONG),
+        (["report", LONG], LONG),
+        (["inspect", LONG], LONG),
+        (["convert", LONG, "x.beton"], LONG),
+        (["convert", ".", LONG], ""),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, complaint, capsys, tmp_path, monkeypatch):

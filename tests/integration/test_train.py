@@ -146,8 +146,11 @@ def test_a_run_leaves_what_a_user_needs(recipe):
     assert summary["gpu_hours"] * 3600 == pytest.approx(sum(parts.values()), rel=0.01)
     again = evaluate_run(recipes.Path(folder))
     assert {k: again[k] for k in ("top1", "loss")} == {k: summary["result"][k] for k in ("top1", "loss")}
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match=f"already holds a run; add --resume .*with --run.out {folder}-2$"):
         train(recipe, quiet=True)
+    budget = replace(recipe, run=replace(recipe.run, length="1 gpu-hours"))
+    with pytest.raises(UserError, match=f"another run.length, so start this one with --run.out {folder}-2$"):
+        train(budget, quiet=True)
     with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\)"):
         train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
 
@@ -223,7 +226,7 @@ def test_two_runs_into_one_folder(recipe):
         (["--distill.teachers.0.weights", "/nowhere.pth"], "/nowhere.pth"),
         (["--data.backend", "resident2"], "data.backend"),
         (["--run.length"], "needs a value"),
-        (["loose"], "not expected"),
+        (["loose"], "unrecognized arguments: loose"),
     ],
 )
 def test_mistakes_end_with_one_line(recipe, tmp_path, capsys, arguments, complaint):

@@ -95,7 +95,8 @@ def test_indices_keep_the_padding():
         (10, 3, 1, True, "even on each.*take 4"),
         (60, 6, 2, True, "even on each.*take 8"),
         (10, 16, 1, True, r"larger than the dataset \(10 samples\): take at most 8"),
-        (3, 4, 2, True, "give at least 4 samples"),
+        (19, 24, 2, True, r"larger than the dataset \(19 samples\): take at most 16"),  # a multiple of 4 on each
+        (7, 8, 2, True, "give at least 8 samples"),
     ],
 )
 def test_impossible_batches_name_the_fix(n, batch, world, drop_last, message):

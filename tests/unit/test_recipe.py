@@ -112,6 +112,32 @@ def test_durations_in_any_unit(text, steps):
     assert Duration.parse(text).steps(steps_per_epoch=10, global_batch=100) == steps
 
 
+def test_what_is_more_than_nothing_is_at_least_a_step():
+    assert Duration.parse("0.01 epochs").steps(10, 100) == 1
+    assert Duration.parse("0 steps").steps(10, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([("run.eval_every", "0.05 epochs")], "run.eval_every: 0.05 epochs is 0.5 of a step; it is done in every step"),
+        ([("run.eval_every", "0.1 epochs")], None),
+        ([("run.eval_every", "0 steps")], None),
+        ([("optim.warmup", "5 epochs")], "optim.warmup: 5 epochs is longer than the training (2 epochs)"),
+        ([("optim.warmup", "2 epochs")], None),
+        ([("optim.warmup", "50 %")], None),
+        ([("optim.warmup", "5 epochs"), ("run.length", "1 gpu-hours")], None),
+        ([("run.rollback_every", "1 samples"), ("run.not_finite", "rollback")], "run.rollback_every: 1 samples is"),
+        ([("run.rollback_every", "1 samples")], None),
+    ],
+)
+def test_durations_that_a_run_does_not_keep_to(overrides, line):
+    plain = [("run.length", "2 epochs"), ("optim.warmup", "1 steps"), ("run.eval_every", "1 epochs")]
+    recipe = recipes.load("digits_mixer", [*plain, *overrides])
+    lines = recipes.unkept_durations(recipe, 10)
+    assert [] == lines if line is None else len(lines) == 1 and line in lines[0]
+
+
 def test_other_times():
     assert parse_seconds("1.5 minutes", "x") == 90
     assert parse_warmup("5 %") == 0.05
