@@ -5,22 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipelines.errors import UserError
 from std_fast.commands.arguments import Parser, Verb, add_json, show
 
 
 def add_eval(parser: Parser) -> None:
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", help="folder of a run; with --teacher a recipe")
     parser.add_argument(
         "data", nargs="?", default="", help="a .beton or image folder; by default the run's own data.val"
     )
     parser.add_argument("--backend", default="", help="read with this backend instead of the run's")
+    parser.add_argument("--teacher", type=int, metavar="N", help="evaluate teacher N (from 0) of a recipe instead")
+    parser.takes_recipe = True
     add_json(parser)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from std_fast.training.evaluate import evaluate_run
+    from std_fast.config import recipe as recipes
+    from std_fast.training.evaluate import evaluate_run, evaluate_teacher
 
-    result = evaluate_run(Path(args.run), args.data, args.backend)
+    if args.teacher is not None:
+        recipe = recipes.load(args.run, args.overrides)
+        result = evaluate_teacher(recipe, args.teacher, args.data, args.backend)
+    elif args.overrides:
+        raise UserError(f"--{args.overrides[0][0]}: a run is evaluated as its recipe says; only --teacher takes fields")
+    else:
+        result = evaluate_run(Path(args.run), args.data, args.backend)
     show(args, result, "\n".join(f"{key} {value:.4g}" for key, value in result.items()))
 
 

