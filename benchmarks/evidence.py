@@ -36,7 +36,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.study import Children, Study
+from benchmarks.study import Children, Study, collect, measure_costs
 from benchmarks.study_data import write_whole
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> harness.Report:
     settings |= {name: value for name, value in wanted.items() if value}
     study = Study(settings["size"], work, settings["data"], settings["teachers"], settings["precision"])
     if args.costs:
-        study.measure_costs(args)
+        measure_costs(study, args)
         return {"rows": []}
     if args.list:
         return {"variant": study.name, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> harness.Report:
         write_whole(record, json.dumps(settings))
         jobs = max(1, args.jobs)
         study.work_off(jobs, args.only, time.monotonic() + 60 * args.minutes, Children(jobs))
-    return study.collect() | {"rows": []}
+    return collect(study) | {"rows": []}
 
 
 def show_any(report: harness.Report) -> str:

@@ -228,66 +228,66 @@ class Study:
             store_predictions(folder, self.work / "data" / "val.beton")
         return code
 
-    def measure_costs(self, args: argparse.Namespace) -> None:
-        """Time per sample of each way to train, targets stored, from raw batch to updated weights."""
-        import torch
 
-        torch.set_num_threads(1)
-        folder = self.out("costs")
-        folder.mkdir(exist_ok=True)
-        parts = {}
-        for student in self.size.students:
-            for name in self.size.settings:
-                setting = SETTINGS[name]
-                if setting.cost_of or setting.once:
-                    continue
-                path = folder / f"{run_name(student, name, 0)}.yaml"
-                loss = {"loss": CHOICE[0]} if setting.labels == OTHER else {}
-                recipe = self._student(
-                    Setting(setting.distill | loss, setting.labels), student, "costs", 0, f"{self.size.epochs} epochs"
-                )
-                path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-                parts[cost_name(student, name)] = build(recipes.load(str(path)))
-        try:
-            times = harness.measure({name: one_step(p) for name, p in parts.items()}, args)
-        finally:
-            for p in parts.values():
-                p.close()
-        batch = next(iter(parts.values())).recipe.run.batch
-        report = {
-            "seconds_per_sample": {name: t.seconds / batch for name, t in times.items()},
-            "rows": [harness.row(name, t, batch) for name, t in times.items()],
-            "conditions": harness.conditions(args.device),
-        }
-        write_whole(folder / "costs.json", json.dumps(report, indent=1))
+def measure_costs(study: Study, args: argparse.Namespace) -> None:
+    """Time per sample of each way to train, targets stored, from raw batch to updated weights."""
+    import torch
 
-    # -- what came out ------------------------------------------------------------------------------------------------
-
-    def collect(self) -> harness.Report:
-        """Recipe, evaluations, metrics of the log, ledger and predictions of every run that is done."""
-        runs = []
-        for job in self.jobs.values():
-            folder = self.out(job.name)
-            if not self.done(job.name) or job.verb == "costs":
+    torch.set_num_threads(1)
+    folder = study.out("costs")
+    folder.mkdir(exist_ok=True)
+    parts = {}
+    for student in study.size.students:
+        for name in study.size.settings:
+            setting = SETTINGS[name]
+            if setting.cost_of or setting.once:
                 continue
-            run = {"job": job.name, "verb": job.verb, **job.about, "summary": self.summary(job.name)}
-            if job.verb == "train":
-                records = read_jsonl(folder / "metrics.jsonl")
-                run |= {
-                    "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-                    "predictions": json.loads((folder / "predictions.json").read_text(encoding="utf-8")),
-                    "evaluations": [rounded(r) for r in records if r["kind"] == "eval"],
-                    "log": thin([rounded(r) for r in records if r["kind"] == "train"], 25),
-                }
-            runs.append(run)
-        costs = self.out("costs") / "costs.json"
-        return {
-            "variant": self.name,
-            "runs": runs,
-            "seconds_per_sample": self.costs(),
-            "costs": json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else None,
-            "missing": [job for job in self.jobs if not self.done(job)],
-        }
+            path = folder / f"{run_name(student, name, 0)}.yaml"
+            loss = {"loss": CHOICE[0]} if setting.labels == OTHER else {}
+            recipe = study._student(
+                Setting(setting.distill | loss, setting.labels), student, "costs", 0, f"{study.size.epochs} epochs"
+            )
+            path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+            parts[cost_name(student, name)] = build(recipes.load(str(path)))
+    try:
+        times = harness.measure({name: one_step(p) for name, p in parts.items()}, args)
+    finally:
+        for p in parts.values():
+            p.close()
+    batch = next(iter(parts.values())).recipe.run.batch
+    report = {
+        "seconds_per_sample": {name: t.seconds / batch for name, t in times.items()},
+        "rows": [harness.row(name, t, batch) for name, t in times.items()],
+        "conditions": harness.conditions(args.device),
+    }
+    write_whole(folder / "costs.json", json.dumps(report, indent=1))
+
+
+def collect(study: Study) -> harness.Report:
+    """Recipe, evaluations, metrics of the log, ledger and predictions of every run that is done."""
+    runs = []
+    for job in study.jobs.values():
+        folder = study.out(job.name)
+        if not study.done(job.name) or job.verb == "costs":
+            continue
+        run = {"job": job.name, "verb": job.verb, **job.about, "summary": study.summary(job.name)}
+        if job.verb == "train":
+            records = read_jsonl(folder / "metrics.jsonl")
+            run |= {
+                "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+                "predictions": json.loads((folder / "predictions.json").read_text(encoding="utf-8")),
+                "evaluations": [rounded(r) for r in records if r["kind"] == "eval"],
+                "log": thin([rounded(r) for r in records if r["kind"] == "train"], 25),
+            }
+        runs.append(run)
+    costs = study.out("costs") / "costs.json"
+    return {
+        "variant": study.name,
+        "runs": runs,
+        "seconds_per_sample": study.costs(),
+        "costs": json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else None,
+        "missing": [job for job in study.jobs if not study.done(job)],
+    }
 
 
 class Children:

@@ -72,7 +72,7 @@ def test_a_study_stopped_and_gone_on_with(source, tmp_path, capsys):
     assert study.work_off(1, "*", forever, rest)
     assert len(first.commands) + len(rest.commands) == len(study.jobs) == 1 + 4 + 1 + 2 * 5
 
-    report = study.collect() | {"conditions": harness.conditions(), "missing": []}
+    report = studies.collect(study) | {"conditions": harness.conditions(), "missing": []}
     runs = {run["job"]: run for run in report["runs"]}
     costs = report["seconds_per_sample"]
     assert costs["C 16: STD"] > costs["C 16: plain"] > 0
