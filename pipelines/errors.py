@@ -9,10 +9,10 @@ LONGEST = 1500  # characters of a message: it may quote a file that holds megaby
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: it names the field or file, and the mend.
+    """A mistake that the user can fix. The message is one line that names the field or file, and the fix.
 
-    What a message quotes may come from anywhere, so control characters and line breaks in it are escaped, and a very
-    long one is shortened in its middle.
+    A message may quote untrusted text, so control characters and line breaks in it are escaped, and the middle of a
+    very long one is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -24,11 +24,11 @@ class DataError(UserError):
 
 
 class CorruptImage(DataError):
-    """The bytes of one image are there, and cannot be decoded."""
+    """The bytes of one image can be read, but not decoded."""
 
 
 def printable(text: str) -> str:
-    """Text of any origin as one line of valid text: bytes that are no UTF-8, and control characters, are escaped."""
+    """Text from any source as one line: bytes that are not UTF-8, and control characters, are escaped."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 

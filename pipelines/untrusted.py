@@ -1,8 +1,8 @@
-"""Files from elsewhere, read with bounds: regular files only, no more bytes than a reader expects, and other people's
-native parsers in a process of their own.
+"""Untrusted files, read with bounds: regular files only, no more bytes than a reader expects, and third-party native
+parsers in a child process.
 
-A crafted file may make a parser ask for all memory, never end, or crash (scipy's reader of .mat files does). What such
-a file can reach is then a child process with limits, and the user gets one line.
+A crafted file can make a parser allocate all memory, run for ever, or crash (scipy's reader of .mat files does). In a
+child process with limits it does no other harm, and the user gets an error of one line.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any, BinaryIO
 
 from pipelines.errors import UserError
 
-MAX_JSON = 1 << 26  # bytes: the manifest of a dataset with a million faults has fewer
-MEMORY = 4 << 30  # of a confined reader, bytes
-SECONDS = 600  # of processor time, likewise
+MAX_JSON = 1 << 26  # bytes; the manifest of a dataset with a million faults is smaller
+MEMORY = 4 << 30  # limit of a confined reader, bytes
+SECONDS = 600  # limit of its processor time
 
 
 class Refused(Exception):
-    """A confined reader did not get through a file; the message says why."""
+    """A confined reader failed on a file; the message is the reason."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file for reading. Raises OSError for what is no regular file: a pipe would keep us waiting for ever."""
+    """Opens a file for reading. Raises OSError for anything but a regular file: reading a pipe
+    would block for ever."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -48,7 +49,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The document in a JSON file. Raises OSError, and ValueError for one that is none or nested too deeply."""
+    """The document in a JSON file. Raises OSError, and ValueError for text that is not JSON or nested too deeply."""
     try:
         return json.loads(read_bytes(path, MAX_JSON).decode("utf-8"))
     except RecursionError:
@@ -56,9 +57,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def confined(function: Callable[..., Any], *args: Any, memory: int = MEMORY, seconds: int = SECONDS) -> Any:
-    """`function(*args)` in a child process that has so much memory and processor time. Arguments and result are JSON.
+    """`function(*args)` in a child process with limited memory and processor time. Arguments and result are JSON.
 
-    function: of a module, under its own name there.
+    function: a module's, under its own name there.
     Raises Refused with the reason when it raises, crashes or needs more; UserError or OSError when it raises one.
     """
     call = {"module": function.__module__, "function": function.__name__, "args": args, "limits": [memory, seconds]}
@@ -72,40 +73,40 @@ def confined(function: Callable[..., Any], *args: Any, memory: int = MEMORY, sec
         limit = f": it took more than {seconds} s" if -child.returncode in (signal.SIGXCPU, signal.SIGKILL) else ""
         raise Refused(f"reading it ended with {name}{limit}")
     try:
-        answer = json.loads(child.stdout)
+        reply = json.loads(child.stdout)
     except ValueError:
         last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
         raise Refused(f"reading it ended with exit code {child.returncode} {' '.join(last)}") from None
-    if "errno" in answer:
-        raise OSError(answer["errno"], os.strerror(answer["errno"]))
-    if "mistake" in answer:
-        raise UserError(answer["mistake"])
-    if "refused" in answer:
-        raise Refused(answer["refused"])
-    return answer["result"]
+    if "errno" in reply:
+        raise OSError(reply["errno"], os.strerror(reply["errno"]))
+    if "mistake" in reply:
+        raise UserError(reply["mistake"])
+    if "refused" in reply:
+        raise Refused(reply["refused"])
+    return reply["result"]
 
 
 def _child() -> None:
-    """The whole life of a confined reader: the call comes by standard input, the answer goes to standard output."""
+    """Main function of the child process: reads the call from standard input, writes the reply to standard output."""
     import importlib
 
     call = json.loads(sys.stdin.buffer.read())
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes to standard error
     memory, seconds = call["limits"]
     function = getattr(importlib.import_module(call["module"]), call["function"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    answer: dict[str, Any]
+    reply: dict[str, Any]
     try:
-        answer = {"result": function(*call["args"])}
+        reply = {"result": function(*call["args"])}
     except UserError as error:
-        answer = {"mistake": str(error)}
+        reply = {"mistake": str(error)}
     except MemoryError:
-        answer = {"refused": f"it needs more than {memory >> 20} MiB of memory"}
-    except Exception as error:  # the libraries' errors are of many kinds
+        reply = {"refused": f"it needs more than {memory >> 20} MiB of memory"}
+    except Exception as error:  # third-party parsers raise errors of many kinds
         number = getattr(error, "errno", None)
-        answer = {"refused": f"{type(error).__name__}: {error}"} if number is None else {"errno": number}
-    with answers:
-        answers.write(json.dumps(answer).encode())
+        reply = {"refused": f"{type(error).__name__}: {error}"} if number is None else {"errno": number}
+    with output:
+        output.write(json.dumps(reply).encode())

@@ -1,12 +1,12 @@
 """Device-side augmentation: a uint8 batch becomes a normalised, erased and mixed float batch.
 
-The whole batch at a time, with parameters per sample that are pure functions of (seed, epoch, position): see DESIGN.md,
-rules 1 to 3. Order, as DeiT and timm have it: shift, flip, RandAugment and colour jitter on bytes (the last two are in
-randaugment.py), then normalise, erase, mix.
+Each operation processes the full batch, with parameters per sample that are pure functions of (seed, epoch, position):
+see DESIGN.md, rules 1 to 3. The order is that of DeiT and timm: shift, flip, RandAugment and colour jitter on bytes
+(these two are in randaugment.py), then normalise, erase, mix.
 
-Shapes: B batch, H height, W width, R = 3 W: one image row with its channels interleaved; D draws of random numbers. The
-work is done on `[B, H, R]`, a channels-last image without a copy whose innermost dimension is long: that is what makes
-it quick on a CPU, and a compiler fuses it as well as `[B, 3, H, W]`.
+Shapes: B batch, H height, W width, R = 3 W: one image row with its channels interleaved; D draws of random numbers.
+Operations work on `[B, H, R]`, a view of a channels-last image with a long innermost dimension: this is fast on a CPU,
+and a compiler fuses it as well as `[B, 3, H, W]`.
 
 Parameters that become pixel indices are computed in float64, so that a CPU and a GPU round to the same boxes.
 """

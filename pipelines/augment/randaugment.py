@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter for a whole batch of bytes on its device, each image with its own operations.
+"""RandAugment and colour jitter for a batch of bytes on its device, each image with its own operations.
 
 The operations, their probability and their magnitudes are those of timm's `rand-mM-nN-mstdS-inc1` (timm 1.0.31,
 `timm.data.auto_augment`; Cubuk et al. 2020), the arithmetic is PIL's. What is done per pixel is integer arithmetic, so

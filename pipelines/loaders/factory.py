@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BACKENDS = get_args(Backend)
 RESIDENT_SIDE = 96  # pixels; larger images are decoded anew for each batch
 RESIDENT_BYTES = 1 << 30  # largest decoded dataset to keep in the host's memory
-RESIDENT_SHARE = 0.25  # likewise as a share of a GPU's memory
+RESIDENT_SHARE = 0.25  # the same on a GPU, as a share of its memory
 
 log = logging.getLogger("std_fast")
 

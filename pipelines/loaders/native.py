@@ -1,17 +1,17 @@
 """Compiled host code of the FFCV backend: JPEG to RGB by the libturbojpeg that FFCV is built on, then crop and resize.
 
-Needs numba; imported by the backends that found it. Everything here runs without the GIL and trusts its
-arguments: addresses, lengths and boxes are checked by `source` (against the file) and `crops` (against the image).
+Needs numba; only backends that have found it import this module. Everything here runs without the GIL and does not
+check its arguments: `beton` checks addresses and lengths against the file, `crops` computes boxes within the image.
 
 Decoding. FFCV's `imdecode` asks libturbojpeg for the fast, less exact DCT and its callers drop the return code. Here
-the same library is asked for the exact DCT (2 % slower on the whole, and then the pixels are those of PIL and
+the same library is asked for the exact DCT (2 % slower over all, and then the pixels are those of PIL and
 torchvision), stops at the first sign of corruption, and decodes no rows below the crop: TurboJPEG 2 has no call for
 that, so the height in a copy of the header is lowered, and libjpeg finishes after the last row that is needed.
 
 Resizing. FFCV's `resize` is OpenCV's INTER_AREA: a third to a half of its loader's time. This one is PIL's antialiased
 filter (Pillow, src/libImaging/Resample.c: horizontal pass, then vertical, 8 bits between) in integers, with the three
-channels of a pixel in one int64, so that one product serves all three; it agrees with PIL but for weights of 12 bits
-instead of 22 (mean difference below 0.01 of 255, at most 1), is the same on every machine, and 2 to 4 times faster
+channels of a pixel in one int64, so that one multiplication covers all three. It agrees with PIL but for weights of 12
+bits instead of 22 (mean difference below 0.01 of 255, at most 1), is the same on every machine, and 2 to 4 times faster
 than INTER_AREA.
 
 Shapes: B samples, S output side, T taps of the filter.
@@ -27,13 +27,13 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 OK, NOT_JPEG, OTHER_SIZE, OTHER_COLOUR, BROKEN, NO_MEMORY = range(6)
-"""what became of a sample"""
+"""result of decoding a sample"""
 BILINEAR, BICUBIC, AREA = range(3)
 
 _RGB = 0  # TJPF_RGB
 _FLAGS = 4096 | 8192 | 32768  # TJFLAG_ACCURATEDCT | TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS (turbojpeg.h)
 _TRAILING = np.frombuffer(b"extraneous bytes before marker 0xd9\0", np.uint8)
-"""libjpeg's words (jerror.h, JWRN_EXTRANEOUS_DATA) for data between the last row and the end: all rows are decoded"""
+"""libjpeg's message (jerror.h, JWRN_EXTRANEOUS_DATA) for data between the last row and the end: all rows are decoded"""
 
 # Three lanes of 21 bits in an int64. A filtered value v, in 0..255 or, with bicubic's negative lobes, -64..447, stands
 # in its lane as v * 2^12, raised by 64 * 2^12 where it may be negative: below 2^21 in every case.
@@ -45,7 +45,7 @@ _RAISE = 64
 
 
 def load(library: str) -> None:
-    """Makes the functions of FFCV's library, and of the libturbojpeg it is linked with, known to the compiled code.
+    """Registers the functions of FFCV's library, and of the libturbojpeg it is linked with, for the compiled code.
 
     Raises AttributeError when one is missing.
     """
@@ -60,7 +60,7 @@ def load(library: str) -> None:
         llvmlite.binding.add_symbol(symbol, ctypes.cast(getattr(lib, name), ctypes.c_void_p).value)
 
 
-# External functions are named, not held as ctypes objects: so numba can keep the compiled code on disk.
+# External functions are referred to by name, not by ctypes objects, so that numba can cache the compiled code.
 _int, _word = types.int32, types.intp
 _decompress = types.ExternalFunction(
     "std_fast_decompress", _int(_word, _word, types.uintp, _word, _int, _int, _int, _int, _int)
@@ -86,8 +86,8 @@ def _pointer(typing_context, address):
 def jpeg_header(data):
     """(height, width, components, rows, offset) of a JPEG's bytes, uint8; height 0 where it has no readable header.
 
-    `rows` is the height of a row of blocks, or 0 where the image cannot be cut by lowering the height, which stands at
-    `offset`: progressive, several scans, restart markers.
+    `rows` is the height of a row of blocks, or 0 where lowering the height, stored at `offset`, does not cut the image:
+    progressive, several scans, restart markers.
     """
     height = width = components = rows = offset = 0
     cuttable = True
@@ -142,8 +142,8 @@ def _decode(address, length, height, width, bottom, pixels, encoded):
         address = np.intp(encoded.ctypes.data)
     else:
         rows = height
-    # A decompressor for each image, in 2 microseconds. TurboJPEG 2.1 keeps what it read of the one before: after a
-    # header that failed half-read it writes outside a good image's buffer; without tables it takes another's.
+    # A decompressor for each image, in 2 microseconds. TurboJPEG 2.1 keeps state of the previous image: after a header
+    # that failed half-read it writes outside a good image's buffer; without tables it uses another's.
     handle = _begin()
     if handle == 0:
         return NO_MEMORY
@@ -223,8 +223,7 @@ def resample(pixels, stride, top, left, height, width, out, cubic):
     packed = np.zeros(width + column_taps, np.int64)
     ring = np.zeros((row_taps, side), np.int64)  # the last rows that have passed the horizontal filter
     sums = np.empty(side, np.int64)
-    one, two = np.uint64(1), np.uint64(2)  # unsigned indices are not looked at for a negative sign
-    done = 0
+    one, two, done = np.uint64(1), np.uint64(2), 0  # unsigned indices are not checked for a negative sign
     for y in range(side):
         while done < min(row_first[y] + row_taps, height):
             base = (top + done) * stride + 3 * left
@@ -274,11 +273,11 @@ def resample(pixels, stride, top, left, height, width, out, cubic):
 
 
 @njit(nogil=True, cache=True)
-def decode_samples(addresses, lengths, jpeg, whole, heights, widths, boxes, out, pixels, encoded, kind):
+def decode_samples(addresses, lengths, jpeg, sound, heights, widths, boxes, out, pixels, encoded, kind):
     """Decodes, crops and resizes samples one after the other; returns (samples done, code of the one that failed or
     OK).
 
-    addresses, lengths: where the samples' bytes are, [B]; jpeg [B]: bool, else raw RGB; whole [B]: bool, known not to
+    addresses, lengths: where the samples' bytes are, [B]; jpeg [B]: bool, else raw RGB; sound [B]: bool, known not to
     be damaged (others are decoded to their last row, so that damage below the crop is seen too); heights, widths [B],
     boxes [B, 4]; out: uint8 [B, S, 3 * S]; pixels: 3 bytes for each pixel of the largest JPEG; encoded: as many bytes
     as the longest JPEG; kind: BILINEAR, BICUBIC or AREA.
@@ -288,7 +287,7 @@ def decode_samples(addresses, lengths, jpeg, whole, heights, widths, boxes, out,
         top, left = np.int64(boxes[i, 0]), np.int64(boxes[i, 1])
         box_height, box_width = np.int64(boxes[i, 2]), np.int64(boxes[i, 3])
         if jpeg[i]:
-            bottom = top + box_height if whole[i] else height
+            bottom = top + box_height if sound[i] else height
             code = _decode(address, lengths[i], height, width, bottom, pixels, encoded)
             if code != OK:
                 return i, code

@@ -182,7 +182,7 @@ class _File:
                 pieces.append(os.pread(self._file.fileno(), stop - start, start))
             except OSError as error:
                 raise DataError(
-                    f"{printable(self.path)}: cannot be read at byte {start} ({error.strerror}); look at the disk"
+                    f"{printable(self.path)}: cannot be read at byte {start} ({error.strerror}); check the disk"
                 ) from error
             if not pieces[-1]:
                 raise DataError(

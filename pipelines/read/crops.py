@@ -1,8 +1,7 @@
 """Crop boxes: which part of each stored image becomes the model's input.
 
 A box is (top, left, height, width) in pixels of the stored image, int32, inside the image, at least 1 by 1. Boxes are
-computed on the host in float64, for a whole batch at a time, and given to the backends, which only cut and resize: this
-is why all of them see the same crops.
+computed on the host in float64, a batch at a time. Backends only crop and resize, so all of them see the same crops.
 
 Shapes: B batch.
 """
@@ -73,7 +72,7 @@ def center_crop(heights: Sizes, widths: Sizes, fraction: float) -> Boxes:
 
 
 def full_image(heights: Sizes, widths: Sizes) -> Boxes:
-    """The whole of each image [B, 4]; it is stretched to the model's square."""
+    """Boxes [B, 4] that cover each image; resizing stretches it to the model's square."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     return _central(heights, widths, heights, widths)
 

@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 def orientation(image: PIL.Image.Image) -> int:
     """EXIF orientation, 1..8, of an opened image; 5..8 swap its sides. 1 for none or broken EXIF, as in browsers."""
-    if image.format == "TIFF":  # PIL turns these itself, and tells the size after the turn
+    if image.format == "TIFF":  # PIL turns these itself, and its `size` is that after the turn
         return 1
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # a broken EXIF block raises errors of many kinds, and the picture is still good
+    except Exception:  # a broken EXIF block raises errors of many kinds; the pixels are still good
         return 1
     return value if value in range(1, 9) else 1
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image turned as its EXIF orientation asks, of the size that `sizes` gives."""
+    """The image turned by its EXIF orientation, of the size that `Source.sizes` gives."""
     from PIL.Image import Transpose as T
 
     turns = {

@@ -24,10 +24,10 @@ program)"""
 
 
 class FolderSource:
-    """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images follow each other by class and name.
+    """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images are ordered by class and name.
 
-    Hidden entries are passed over; files with other endings and folders within a class too, with a warning. There is no
-    descent below a class, so that links that lead in circles do no harm. Files are opened when they are asked for.
+    Hidden entries are skipped; so are files with other endings and folders within a class, with a warning. Folders
+    within a class are not opened, so that circular links do no harm. Files are opened at their first use.
     """
 
     kind = "folder"
@@ -60,15 +60,13 @@ class FolderSource:
             raise UserError(f"{printable(path)}: no class folders in it; put the images in {printable(path)}/CLASS/")
         if ignored:
             example = printable(ignored[0])
-            log.warning(
-                "%s: passed over %d entries that are no images, e.g. %s", printable(path), len(ignored), example
-            )
+            log.warning("%s: skipped %d entries that are not images, e.g. %s", printable(path), len(ignored), example)
         self.class_names: list[str] | None = names
         self._files = files
         self.num_samples = len(files)
         self.num_classes = len(counts)
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        self._heights = np.zeros(len(files), np.int32)  # 0: not looked at yet
+        self._heights = np.zeros(len(files), np.int32)  # 0: not read yet
         self._widths = np.zeros(len(files), np.int32)
         self._jpeg = np.zeros(len(files), np.bool_)
 
@@ -76,7 +74,7 @@ class FolderSource:
         """Path of the sample's image."""
         return os.path.join(self.path, self._files[index])
 
-    def _look(self, index: int) -> None:
+    def _read_header(self, index: int) -> None:
         """Reads the image's header, once."""
         if self._heights[index]:
             return
@@ -90,12 +88,12 @@ class FolderSource:
                 if orientation(image) >= 5:
                     width, height = height, width
                 self._jpeg[index] = image.format in ("JPEG", "MPO")
-        except Exception as error:  # PIL's readers raise errors of every kind on what is not an image
+        except Exception as error:  # PIL's readers raise errors of every kind on other files
             if getattr(error, "errno", None) is not None:
                 raise self._unreadable(index, error) from error
             raise CorruptImage(str(self._unreadable(index, error))) from error
         self._widths[index] = width
-        self._heights[index] = height  # last: it says that the others are known
+        self._heights[index] = height  # last: other threads take a height as a sign that the rest is set
 
     def _unreadable(self, index: int, error: object) -> DataError:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -103,7 +101,7 @@ class FolderSource:
 
     def sizes(self, indices: npt.NDArray[np.integer]) -> tuple[Integers, Integers]:
         for index in indices:
-            self._look(int(index))
+            self._read_header(int(index))
         return self._heights[indices].astype(np.int64), self._widths[indices].astype(np.int64)
 
     def read(self, index: int) -> Bytes:
@@ -116,7 +114,7 @@ class FolderSource:
         return np.frombuffer(data, np.uint8)
 
     def is_jpeg(self, index: int) -> bool:
-        self._look(index)
+        self._read_header(index)
         return bool(self._jpeg[index])
 
     def name(self, index: int) -> str:
@@ -148,5 +146,5 @@ def _visible(path: str) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; as an image it will be reported by name when it is read
+    except OSError:  # a link to itself: if it is named as an image, reading it raises an error that names it
         return False

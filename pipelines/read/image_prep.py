@@ -48,7 +48,7 @@ class ConvertSettings:
     "proportion" stores `raw_share` of the samples raw, chosen by a hash of their number in the source.
     seed: the samples are stored in an order shuffled by it; None keeps the source's order (by class and name).
     labels: label file of a source without labels: `NAME LABEL` or `LABEL` on each line, or ImageNet's devkit.
-    classes: file with the class names in order: a manifest, or text with one on each line. None: as the source says.
+    classes: file with the class names in order: a manifest, or text with one on each line. None: the source's own.
     split: part of a source that holds several (parquet, CIFAR), "train" or "test", say.
     kind: what the source is, of KINDS; "auto": as its files say, where they agree.
     label_from: where the labels of tars are, of LABEL_FROM: KEY.cls or KEY.json beside KEY.jpg, the folder within the
@@ -205,7 +205,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _frame_marker(data: bytes) -> int:
-    """The marker that says how a JPEG is coded: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare; 0 if there
+    """The marker of a JPEG's coding: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, others rare; 0 if there
     is none."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:

@@ -492,7 +492,7 @@ def test_links_and_odd_entries_do_no_harm(folder, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(folder)
     assert [r.getMessage() for r in caplog.records] == [
-        f"{folder}: passed over 6 entries that are no images, e.g. {folder}/b/notes.txt"
+        f"{folder}: skipped 6 entries that are not images, e.g. {folder}/b/notes.txt"
     ]
     assert source.class_names == ["a é", "b", "c", "d"] and source.num_samples == 9
     assert source.name(7) == f"{folder}/d/10.JPG"

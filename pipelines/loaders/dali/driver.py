@@ -87,7 +87,7 @@ class DaliDriver:
         while self._pipe is not None:
             try:
                 self._pipe.run()
-            except StopIteration:  # DALI notices the end only when it asks for more
+            except StopIteration:  # DALI notices the end only when it fetches more
                 break
             except RuntimeError:  # a corrupt image in a batch that is dropped anyway
                 self._pipe = None
