@@ -87,8 +87,20 @@ def convert(args: argparse.Namespace) -> None:
     show(args, manifest, f"{args.dst}: {json.dumps(counts)}")
 
 
+def _on_disk(path: str) -> str:
+    """The beton's path, in the cache where it is a URL."""
+    from pipelines.read.remote import cached, is_url
+
+    if not is_url(path):
+        return path
+    found = cached(path)
+    if len(found) > 1:
+        raise UserError(f"{path}: several files; give one")
+    return found[0]
+
+
 def add_inspect(parser: Parser) -> None:
-    parser.add_argument("path", help="a .beton")
+    parser.add_argument("path", help="a .beton, or the URL of one in the cache (see warm)")
     parser.add_argument("--sheet", default="", metavar="PNG", help="draw a contact sheet of its images")
     add_json(parser)
 
@@ -97,14 +109,15 @@ def inspect(args: argparse.Namespace) -> None:
     from pipelines.convert.verify import inspect as look
     from pipelines.convert.verify import sample_sheet
 
-    data = look(args.path)
+    path = _on_disk(args.path)
+    data = look(path)
     if args.sheet:
-        sample_sheet(args.path, args.sheet)
+        sample_sheet(path, args.sheet)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
 
 
 def add_verify(parser: Parser) -> None:
-    parser.add_argument("path", help="a .beton")
+    parser.add_argument("path", help="a .beton, or the URL of one in the cache (see warm)")
     parser.add_argument("--decode", action="store_true", help="decode every image too")
     add_json(parser)
 
@@ -112,7 +125,7 @@ def add_verify(parser: Parser) -> None:
 def verify(args: argparse.Namespace) -> int:
     from pipelines.convert.verify import verify as check
 
-    faults = check(args.path, decode=args.decode)
+    faults = check(_on_disk(args.path), decode=args.decode)
     show(args, {"path": args.path, "faults": faults}, "\n".join(faults) or f"{args.path}: complete")
     return 1 if faults else 0
 

@@ -291,3 +291,20 @@ def test_credentials_that_run_out_are_no_faults_of_images(
     with pytest.raises(UserError, match="access is refused .token expired.; look at the credentials"):
         convert(f"{memory}/folder", str(tmp_path / "x.beton"), settings=KEEP, workers=1, on_error="skip")
     assert not (tmp_path / "x.beton").exists()
+
+
+def test_the_commands_take_urls(
+    beton: str, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from std_fast import cli
+
+    assert cli.main(["inspect", beton]) == 2 and "run `std-fast warm URL` first" in capsys.readouterr().err
+    assert cli.main(["warm", beton]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", beton, "--json", "--sheet", str(tmp_path / "x.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 36
+    assert cli.main(["verify", beton, "--decode"]) == 0
+    source = beton.replace("x.beton", "train.tar")
+    assert cli.main(["convert", source, str(tmp_path / "y.beton"), "--seed", "3"]) == 0
+    assert (tmp_path / "y.beton").read_bytes() == made(str(disk / "train.tar"), tmp_path / "z.beton")[0]
+    assert "train.tar: 36 images of 3 classes: 0 = ant, 1 = bee, 2 = wire fox" in caplog.text
