@@ -1,5 +1,7 @@
 """The recipe validates itself, and every complaint names the field and the mend."""
 
+import re
+
 import pytest
 
 from pipelines.errors import UserError
@@ -15,6 +17,15 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
     recipe = recipes.load(name)
     assert recipe.summary
     assert recipes.loads(recipes.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(recipe_files.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
+    command, *notes = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert command == f"# std-fast train {path.stem}"
+    assert re.search(r"Not measured here\.$|^# Measured: benchmarks/\w+\.md", notes[-1]), notes
+    for page in re.findall(r"\b(?:benchmarks|examples)/\w+\.\w+", " ".join(notes)):
+        assert (recipe_files.RECIPES.parents[1] / page).is_file(), page
 
 
 @pytest.mark.parametrize(
@@ -283,6 +294,7 @@ def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
         ("distill.drop_path", "here it is student.drop_path"),
         ("optim.weights", "did you mean student.weights or distill.teachers.N.weights?"),
         ("optim.lrr", "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("run.accumulate", "run.accumulate: unknown key (known: "),
         ("run.frobnicate", "run.frobnicate: unknown key (known: "),
     ],
 )
