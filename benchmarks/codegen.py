@@ -35,7 +35,6 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import fake_gpu, harness, workload
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
-from std_fast.method.losses import TeacherTargets
 from std_fast.training.build import Parts
 
 CEILINGS = {"sm_80": (312.0, 19.5, 2.0), "sm_90": (790.0, 67.0, 4.3)}
@@ -196,20 +195,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     teachers = tuple(args.teachers)
     with counting_bytes(), targeted(args.target), workload.workplace(args, teachers) as folder:
         with workload.built(workload.recipe_for(args, folder, ())) as plain:
-            mixed = torch.no_grad()(plain.augment)(workload.raw_batch(plain))
-            record_step(recorder, PLAIN, plain, mixed, None)
+            record_step(recorder, PLAIN, plain, workload.given_batch(plain))
         del plain
         with workload.built(workload.recipe_for(args, folder, teachers)) as std:
-            record_step(recorder, STD, std, mixed, workload.given_targets(std))
+            record_step(recorder, STD, std, workload.given_batch(std))
             record_rest(recorder, std, not args.no_teachers)
     return report_of(args, list(recorder.kernels.values()))
 
 
-def record_step(recorder: Recorder, kind: str, parts: Parts, mixed: TrainBatch, targets: TeacherTargets | None) -> None:
+def record_step(recorder: Recorder, kind: str, parts: Parts, batch: TrainBatch) -> None:
     """A step of `Trainer`, once to compile and once recorded, in regions `KIND: student, backward` and so on."""
     stepper, trainer = workload.Stepper(parts), parts.trainer
     harness.progress(f"{kind}: compiling")
-    stepper(mixed, targets)
+    stepper(batch)
     student, objective = trainer.forward, trainer.objective
 
     def enter(region: str) -> None:
@@ -241,7 +239,7 @@ def record_step(recorder: Recorder, kind: str, parts: Parts, mixed: TrainBatch, 
     try:
         with recorder:
             enter("stochastic depth and the like")
-            stepper(mixed, targets)
+            stepper(batch)
     finally:
         trainer.forward, trainer.objective = student, objective
     recorder.region = "outside"

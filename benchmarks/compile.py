@@ -14,8 +14,6 @@ import sys
 import tempfile
 from typing import Any
 
-import torch
-
 from benchmarks import harness, workload
 from pipelines.errors import UserError
 
@@ -67,10 +65,8 @@ def measure_one(args: argparse.Namespace) -> dict[str, Any]:
     teachers = (workload.TINY_TEACHER,) * 2  # the targets are given: these only have to be there
     with workload.workplace(args, teachers) as folder:
         with workload.built(workload.recipe_for(args, folder, teachers)) as parts:
-            with torch.no_grad():
-                mixed = parts.augment(workload.raw_batch(parts))
-            targets, step = workload.given_targets(parts), workload.Stepper(parts)
-            times = harness.measure({"step": lambda: step(mixed, targets)}, args, warm_up=3)
+            batch, step = workload.given_batch(parts), workload.Stepper(parts)
+            times = harness.measure({"step": lambda: step(batch)}, args, warm_up=3)
             step.check()
     return {"rows": [harness.row("step", times["step"], args.batch)]}
 

@@ -8,19 +8,16 @@ ahead meanwhile. Without --data the images are synthetic (as large as photograph
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 import sys
 import time
-from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from benchmarks import harness, workload
 from pipelines.errors import UserError
-from pipelines.read.batch import Batch, Loader
+from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
 from std_fast.training.run import Run
 
@@ -87,8 +84,7 @@ def alternate(recipe: Recipe, args: argparse.Namespace) -> tuple[dict[str, harne
     run = Run(recipe, quiet=True)
     loader = run.parts.train_loader
     with closing(run):
-        beside = copy.copy(run)
-        beside.parts = replace(run.parts, train_loader=OneBatch(loader, workload.raw_batch(run.parts)))
+        alone = workload.same_batch_stream(run.parts, run.stream.source, run.stream.overlap)
         step = workload.Stepper(run.parts)
         skipped = recipe.data.ahead + 2
         wait, turns = harness.synchronizer(args.device), Turns(args.repeats)
@@ -114,15 +110,14 @@ def alternate(recipe: Recipe, args: argparse.Namespace) -> tuple[dict[str, harne
                 if number == skipped:
                     wait()
                     turns.begin()
-                step(*next(pairs))
+                step(next(alone))
             wait()
             turns.end(DEVICE, args.steps)
 
-        with closing(cast(Generator, beside.batches())) as pairs:
-            try:
-                run.loop(on_step)
-            except Enough:
-                step.check()
+        try:
+            run.loop(on_step)
+        except Enough:
+            step.check()
     return turns.times, loader, waited[0] / waited[1]
 
 
@@ -153,19 +148,6 @@ class Turns:
     @property
     def complete(self) -> bool:
         return all(len(self.times[name].turns) >= self.repeats for name in (DISK, DEVICE))
-
-
-class OneBatch:
-    """A loader that always gives the same batch; everything else is the real one's."""
-
-    def __init__(self, loader: Loader, batch: Batch) -> None:
-        self.loader, self.batch = loader, batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        return (self.batch for _ in itertools.count())
 
 
 COLUMNS = {

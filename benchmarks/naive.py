@@ -147,17 +147,17 @@ class DeiTStep:
         self.average = ModelEma(model, decay=ema) if ema else None
         self.log: list[float] = []
 
-    def __call__(self, mixed: TrainBatch, targets: TeacherTargets) -> float:
-        target = mixed_target(mixed, self.classes, self.smoothing)
+    def __call__(self, batch: TrainBatch) -> float:
+        target = mixed_target(batch, self.classes, self.smoothing)
         with self.autocast():
-            loss = naive_objective(self.model(mixed.images), target, targets, self.alpha, self.head_teacher)
+            loss = naive_objective(self.model(batch.images), target, batch.targets, self.alpha, self.head_teacher)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise RuntimeError(f"loss is {loss_value}")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if mixed.images.is_cuda:
+        if batch.images.is_cuda:
             torch.cuda.synchronize()
         if self.average is not None:
             self.average.update(self.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,9 +19,8 @@ import torch
 
 from benchmarks import harness, workload
 from pipelines.augment.device import TrainBatch
-from std_fast.method.student import smaller
+from std_fast.models.drop_path import GROUP
 from std_fast.training.build import Parts
-from std_fast.training.step import GROUP
 
 BASE = "MINE in each step"
 RATES = 0.1, 0.3
@@ -55,25 +55,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]:
     base, cheap = built[BASE], built.pop("small teachers")
-    with torch.no_grad():
-        mixed = base.augment(workload.raw_batch(base))
-    targets = workload.given_targets(base)
+    given = workload.given_batch(base)
     steppers = {name: workload.Stepper(parts) for name, parts in built.items()}
     contestants: dict[str, Callable[[], object]] = {
-        name: lambda step=step: step(mixed, targets)  # type: ignore[misc]
+        name: lambda step=step: step(given)  # type: ignore[misc]
         for name, step in steppers.items()
     }
-
-    def without_mine() -> None:
-        base.trainer.step(mixed, targets, steppers[BASE].count, 1e-4, 1e-4, False)
-
-    contestants["without MINE"] = without_mine
+    contestants["without MINE"] = functools.partial(steppers[BASE], given, with_mine=False)
     if getattr(base.trainer.student.backbone, "any_size", False):
         for side in (5 * args.image_size // 7, 4 * args.image_size // 7):
-            contestants[f"images of {side} px"] = reducing(steppers[BASE], mixed, targets, side)
+            contestants[f"images of {side} px"] = functools.partial(steppers[BASE], given, image_size=side)
     asked = {"teachers, whole": base, f"teachers, {5 * args.image_size // 7} px": cheap}
     for name, parts in asked.items():
-        contestants[name] = asking(parts, mixed)
+        contestants[name] = asking(parts, given)
     times = harness.measure(contestants, args)
     for step in steppers.values():
         step.check()
@@ -91,15 +85,11 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     }
 
 
-def reducing(step: workload.Stepper, mixed: TrainBatch, targets: Any, side: int) -> Callable[[], None]:
-    return lambda: step(replace(mixed, images=smaller(mixed.images, side)), targets)
-
-
-def asking(parts: Parts, mixed: TrainBatch) -> Callable[[], object]:
+def asking(parts: Parts, batch: TrainBatch) -> Callable[[], object]:
     def ask() -> None:
         assert parts.teachers is not None
         with torch.no_grad(), parts.trainer.autocast():
-            parts.teachers(mixed.images)
+            parts.teachers(batch.images)
 
     return ask
 

@@ -1,8 +1,8 @@
 """Teachers and student in turn, side by side, and each alone: how close the pair comes to the longer of the two.
 
-Serial and concurrent are `taught` with run.overlap off and on, followed by `Trainer.step`, from a raw batch on the
-device; the student alone has its targets given; the teachers alone are augmentation and teachers. A CPU has no streams:
-there the two orders are the same, and the benchmark says only that they cost the same.
+Serial and concurrent are the batch stream with run.overlap off and on, followed by `Trainer.step`, from a raw batch on
+the device; the student alone has its targets given; the teachers alone are augmentation and teachers. A CPU has no
+streams: there the two orders are the same, and the benchmark shows only that they cost the same.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from benchmarks import harness, workload
-from benchmarks.step import add_arguments, again
-from std_fast.teachers.overlap import Overlap, taught
+from benchmarks.step import add_arguments
+from std_fast.teachers.overlap import Overlap
+from std_fast.teachers.stream import TeacherSource
 from std_fast.training.build import Parts
 
 SERIAL, BESIDE, STUDENT, TEACHERS = "serial", "concurrent", "student alone", "teachers alone"
@@ -33,19 +32,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
-    raw, targets, step = workload.raw_batch(parts), workload.given_targets(parts), workload.Stepper(parts)
-    with torch.no_grad():
-        mixed = parts.augment(raw)
-    asking = (parts.augment, parts.teachers, parts.trainer.autocast)
+    given, step = workload.given_batch(parts), workload.Stepper(parts)
+    assert parts.teachers is not None
+    source = TeacherSource(parts.teachers, parts.trainer.autocast)
     orders = {
-        SERIAL: taught(again(raw), *asking, Overlap("off", parts.device)),
-        BESIDE: taught(again(raw), *asking, Overlap("on", parts.device)),
+        SERIAL: workload.same_batch_stream(parts, source, Overlap("off", parts.device)),
+        BESIDE: workload.same_batch_stream(parts, source, Overlap("on", parts.device)),
     }
-    alone = taught(again(raw), *asking)
+    alone = workload.same_batch_stream(parts, source)
     contestants: dict[str, Callable[[], object]] = {
-        SERIAL: lambda: step(*next(orders[SERIAL])),
-        BESIDE: lambda: step(*next(orders[BESIDE])),
-        STUDENT: lambda: step(mixed, targets),
+        SERIAL: lambda: step(next(orders[SERIAL])),
+        BESIDE: lambda: step(next(orders[BESIDE])),
+        STUDENT: lambda: step(given),
         TEACHERS: lambda: next(alone),
     }
     times = harness.measure(contestants, args)

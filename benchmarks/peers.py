@@ -13,10 +13,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks import harness, naive, workload
@@ -59,15 +59,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 parts = stack.enter_context(workload.built(recipe))
                 ours[f"{name}, {kind}"] = workload.Stepper(parts)
             std = ours[f"{OURS}, {kind}"].parts
-            with torch.no_grad():
-                mixed = std.augment(workload.raw_batch(std))
-            targets = workload.given_targets(std)
-            assert targets is not None
-            steps[f"{OURS}, {kind}"] = partial(ours[f"{OURS}, {kind}"], mixed, targets)
-            steps[f"{OUR_PLAIN}, {kind}"] = partial(ours[f"{OUR_PLAIN}, {kind}"], mixed, None)
-            steps[f"{TIMM}, {kind}"] = partial(timm_step(std), mixed)
+            batch = workload.given_batch(std)
+            steps[f"{OURS}, {kind}"] = partial(ours[f"{OURS}, {kind}"], batch)
+            steps[f"{OUR_PLAIN}, {kind}"] = partial(ours[f"{OUR_PLAIN}, {kind}"], replace(batch, targets=None))
+            steps[f"{TIMM}, {kind}"] = partial(timm_step(std), batch)
             if kind == "eager":
-                steps[f"{NAIVE}, {kind}"] = partial(naive_step(std), mixed, targets)
+                steps[f"{NAIVE}, {kind}"] = partial(naive_step(std), batch)
         times = harness.measure(steps, args)
         for stepper in ours.values():
             stepper.check()

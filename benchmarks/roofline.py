@@ -141,8 +141,8 @@ def pieces(parts: Parts) -> tuple[Calls, Calls]:
             parameter.grad = grad
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
-        if trainer.average is not None:
-            trainer.average.update(1, trainer.guard.found_inf)
+        if trainer.ema is not None:
+            trainer.ema.update(1, trainer.guard.found_inf)
 
     gradients = [(p, torch.randn_like(p)) for p in student.parameters() if p.requires_grad]
     teachers = parts.teachers

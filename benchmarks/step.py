@@ -9,17 +9,16 @@ machine was measured to reach just before.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks import harness, workload
-from pipelines.read.batch import Batch
 from std_fast.method.losses import TeacherTargets
-from std_fast.teachers.overlap import taught
+from std_fast.teachers.stream import CachedSource, TeacherSource
 from std_fast.teachers.target_cache import pack
 from std_fast.training.build import Parts
 
@@ -50,30 +49,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any]:
-    raw = workload.raw_batch(std)
-    with torch.no_grad():
-        mixed = std.augment(raw)
-    targets = workload.given_targets(std)
-    assert targets is not None and std.target_cache is not None and std.teachers is not None
-    store(std, targets)
+    raw, given = workload.raw_batch(std), workload.given_batch(std)
+    bare = replace(given, targets=None)
+    assert given.targets is not None and std.target_cache is not None and std.teachers is not None
+    store(std, given.targets)
     plain_step, step = workload.Stepper(plain), workload.Stepper(std)
-    asking = (std.augment, std.teachers, std.trainer.autocast)
-    stored, asked = std.target_cache.taught(0, again(raw), *asking), taught(again(raw), *asking)
-    teachers = std.teachers
-
-    def ask() -> None:
-        with std.trainer.autocast():
-            teachers(mixed.images)
+    stored = workload.same_batch_stream(std, CachedSource(std.target_cache, None))
+    teachers = TeacherSource(std.teachers, std.trainer.autocast)
+    asked = workload.same_batch_stream(std, teachers)
 
     contestants: dict[str, Callable[[], object]] = {
-        PLAIN: lambda: plain_step(mixed, None),
-        GIVEN: lambda: step(mixed, targets),
-        STORED: lambda: step(*next(stored)),
-        ASKED: lambda: step(*next(asked)),
+        PLAIN: lambda: plain_step(bare),
+        GIVEN: lambda: step(given),
+        STORED: lambda: step(next(stored)),
+        ASKED: lambda: step(next(asked)),
         "augmentation alone": torch.no_grad()(lambda: std.augment(raw)),
-        "teachers alone": ask,
+        "teachers alone": lambda: teachers.targets(given),
     }
-    flops = {PLAIN: workload.step_flops(plain, mixed, None), GIVEN: workload.step_flops(std, mixed, targets)}
+    flops = {PLAIN: workload.step_flops(plain, bare), GIVEN: workload.step_flops(std, given)}
     ceiling = workload.matmul_ceiling(args.device, workload.compute_dtype(std))
     times = harness.measure(contestants, args)
     plain_step.check()
@@ -103,11 +96,6 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
     if args.profile:
         report["profile"] = longest_kernels(contestants[GIVEN], args.device)
     return report
-
-
-def again(batch: Batch) -> Iterator[Batch]:
-    """The same batch for ever."""
-    return itertools.repeat(batch)
 
 
 def store(parts: Parts, targets: TeacherTargets) -> None:

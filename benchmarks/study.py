@@ -30,7 +30,6 @@ from std_fast.config import recipe as recipes
 from std_fast.config.schema import merge
 from std_fast.runtime.checkpoint import listed
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.teachers.overlap import taught
 from std_fast.training.build import Parts, build
 
 TARGETS = "targets"
@@ -339,17 +338,8 @@ def one_step(parts: Parts) -> Callable[[], None]:
     """Trains on one batch after the other of epoch 0, over and over."""
     stepper = workload.Stepper(parts)
 
-    def pairs() -> Iterator[tuple]:
-        while True:
-            data = parts.train_loader.epoch(0)
-            ask = (parts.augment, parts.teachers, parts.trainer.autocast)
-            if parts.target_cache is None:
-                yield from taught(data, *ask)
-            else:
-                yield from parts.target_cache.taught(0, data, *ask)
-
-    batches = pairs()
-    return lambda: stepper(*next(batches))
+    parts.stream.views = 1
+    return lambda: stepper(next(parts.stream))
 
 
 def merged(*parts: Overrides) -> Overrides:

@@ -57,13 +57,13 @@ def store_predictions(run: Path, beton: Path) -> None:
     """Writes predictions.json into a run's folder: what each head predicts for each image of `beton`, in its order."""
     stored = read_run(run)
     recipe = stored.recipe
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
     load_weights(student, stored.state, str(run))
     macs = count_macs(student, recipe.data.image_size)
     student.to(device).eval()
     augment = Augment(recipe.augment, recipe.run.seed).to(device)
-    cast = functools.partial(autocast, device, precision_of(recipe, device))
+    cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
     loader = open_val_loader(recipe, device, str(beton))
     assert loader is not None
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("labels", *HEADS)}

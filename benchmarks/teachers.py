@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     images, classes = batches(recipe, device, args.batches)
     calls: dict[str, Callable[[], object]] = {}
     figures: dict[str, dict[str, Any]] = {}
@@ -107,8 +107,8 @@ def answering(recipe: Recipe, spec: TeacherSpec, classes: int, device: torch.dev
     alone = replace(recipe, distill=replace(recipe.distill, teachers=(spec,), assign=None, taps=None))
     teachers = build_teachers(alone, classes, device)
     assert isinstance(teachers, Teachers)
-    make_fast(alone, device, Augment(alone.augment, alone.run.seed), teachers)
-    precision = precision_of(alone, device)
+    make_fast(alone.run.compile, device, Augment(alone.augment, alone.run.seed), teachers)
+    precision = precision_of(alone.run.precision, device)
 
     @torch.no_grad()
     def ask(images: Tensor) -> Any:

@@ -10,9 +10,9 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import best, progress
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
-from pipelines.read.batch import Batch
+from pipelines.read.batch import Batch, Loader
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Distill, Duration, Recipe, StudentSpec, TeacherSpec
 from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.teachers.classifiers import create_timm
+from std_fast.teachers.overlap import Overlap
+from std_fast.teachers.stream import BatchStream, TargetSource
 from std_fast.training.build import Parts, build
+from std_fast.training.schedule import StepSettings
 from std_fast.training.step import Objective
 
 TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
@@ -173,8 +176,32 @@ def raw_batch(parts: Parts, seed: int = 0) -> Batch:
     return Batch(images.to(device), labels.to(device), positions.to(device), np.arange(B), epoch=0, step=0)
 
 
+class SameBatch:
+    """A loader that gives the same batch for ever."""
+
+    steps_per_epoch = 1 << 40
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+
+def same_batch_stream(parts: Parts, source: TargetSource, overlap: Overlap | None = None) -> BatchStream:
+    """A stream that prepares the same raw batch for ever, from the device's memory."""
+    return BatchStream(cast(Loader, SameBatch(raw_batch(parts))), parts.augment, source, overlap)
+
+
+def given_batch(parts: Parts, seed: int = 0) -> TrainBatch:
+    """A batch that is ready for the step; its targets, if the run has teachers, are those of random logits."""
+    with torch.no_grad():
+        return replace(parts.augment(raw_batch(parts, seed)), targets=given_targets(parts, seed))
+
+
 def given_targets(parts: Parts, seed: int = 0) -> TeacherTargets | None:
-    """Answers that M teachers might have given, on the device; None for a plain run."""
+    """Targets from random logits of M teachers, on the device; None for a plain run."""
     teachers = len(parts.recipe.distill.teachers)
     if not teachers:
         return None
@@ -184,7 +211,7 @@ def given_targets(parts: Parts, seed: int = 0) -> TeacherTargets | None:
 
 
 class Stepper:
-    """`Trainer.step` on a batch, counted; `check` says whether what was timed was training.
+    """`Trainer.step` on a batch, counted; `check` verifies that what was timed was training.
 
     MINE is part of it where the recipe has it in each step (`recipe_for` does), and not where it comes once an epoch.
     """
@@ -194,9 +221,11 @@ class Stepper:
         distill = parts.recipe.distill
         self.with_mine = distill.uses_mine and Duration.parse(distill.mine.every) == Duration(1, "steps")
 
-    def __call__(self, mixed: TrainBatch, targets: TeacherTargets | None) -> None:
+    def __call__(self, batch: TrainBatch, **changes: Any) -> None:
+        """`changes` to the settings of the step: `with_mine`, `image_size`."""
         self.count += 1
-        self.parts.trainer.step(mixed, targets, self.count, 1e-4, 1e-4, self.with_mine)
+        now = StepSettings(self.count, lr=1e-4, psi_lr=1e-4, with_mine=self.with_mine)
+        self.parts.trainer.step(batch, replace(now, **changes))
 
     def check(self) -> None:
         """RuntimeError when a loss or gradient was not finite: the optimizer then did nothing."""
@@ -204,24 +233,20 @@ class Stepper:
             raise RuntimeError(f"step {bad} was not finite: these times are not of training")
 
 
-def step_flops(parts: Parts, mixed: TrainBatch, targets: TeacherTargets | None) -> int:
+def step_flops(parts: Parts, batch: TrainBatch) -> int:
     """Floating-point operations of one training step for one image: matrix products and convolutions, forward and
     backward, counted by their shapes while the plain student runs on four images."""
     rows = 4
     trainer, recipe = parts.trainer, parts.recipe
     objective = Objective(recipe.distill, recipe.optim.smoothing, trainer.student.head_teacher)
-    few = replace(
-        mixed,
-        images=mixed.images[:rows],
-        labels_a=mixed.labels_a[:rows],
-        labels_b=mixed.labels_b[:rows],
-        lam=mixed.lam[:rows],
-        positions=mixed.positions[:rows],
-    )
-    some = targets and TeacherTargets._make(x if x is None else x[:rows] for x in targets)
+    tensors: dict[str, Any] = {
+        f.name: value[:rows] for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
+    targets = batch.targets and TeacherTargets._make(x if x is None else x[:rows] for x in batch.targets)
+    few = replace(batch, **tensors, targets=targets)
     with FlopCounterMode(display=False) as counter:
         with trainer.autocast():
-            losses = objective(trainer.student(few.images, None, recipe.distill.uses_mine), few, some)
+            losses = objective(trainer.student(few.images, None, recipe.distill.uses_mine), few)
         losses.total.backward()
     trainer.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() // rows

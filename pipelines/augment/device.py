@@ -40,13 +40,14 @@ Uniforms = dict[tuple[Purpose, int], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A batch ready for student and teachers; everything but epoch and step is on the device.
+    """A batch ready for training; everything but epoch and step is on the device.
 
     images     float [B, 3, H, W], channels_last, normalised, in the dtype that Augment was given
     labels_a   int64 [B], the sample's own label
     labels_b   int64 [B], its neighbour's label
     lam        float32 [B], weight of labels_a; 1 - lam is the weight of labels_b
     positions  int64 [B], position in the epoch's order
+    targets    what the teachers give for these images (std_fast.method.losses.TeacherTargets); None without teachers
     """
 
     images: Tensor
@@ -56,6 +57,7 @@ class TrainBatch:
     positions: Tensor
     epoch: int
     step: int
+    targets: Any = None
 
 
 class Augment(nn.Module):

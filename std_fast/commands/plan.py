@@ -14,7 +14,7 @@ import resource
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 
-from pipelines.augment.device import Augment
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch, Loader
 from pipelines.untrusted import read_json
@@ -31,8 +31,8 @@ from std_fast.config.recipe import Distill, Duration, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.budget import CLOSING, productive_seconds
-from std_fast.teachers.overlap import Overlap, Pair, taught
-from std_fast.teachers.target_cache import TargetCache, bytes_per_epoch
+from std_fast.teachers.stream import NoTargets
+from std_fast.teachers.target_cache import bytes_per_epoch
 from std_fast.training.build import resolved
 from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import versions
@@ -59,23 +59,17 @@ SAME_WORK = (
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-class ConstantTargets:
-    """A target cache that gives the same targets for every batch.
+class ConstantTargets(NoTargets):
+    """The same targets for every batch, in place of a target cache.
 
-    Reading costs little beside a step, and the targets of all positions cannot be stored in a minute.
+    Reading one costs little beside a step, and the targets of all positions cannot be stored in a minute.
     """
 
     def __init__(self, targets: TeacherTargets) -> None:
-        self.targets = targets
+        self.constant = targets
 
-    def taught(
-        self, epoch: int, batches: Iterable[Batch], augment: Augment, _: None, autocast: Callable, overlap: Overlap
-    ) -> Iterator[Pair]:
-        for mixed, _none in taught(batches, augment, None, autocast, overlap):
-            yield mixed, self.targets
-
-    def close(self) -> None:
-        pass
+    def targets(self, batch: TrainBatch) -> TeacherTargets:
+        return self.constant
 
 
 class TruncatedLoader:
@@ -140,7 +134,7 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
         if parts.teachers is not None:
             with torch.no_grad(), parts.trainer.autocast():
                 targets = parts.teachers(parts.augment(next(data.epoch(0))).images)
-            parts.target_cache, parts.teachers, run.teachers = cast(TargetCache, ConstantTargets(targets)), None, None
+            parts.stream.source = ConstantTargets(targets)
             modes["stored"] = time_steps(run, seconds / 4)
     finally:
         run.close()
@@ -184,7 +178,7 @@ def time_evaluation(run: Run, seconds: float) -> float:
     def take(batches: int) -> float:
         run.parts.val_loader = cast(Loader, TruncatedLoader(loader, batches))
         began = time.perf_counter()
-        run.evaluate("start", record=False)
+        run.evaluator(run.step, "start", record=False)
         return time.perf_counter() - began
 
     try:
@@ -202,19 +196,19 @@ def time_steps(run: Run, seconds: float) -> dict[str, Any]:
     smaller images early, also `early_images_per_second`."""
     if not run.recipe.student.early_size:
         return time_some(run, seconds)
-    run.early_until = math.inf
+    run.schedule.early_share = math.inf
     early = time_some(run, seconds / 2)
-    run.early_until = 0.0
-    whole = time_some(run, seconds / 2)
-    compiling = round(whole["compile_seconds"] + early["compile_seconds"], 3)
-    return whole | {"early_images_per_second": early["images_per_second"], "compile_seconds": compiling}
+    run.schedule.early_share = 0.0
+    later = time_some(run, seconds / 2)
+    compiling = round(later["compile_seconds"] + early["compile_seconds"], 3)
+    return later | {"early_images_per_second": early["images_per_second"], "compile_seconds": compiling}
 
 
 def time_some(run: Run, seconds: float) -> dict[str, Any]:
     device = run.parts.device
     on_gpu = device.type == "cuda"
     # until compiled, and until it is decided whether teachers work beside the student
-    warm = 70 if run.parts.overlap.trial is not None and run.parts.teachers is not None else 4
+    warm = 70 if run.stream.overlap.trial is not None and run.stream.source.runs_teachers else 4
     marks: list[tuple[int, dict[str, float]]] = []
     began = first_at = time.perf_counter()
     first = run.step

@@ -261,7 +261,7 @@ def predictions(told: Told, count: int) -> list[Sample]:
         raise UserError("its recipe names no data.val")
     data = replace(recipe.data, threads=1)
     recipe = replace(recipe, data=data, run=replace(recipe.run, eval_batch=max(4, min(64, recipe.run.batch))))
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     loader = open_val_loader(recipe, device)
     assert loader is not None
     with loader:
@@ -269,7 +269,7 @@ def predictions(told: Told, count: int) -> list[Sample]:
         load_weights(student, stored.state, str(told.folder))
         student.to(device).eval()
         normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
-        cast = functools.partial(autocast, device, precision_of(recipe, device))
+        cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
         names = loader.source.class_names or [str(i) for i in range(stored.num_classes)]
         total, batch = loader.source.num_samples, loader.spec.global_batch
         wanted = sorted({i * total // count for i in range(min(count, total))})

@@ -1,4 +1,4 @@
-"""`std-fast teach`: asks the teachers about every view that a recipe shows, and stores what they say."""
+"""`std-fast teach`: runs the teachers on every view that a recipe shows, and stores their targets."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import functools
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipelines.augment.device import Augment
 from pipelines.errors import UserError
+from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, parse_seconds
-from std_fast.runtime.distributed import init_distributed
+from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import Progress
-from std_fast.teachers.overlap import taught
+from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache, pack
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of, uses_gpu
@@ -22,60 +24,29 @@ from std_fast.training.build import build_teachers, make_fast, open_train_loader
 log = logging.getLogger("std_fast")
 
 
-def teach(recipe: Recipe, quiet: bool = False) -> dict:
+def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     """Stores the targets of all epochs of `run.length`, or of `distill.views` views; returns what was done.
 
-    Epochs that are there and whole are left as they are, damaged ones are made again, one that was interrupted goes on
-    where it was. All positions are stored, those too that training with this batch drops, so that any batch can read
-    them. Started by torchrun, the processes share the work.
+    Complete epochs are left as they are, damaged ones are made again, an interrupted one is continued. All positions
+    are stored, also those that training with this batch drops, so that a run with any batch can read them. Started by
+    torchrun, the processes share the work.
 
     Raises:
-        UserError: the recipe names no teachers, no folder or no length in epochs; whatever else the user can mend.
+        UserError: the recipe names no teachers, no folder or no length in epochs; whatever else the user can fix.
     """
-    d = recipe.distill
+    d, run = recipe.distill, recipe.run
     if not d.target_cache:
         raise UserError(
             "distill.target_cache: is empty; name the folder to be made, e.g. --distill.target-cache targets/run1"
         )
-    with init_distributed(uses_gpu(recipe), parse_seconds(recipe.run.timeout, "run.timeout")) as world:
-        device = pick_device(recipe)
-        precision = precision_of(recipe, device)
+    with init_distributed(uses_gpu(run.device), parse_seconds(run.timeout, "run.timeout")) as world:
+        device = pick_device(run.device)
         with open_train_loader(recipe, device, world, drop_last=False) as loader:
-            epochs = epochs_needed(recipe, loader.source.num_samples // recipe.run.batch)
+            epochs = epochs_needed(recipe, loader.source.num_samples // run.batch)
             if epochs is None:
                 raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
-            even = loader.source.num_samples // 2 * 2  # a last odd one has no neighbour to be mixed with
-            store = open_target_cache(recipe, loader, precision, even, world)
-            assert store is not None
-            teachers = build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
-            assert teachers is not None
-            augment = Augment(recipe.augment, recipe.run.seed).to(device)
-            make_fast(recipe, device, augment, teachers)
-            cast = functools.partial(autocast, device, precision)
-            bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
-            began, asked = time.perf_counter(), 0
-            try:
-                for epoch in range(epochs):
-                    if world.broadcast(world.main and whole(store, epoch)):
-                        bar.note(epoch + 1, "is there")
-                        continue
-                    writer = store.writer(epoch)
-                    first = world.broadcast(writer.filled()) // recipe.run.batch
-                    steps = loader.steps_per_epoch
-                    for mixed, targets in taught(loader.epoch(epoch, first), augment, teachers, cast):
-                        assert targets is not None
-                        writer.add(mixed.step, pack(targets))
-                        asked += min(recipe.run.batch, even - mixed.step * recipe.run.batch)
-                        bar.update(epoch + (mixed.step + 1) / steps)
-                    writer.end()
-                    bar.note(epoch + 1, f"{asked / (time.perf_counter() - began):.0f} images/s")
-            finally:
-                store.close()
-                bar.close()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            asked, seconds = fill_cache(recipe, loader, device, world, epochs, quiet)
             world.wait_for_all()
-    seconds = time.perf_counter() - began
     return {
         "targets": d.target_cache,
         "epochs": epochs,
@@ -86,12 +57,56 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict:
     }
 
 
-def whole(store: TargetCache, epoch: int) -> bool:
-    """Whether the epoch is stored and undamaged; a damaged one is said to be so."""
-    if not store.stored(epoch):
+def fill_cache(
+    recipe: Recipe, loader: Loader, device: torch.device, world: World, epochs: int, quiet: bool
+) -> tuple[int, float]:
+    """Stores what is missing of the first `epochs` epochs.
+
+    Returns:
+        How many images the teachers were run on, and in how many seconds.
+    """
+    run, samples = recipe.run, loader.source.num_samples
+    precision = precision_of(run.precision, device)
+    even = samples // 2 * 2  # a last odd one has no neighbour to be mixed with
+    cache = open_target_cache(recipe, loader, precision, even, world)
+    teachers = build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
+    assert cache is not None and teachers is not None
+    augment = Augment(recipe.augment, run.seed).to(device)
+    make_fast(run.compile, device, augment, teachers)
+    source = TeacherSource(teachers, functools.partial(autocast, device, precision))
+    stream = BatchStream(loader, augment, source)
+    bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
+    began, asked, steps = time.perf_counter(), 0, loader.steps_per_epoch
+    try:
+        for epoch in range(epochs):
+            if world.broadcast(world.main and is_complete(cache, epoch)):
+                bar.note(epoch + 1, "is there")
+                continue
+            writer = cache.writer(epoch)
+            first = world.broadcast(writer.filled()) // run.batch
+            stream.seek(epoch * steps + first)
+            for step in range(first, steps):
+                batch = next(stream)
+                writer.add(step, pack(batch.targets))
+                asked += min(run.batch, even - step * run.batch)
+                bar.update(epoch + (step + 1) / steps)
+            writer.end()
+            bar.note(epoch + 1, f"{asked / (time.perf_counter() - began):.0f} images/s")
+    finally:
+        stream.close()
+        cache.close()
+        bar.close()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return asked, time.perf_counter() - began
+
+
+def is_complete(cache: TargetCache, epoch: int) -> bool:
+    """Whether the epoch is stored and undamaged; a damaged one is named in the log."""
+    if not cache.stored(epoch):
         return False
     try:
-        store.open(epoch)
+        cache.open(epoch)
     except UserError as error:
         log.warning("made again: %s", error)
         return False

@@ -150,10 +150,12 @@ class Student(nn.Module):
         return names
 
 
-def smaller(images: Tensor, size: int) -> Tensor:
-    """Images `[B, 3, H, W]` reduced to `[B, 3, size, size]`, antialiased, in their memory format."""
-    reduced = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return reduced.contiguous(memory_format=torch.channels_last)
+def resize_images(images: Tensor, size: int | None) -> Tensor:
+    """Images `[B, 3, H, W]` as `[B, 3, size, size]`, channels-last, antialiased; as they are if they have the size."""
+    if size is None or images.shape[2:] == (size, size):
+        return images
+    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return resized.contiguous(memory_format=torch.channels_last)
 
 
 def predict(output: StudentOutput, how: Prediction = "mean") -> Tensor:

@@ -17,10 +17,10 @@ import torch
 
 from pipelines.files import write_atomic
 from pipelines.untrusted import read_json
-from std_fast.config.recipe import Duration, Recipe, parse_warmup
+from std_fast.config.recipe import Duration
 
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
-LEARNING = ("train", "teacher", "data")  # while these run, images are learned from
+PRODUCTIVE = ("train", "teacher", "data")  # the rest is overhead
 UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
 CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
 HELD = "held.json"
@@ -28,8 +28,8 @@ log = logging.getLogger("std_fast")
 
 
 def productive_seconds(seconds: Mapping[str, float]) -> float:
-    """Of a ledger's seconds those in which images were learned from."""
-    return sum(seconds.get(part, 0.0) for part in LEARNING)
+    """Of a ledger's seconds those in which the model was trained."""
+    return sum(seconds.get(part, 0.0) for part in PRODUCTIVE)
 
 
 def in_words(seconds: Mapping[str, float]) -> str:
@@ -94,16 +94,6 @@ class Ledger:
             yield
         finally:
             self.switch(before)
-
-    def waiting(self, items: Iterator) -> Iterator:
-        """`items`, with the time spent waiting for each counted as "data"."""
-        while True:
-            with self.during("data"):
-                try:
-                    item = next(items)
-                except StopIteration:
-                    return
-            yield item
 
     def read(self) -> dict[str, float]:
         """Seconds by part up to now."""
@@ -181,38 +171,6 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
     return parts | {"lost": parts["lost"] + lost}
 
 
-class Timed:
-    """`call`, its time booked as `part` instead of "train".
-
-    On a GPU it is the device's time from the first to the last kernel of the call, known at the next `settle`: a call
-    that runs beside other work is counted whole.
-    """
-
-    def __init__(self, call: Callable, part: str, ledger: Ledger, on_gpu: bool) -> None:
-        self.call, self.part, self.ledger, self.on_gpu = call, part, ledger, on_gpu
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    def __call__(self, *args: Any) -> Any:
-        if not self.on_gpu:
-            with self.ledger.during(self.part):
-                return self.call(*args)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        result = self.call(*args)
-        end.record()
-        self._events.append((begin, end))
-        return result
-
-    def settle(self) -> None:
-        """Books the calls that the device has finished; ask after it was waited for. Does not wait itself."""
-        seconds = 0.0
-        while self._events and self._events[0][1].query():
-            begin, end = self._events.popleft()
-            seconds += begin.elapsed_time(end) / 1000
-        if seconds:
-            self.ledger.move(seconds, "train", self.part)
-
-
 class Pace:
     """Keeps the host at most two steps ahead of the GPU, so that a budget's clock is the device's.
 
@@ -235,36 +193,33 @@ class Clock:
 
     With a budget, the learning rate follows the hours and not the steps: a slow disk shortens the training but leaves
     it annealed. What the last evaluation and save will cost is kept in reserve. Start, compilation and time lost to a
-    crash do not move the learning rate; they leave less to be shared, so that warm-up and decay are always whole:
+    crash do not move the learning rate; they leave less to be shared, so that warm-up and decay are always complete:
 
         share = (spent - unplanned) / (budget - reserve - unplanned)
 
-    On many GPUs rank 0's clock decides: `share` and `fits` of the others are not to be used.
+    With many processes rank 0's `read` decides: the loop assigns it to `share` on all ranks before each step.
+
+    Args:
+        length: of the training.
+        batch: images per step over all ranks.
     """
 
-    def __init__(self, recipe: Recipe, steps_per_epoch: int, ledger: Ledger) -> None:
-        length = Duration.parse(recipe.run.length, "run.length")
+    def __init__(self, length: Duration, steps_per_epoch: int, batch: int, ledger: Ledger) -> None:
         self.ledger = ledger
         self.hours = length.amount if length.unit == "gpu-hours" else None
-        self.steps = None if self.hours else max(1, length.steps(steps_per_epoch, recipe.run.batch))
+        self.steps = None if self.hours else max(1, length.steps(steps_per_epoch, batch))
         self.costs: dict[str, float] = {}
         """GPU-hours that the last evaluation and save took"""
+        self.share = 0.0
+        """of a budget, spent when the next step is done, as all ranks agreed on it"""
         self._last_step: int | None = None
-        self._share = 0.0
+        self._read = 0.0
         self._step_seconds = 0.0
         self._timed_steps = 0
         self._before = productive_seconds(ledger.read())
-        warmup = parse_warmup(recipe.optim.warmup)
-        if isinstance(warmup, float):
-            self.warmup = warmup
-        elif self.steps:
-            self.warmup = min(1.0, warmup.steps(steps_per_epoch, recipe.run.batch) / self.steps)
-        else:
-            self.warmup = 0.05
-            log.info("optim.warmup: %s of a training in gpu-hours: the first 5 %% of it are taken", warmup)
 
     def cost(self, part: str, seconds: float) -> None:
-        """The last one took this long: so will the one at the end."""
+        """The last evaluation or save took this long: so will the one at the end."""
         self.costs[part] = seconds * self.ledger.devices / 3600
 
     @property
@@ -273,47 +228,43 @@ class Clock:
         known = sum(self.costs.values())
         return known + min(0.25 * known, 0.01 * (self.hours or 0.0)) + CLOSING * self.ledger.devices / 3600
 
-    def share(self) -> float:
-        """Share of the budget spent when two more steps will be; at 1 the next step is the last. Ask once a step.
+    def read(self) -> float:
+        """Share of the budget spent when two more steps will be; at 1 the next step is the last. Call once a step.
 
         0 for a training that has no budget.
         """
         if self.hours is None:
             return 0.0
         seconds = self.ledger.read()
-        learned = productive_seconds(seconds)
-        if learned > self._before:  # the mean, then a moving one
+        productive = productive_seconds(seconds)
+        if productive > self._before:  # the mean, then a moving one
             self._timed_steps += 1
             rate = max(0.1, 1 / self._timed_steps)
-            self._step_seconds += rate * (learned - self._before - self._step_seconds)
-            self._before = learned
+            self._step_seconds += rate * (productive - self._before - self._step_seconds)
+            self._before = productive
         per_hour = self.ledger.devices / 3600
         unplanned = sum(seconds[part] for part in UNPLANNED) * per_hour
         spent = sum(seconds.values()) * per_hour + 2 * self._step_seconds * per_hour
         end = self.hours - self.reserve
         now = (spent - unplanned) / (end - unplanned) if spent < end else 1.0
-        self._share = max(self._share, now)  # the outlook may shrink, the learning rate must not go back
-        return self._share
+        self._read = max(self._read, now)  # the outlook may shrink, the learning rate must not go back
+        return self._read
 
     def fits(self, part: str) -> bool:
-        """Whether one more evaluation or save, before those at the end, leaves time for these."""
+        """Whether one more evaluation or save after the next step leaves time for those at the end."""
         if self.hours is None:
             return True
         after = self.ledger.gpu_hours + self.costs.get(part, 0.0)
-        return after + 2 * self._step_seconds * self.ledger.devices / 3600 < self.hours - self.reserve
+        return after + 3 * self._step_seconds * self.ledger.devices / 3600 < self.hours - self.reserve
 
-    def progress(self, step: int, share: float) -> float:
-        """Share of the training that is done when step number `step` (from 1) is, in (0, 1].
-
-        Args:
-            share: `share()` of the clock that decides for all ranks, asked before this step.
-        """
+    def progress(self, step: int) -> float:
+        """Share of the training that is done when step number `step` (from 1) is, in (0, 1]."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
-        if share >= 1:
+        if self.share >= 1:
             self._last_step = step
-        return min(1.0, share)
+        return min(1.0, self.share)
 
     def done(self, step: int) -> bool:
-        """Whether `step` steps are the whole training."""
+        """Whether `step` steps are the complete training."""
         return step >= self.steps if self.steps is not None else self._last_step is not None

@@ -31,6 +31,7 @@ from std_fast.runtime.memory import ran_out
 
 FORMAT = 1
 KEY = "std_fast"
+ALIGNED = 64  # bytes; where a tensor may begin in a buffer of many
 META_DEFAULTS: dict[str, Any] = {
     "class_names": None,
     "seconds": {},
@@ -166,29 +167,52 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
     return None
 
 
+def host_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Copies in host memory, and the event after which those from a GPU are there; None without a GPU.
+
+    From a GPU all go into one pinned buffer, on the current stream: the host does not wait, and the next step, which
+    changes the tensors, runs after the copies.
+    """
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, None
+    sizes = {name: -(-tensor.nbytes // ALIGNED) * ALIGNED for name, tensor in tensors.items()}
+    buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=True)
+    copies = {}
+    for part, (name, tensor) in zip(buffer.split(list(sizes.values())), tensors.items(), strict=True):
+        copies[name] = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies[name].copy_(tensor.detach(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+    return copies, copied
+
+
 class Writer:
-    """Saves off the step's path: the caller pays for the copy to host memory, a thread for the file.
+    """Saves beside the steps: a thread waits for the copies from the device and writes the file.
 
     At most one save is under way; a failed one raises in the next call, and in `wait`.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self.seconds = 0.0  # that the thread took for the last file
+        self.seconds = 0.0  # that the thread took for the last one
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
         """Saves `step-NNNNNNNN.safetensors`; then removes all but the `keep` newest."""
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies, copied = host_copies(tensors)
         # the metadata is copied too: a value that changes between digest and file makes a checkpoint that is refused
-        self._thread = threading.Thread(target=self._write, args=(step, copies, copy.deepcopy(meta)), name="checkpoint")
+        given = (step, copies, copied, copy.deepcopy(meta))
+        self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
         self._thread.start()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], copied: torch.cuda.Event | None, meta: dict) -> None:
         began = time.perf_counter()
         try:
+            if copied is not None:
+                copied.synchronize()
             save(self.folder / f"step-{step:08d}.safetensors", tensors, meta)
             for path in listed(self.folder)[: -self.keep]:
                 path.unlink(missing_ok=True)

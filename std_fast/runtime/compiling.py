@@ -25,7 +25,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from pipelines.errors import UserError
-from std_fast.config.recipe import Recipe
 from std_fast.runtime.budget import Ledger
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -33,15 +32,14 @@ F = TypeVar("F", bound=Callable)
 log = logging.getLogger("std_fast")
 
 
-def backend_of(recipe: Recipe, device: torch.device) -> str | None:
-    """What `run.compile` means on this device; None: nothing is compiled.
+def backend_of(chosen: str, device: torch.device) -> str | None:
+    """What a value of `run.compile` means on this device; None: nothing is compiled.
 
     `auto` is inductor on a GPU with Triton.
 
     Raises:
         UserError: inductor is asked for on a GPU where Triton is not installed, or any backend under python -O.
     """
-    chosen = recipe.run.compile
     if sys.flags.optimize and chosen != "off" and (chosen != "auto" or device.type == "cuda"):
         raise UserError(  # its tracer looks for the instructions of an assertion
             f"run.compile: {chosen} does not work under python -O or PYTHONOPTIMIZE; start without, or set it to off"
@@ -89,7 +87,7 @@ def keep_cache() -> None:
 
 
 @contextmanager
-def counted(ledger: Ledger) -> Iterator[None]:
+def compile_time(ledger: Ledger) -> Iterator[None]:
     """Inside, the time of every compilation belongs to the ledger's part "compile", whenever and wherever it happens.
 
     That is tracing and generating code, forward and backward; not what kernels take longer when they first run.

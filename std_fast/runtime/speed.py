@@ -7,48 +7,77 @@ import logging
 import resource
 import sys
 import time
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
+from std_fast.runtime.budget import PARTS, Ledger
+
+MOST_SPANS = 1024  # kept between two readings: of steps that the device has finished long before
 log = logging.getLogger("std_fast")
 
 
-class Stopwatch:
-    """Seconds of the parts of single steps: of those only for which it is `armed`, so that the others pay nothing.
+class Span(NamedTuple):
+    """One part of one step: host seconds on a CPU, events on a GPU."""
 
-    On a GPU the marks are events in the stream that is current: nothing waits, until `read` does. Parts that ran beside
-    each other in two streams are each counted whole.
+    step: int
+    part: str
+    begin: Any
+    end: Any
+
+
+class Stopwatch:
+    """Times the parts of each step; the time of a part that the ledger lists ("teacher") is booked there.
+
+    On a GPU a part is the device's time between two events on the current stream: nothing waits until `read`. Parts
+    that ran side by side on two streams are each counted in full. On a CPU it is the host's time.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu, self.armed = device.type == "cuda", False
-        self._spans: dict[str, tuple[Any, Any]] = {}
+    def __init__(self, device: torch.device, ledger: Ledger | None = None) -> None:
+        self.on_gpu, self.ledger = device.type == "cuda", ledger or Ledger()
+        self._spans: deque[Span] = deque()
 
-    def now(self) -> Any:
-        """A mark at what the device has been given up to now; None unless armed."""
-        if not self.armed:
-            return None
+    @contextmanager
+    def part(self, name: str, step: int) -> Iterator[None]:
+        """Inside, the time is that of part `name` of `step`."""
+        booked = name in PARTS and not self.on_gpu
+        with self.ledger.during(name) if booked else nullcontext():
+            begin = self._now()
+            yield
+            self._spans.append(Span(step, name, begin, self._now()))
+        while len(self._spans) > MOST_SPANS:
+            self._close(self._spans.popleft())
+
+    def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def note(self, **spans: tuple[Any, Any]) -> None:
-        """Names parts by two marks each."""
-        for name, (begin, end) in spans.items():
-            if begin is not None and end is not None:
-                self._spans[name] = (begin, end)
+    def _close(self, span: Span) -> float:
+        """Seconds of a span, which the device has finished or is waited for."""
+        if not self.on_gpu:
+            return span.end - span.begin
+        span.end.synchronize()
+        seconds = span.begin.elapsed_time(span.end) / 1000
+        if span.part in PARTS:
+            self.ledger.move(seconds, "train", span.part)
+        return seconds
 
-    def read(self) -> dict[str, float]:
-        """Seconds of each part that was noted since the last call; waits for the device, and disarms."""
-        spans, self._spans, self.armed = self._spans, {}, False
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds of each part of `step`; waits for the device to finish it. What belongs to later steps is kept."""
         seconds = {}
-        for name, (begin, end) in spans.items():
-            if self.on_gpu:
-                end.synchronize()
-            seconds[name] = begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+        later = [span for span in self._spans if span.step > step]
+        for span in self._spans:
+            if span.step <= step:
+                took = self._close(span)
+                if span.step == step:
+                    seconds[span.part] = took
+        self._spans = deque(later)
         return seconds
 
 
@@ -91,7 +120,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class SpeedMeter:
-    """The figures of speed in a line of the log.
+    """The metrics of speed in a line of the log.
 
     Args:
         flops: of an image, from `flops_per_image`; None leaves MFU out.
@@ -101,11 +130,11 @@ class SpeedMeter:
     def __init__(self, device: torch.device, watch: Stopwatch, flops: float | None, limit: float) -> None:
         self.device, self.watch, self.flops, self.limit = device, watch, flops, limit
 
-    def read(self, images: int, seconds: float, step_seconds: float, waited: float) -> dict[str, float]:
-        """Figures since the last line.
+    def read(self, step: int, images: int, seconds: float, step_seconds: float, waited: float) -> dict[str, float]:
+        """Metrics since the last line, and the parts of `step`, the one that the line is about.
 
         Args:
-            images, seconds: learned from, by all ranks; and in which time.
+            images, seconds: trained on, by all ranks; and in which time.
             step_seconds: mean time of a step.
             waited: seconds of waiting for data.
 
@@ -115,17 +144,17 @@ class SpeedMeter:
             step's parts by the mean time of a step (together more than 1 where teachers run beside the student);
             `peak_memory_gib`.
         """
-        figures = {"data_wait": waited / seconds, "peak_memory_gib": peak_memory(self.device) / 2**30}
+        metrics = {"data_wait": waited / seconds, "peak_memory_gib": peak_memory(self.device) / 2**30}
         if self.flops is not None:
-            figures["mfu"] = images / seconds * self.flops / self.limit
-        figures |= {f"share_{name}": value / step_seconds for name, value in self.watch.read().items()}
-        return {name: round(value, 4) for name, value in figures.items()}
+            metrics["mfu"] = images / seconds * self.flops / self.limit
+        metrics |= {f"share_{name}": value / step_seconds for name, value in self.watch.read(step).items()}
+        return {name: round(value, 4) for name, value in metrics.items()}
 
 
-def speed_in_words(figures: dict[str, float]) -> str:
-    """What a line on the screen says of `SpeedMeter.read`: `MFU 41 %  data 2 %  teacher 30 %  ...  12.3 GiB`."""
+def speed_in_words(metrics: dict[str, float]) -> str:
+    """What a line on the screen shows of `SpeedMeter.read`: `MFU 41 %  data 2 %  teacher 30 %  ...  12.3 GiB`."""
     shares = {"mfu": "MFU", "data_wait": "data"} | {
-        name: name.removeprefix("share_") for name in figures if name.startswith("share_")
+        name: name.removeprefix("share_") for name in metrics if name.startswith("share_")
     }
-    parts = [f"{text} {100 * figures[name]:.0f} %" for name, text in shares.items() if name in figures]
-    return "  ".join([*parts, f"{figures['peak_memory_gib']:.2f} GiB"])
+    parts = [f"{text} {100 * metrics[name]:.0f} %" for name, text in shares.items() if name in metrics]
+    return "  ".join([*parts, f"{metrics['peak_memory_gib']:.2f} GiB"])

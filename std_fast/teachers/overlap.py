@@ -1,44 +1,40 @@
-"""From raw batches to batches with the teacher targets, on a GPU while the student learns from the batch before.
+"""Preparing the next batch on a stream of its own, beside the step: on a GPU.
 
-The teachers need nothing from the student, so that their targets to batch t+1 can be made on a stream of their own
-while the student learns from batch t. What crosses the streams, and why it is right:
+Augmentation and teachers need nothing from the student, so the targets of batch t+1 can be computed while the student
+trains on batch t. Why that is correct:
 
-- A preparation begins, on the side stream, when all is done that the student's stream had been given before it: what
-  it reads (weights, tables, a dataset on the device) is there, and it is never more than one batch ahead.
+- A preparation starts, on the side stream, after everything that the student's stream was given before it: what it
+  reads (weights, tables, a dataset on the device) is there, and it is never more than one batch ahead.
 - The student's stream waits for the event at the end of the preparation before it gets the batch.
-- Memory that the side stream or the loader's made, and the student reads, is marked as used by the student's stream
-  (`record_stream`), so that it is not given away before the student is done, however early the host forgets it.
-- Host code runs in one thread, and nothing in a preparation draws from torch's random state or is changed by a step, so
-  that both orders give the same bits, as far as the kernels do.
+- Memory that the side stream or the loader's allocated, and the student reads, is marked as used by the student's
+  stream (`record_stream`), so that it is not reused before the student is done, however early the host frees it.
+- Host code runs in one thread, and nothing in a preparation draws from torch's random state or is changed by a step,
+  so both orders give the same bits, as far as the kernels do.
 
-Beside the other, each of the two is slower; whether together they are faster depends on the models: see `Trial`.
+Side by side each of the two is slower; whether together they are faster depends on the models: see `Trial`.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipelines.augment.device import Augment, TrainBatch
-from pipelines.read.batch import Batch
-from std_fast.method.losses import TeacherTargets
-from std_fast.runtime.speed import Stopwatch
-from std_fast.teachers.teacher import Teachers
+from pipelines.augment.device import TrainBatch
 
 log = logging.getLogger("std_fast")
-Pair = tuple[TrainBatch, TeacherTargets | None]
 
 
 class Trial:
-    """Takes some steps in each way, in turn, and then says which was faster; both give the same bits.
+    """Runs some steps serially and some side by side, and chooses the faster; both give the same bits.
 
     After `WARM` steps (compilation, choice of kernels) two blocks of each kind are timed by events, and the medians
-    compared, so that a save or an evaluation in between does not decide. The host never waits for it.
+    are compared, so that a save or an evaluation in between does not decide. The host never waits for it.
     """
 
     WARM, BLOCK, ROUNDS = 10, 12, 2
@@ -50,7 +46,7 @@ class Trial:
         self.choice: bool | None = None
 
     def ahead(self) -> bool:
-        """Whether this step's successor shall be prepared beside it. Ask once a step, on the student's stream."""
+        """Whether the next batch is prepared beside this step. Call once a step, on the student's stream."""
         if self.choice is not None:
             return self.choice
         if len(self.marks) <= len(self.plan):
@@ -66,7 +62,7 @@ class Trial:
         return False
 
     def decide(self, times: list[float]) -> bool:
-        """Milliseconds of the planned steps -> whether working side by side is worth it; says so in the log."""
+        """Milliseconds of the planned steps -> whether side by side is faster; logs the choice."""
         known = list(zip(self.plan, times, strict=True))[self.WARM :]
         serial, beside = (statistics.median(ms for way, ms in known if way is kind) for kind in (False, True))
         gain = 100 * (serial / beside - 1)
@@ -76,90 +72,57 @@ class Trial:
         return worth
 
 
+class Prepared(NamedTuple):
+    """A batch, and the event after which its tensors are there; None: they are on the student's stream."""
+
+    batch: TrainBatch
+    ready: torch.cuda.Event | None = None
+
+
 class Overlap:
-    """How a run orders teachers and student.
+    """On which stream batches are prepared, and whether before or after the step before.
 
     Args:
-        mode: "off"; "on"; or "auto", which tries both.
-        device: a CPU has no streams: there they always take turns.
-        watch: gets the time of a preparation's parts on steps for which it is armed.
+        mode: "off"; "on"; or "auto", which measures both.
+        device: a CPU has no streams: there a batch is always prepared after the step.
     """
 
-    def __init__(self, mode: str, device: torch.device, watch: Stopwatch | None = None) -> None:
-        self.watch = watch or Stopwatch(device)
+    def __init__(self, mode: str, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         if mode == "on" and not on_gpu:
             log.info("run.overlap: on has no effect on a CPU; teachers and student take turns")
         self.stream = torch.cuda.Stream(device) if on_gpu and mode != "off" else None
         self.trial = Trial() if self.stream is not None and mode == "auto" else None
 
-    def pairs(self, batches: Iterable[Batch], prepare: Callable[[Batch], Pair]) -> Iterator[Pair]:
-        """Prepared batches, in order; each preparation is given to the device before the step before it, or after."""
+    def prepare(self, make: Callable[[], TrainBatch]) -> Prepared:
+        """What `make` returns, computed on the side stream where there is one."""
         side = self.stream
-        assert side is not None
-        source = iter(batches)
+        if side is None:
+            return Prepared(make())
+        side.wait_stream(torch.cuda.current_stream(side.device))
+        with torch.cuda.stream(side):  # the loader's copies too are waited for by this stream
+            batch = make()
+            ready = torch.cuda.Event()
+            ready.record(side)
+        return Prepared(batch, ready)
 
-        def start() -> tuple[Pair, torch.cuda.Event] | None:
-            side.wait_stream(torch.cuda.current_stream(side.device))
-            with torch.cuda.stream(side):  # the loader's copies too are waited for by this stream
-                batch = next(source, None)
-                if batch is None:
-                    return None
-                pair = prepare(batch)
-                ready = torch.cuda.Event()
-                ready.record(side)
-            return pair, ready
-
-        coming = start()
-        while coming is not None:
-            pair, ready = coming
-            main = torch.cuda.current_stream(side.device)
-            main.wait_event(ready)
-            for tensor in tensors_of(pair):
+    def receive(self, prepared: Prepared) -> TrainBatch:
+        """The batch, which the current stream may use from here on."""
+        if prepared.ready is not None and self.stream is not None:
+            main = torch.cuda.current_stream(self.stream.device)
+            main.wait_event(prepared.ready)
+            for tensor in tensors_of(prepared.batch):
                 tensor.record_stream(main)
-            ahead = self.trial is None or self.trial.ahead()
-            coming = start() if ahead else None
-            yield pair
-            if not ahead:
-                coming = start()
+        return prepared.batch
+
+    def ahead(self) -> bool:
+        """Whether the next batch is prepared before the step that is about to start. Call once a step."""
+        if self.stream is None:
+            return False
+        return self.trial is None or self.trial.ahead()
 
 
-def tensors_of(pair: Pair) -> list[Tensor]:
+def tensors_of(batch: TrainBatch) -> list[Tensor]:
     """Everything on the device that a step gets."""
-    mixed, targets = pair
-    values = [getattr(mixed, field.name) for field in fields(mixed)] + list(targets or ())
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def taught(
-    batches: Iterable[Batch],
-    augment: Augment,
-    teachers: Teachers | None,
-    autocast: Callable,
-    overlap: Overlap | None = None,
-) -> Iterator[Pair]:
-    """Augments each batch and asks the teachers, who see exactly the images that the student will see.
-
-    Without `overlap` (or where it has no effect) batch t+1 is touched only after the caller asks for it. With it, the
-    loader is one batch further than the caller, who may stop at any time: what was prepared is then dropped.
-    """
-    watch = Stopwatch(torch.device("cpu")) if overlap is None else overlap.watch
-
-    @torch.no_grad()
-    def prepare(batch: Batch) -> Pair:
-        began = watch.now()
-        mixed = augment(batch)
-        augmented = watch.now()
-        if teachers is None:
-            watch.note(augment=(began, augmented))
-            return mixed, None
-        with autocast():
-            targets = teachers(mixed.images)
-        watch.note(augment=(began, augmented), teacher=(augmented, watch.now()))
-        return mixed, targets
-
-    if overlap is None or overlap.stream is None or teachers is None:
-        for batch in batches:
-            yield prepare(batch)
-    else:
-        yield from overlap.pairs(batches, prepare)
+    values = [getattr(batch, field.name) for field in fields(batch)]
+    return [value for value in (*values, *(batch.targets or ())) if isinstance(value, Tensor)]

@@ -22,7 +22,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment.device import Augment, TrainBatch
+from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from pipelines.files import sync, write_atomic
-from pipelines.read.batch import Batch, Loader
+from pipelines.read.batch import Loader
 from pipelines.untrusted import open_regular, read_json
 from std_fast import __version__
 from std_fast.config.legacy import cache_file
@@ -45,8 +45,6 @@ from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
-from std_fast.teachers.overlap import Overlap, taught
-from std_fast.teachers.teacher import Teachers
 
 FORMAT = 1
 MOST_CLASSES = 65535  # label + 1 has 16 bits
@@ -54,7 +52,6 @@ DIGEST_BYTES = 16
 LEGACY_DEFAULTS = {"precision": "auto", "classes": ""}
 """fields of a teacher that stores of earlier versions lack, as they were then"""
 log = logging.getLogger("std_fast")
-Pairs = Iterator[tuple[TrainBatch, TeacherTargets]]
 
 
 # -- what the targets depend on -------------------------------------------------------------------------------------
@@ -312,50 +309,24 @@ class TargetCache:
             raise UserError(f"{path}: holds {fault}; {mend}")
         return words
 
-    def _read(self, words: np.ndarray, mixed: TrainBatch) -> TeacherTargets:
-        B = len(mixed.positions)
-        first = mixed.step * self.batch + self.world.rank * B
-        rows = torch.from_numpy(words[first : first + B].astype(np.uint16).view(np.int16))
-        if mixed.positions.is_cuda:
-            rows = rows.pin_memory().to(mixed.positions.device, non_blocking=True)
-        return unpack(rows, self.soft)
-
-    # -- reading or asking --------------------------------------------------------------------------------------------
-
-    def taught(
-        self,
-        epoch: int,
-        batches: Iterable[Batch],
-        augment: Augment,
-        teachers: Teachers | None,
-        autocast: Callable,
-        overlap: Overlap | None = None,
-    ) -> Pairs:
-        """Augmented batches of an epoch with the teacher targets: the stored ones, or else the teachers' own, which
-        are stored as they come.
+    def find(self, epoch: int) -> np.ndarray | None:
+        """Words of an epoch, as `open` gives them; None where it is not stored. Every rank must call it.
 
         Raises:
-            UserError: the epoch is neither stored nor are there teachers; it is damaged; it cannot be written.
+            UserError: the epoch is damaged, or what was written before could not be.
         """
         if epoch in self._writers:
             self.wait()
-        if self.world.broadcast(epoch in self._words or self.stored(epoch)):
-            words = self.open(epoch)
-            for mixed, _ in taught(batches, augment, None, autocast, overlap):
-                yield mixed, self._read(words, mixed)
-        elif teachers is None:
-            raise UserError(
-                f"distill.target_cache: {self.folder} does not hold epoch {epoch}; run `std-fast teach` for it"
-            )
-        else:
-            writer = self.writer(epoch)
-            try:
-                for mixed, targets in taught(batches, augment, teachers, autocast, overlap):
-                    assert targets is not None  # there are teachers
-                    writer.add(mixed.step, pack(targets))
-                    yield mixed, targets
-            finally:
-                writer.end()
+        return self.open(epoch) if self.world.broadcast(epoch in self._words or self.stored(epoch)) else None
+
+    def read(self, words: np.ndarray, batch: TrainBatch) -> TeacherTargets:
+        """Targets of this rank's rows of a batch, from its epoch's words; the host does not wait for the device."""
+        B = len(batch.positions)
+        first = batch.step * self.batch + self.world.rank * B
+        rows = torch.from_numpy(words[first : first + B].astype(np.uint16).view(np.int16))
+        if batch.positions.is_cuda:
+            rows = rows.pin_memory().to(batch.positions.device, non_blocking=True)
+        return unpack(rows, self.soft)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +22,15 @@ from std_fast.config.files import filled_in
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.method.mine import MutualInformation
 from std_fast.method.student import ModulePlan, Student, plan_modules
+from std_fast.models.drop_path import GROUP, kept_rows, residual_scales
+from std_fast.runtime.budget import Ledger
 from std_fast.runtime.compiling import backend_of, compiled, keep_cache, options
 from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
 from std_fast.teachers.overlap import Overlap
+from std_fast.teachers.stream import BatchStream, CachedSource, NoTargets, TargetSource, TeacherSource
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import (
     Teachers,
@@ -33,16 +38,18 @@ from std_fast.teachers.teacher import (
     build_classifier,
     build_teacher,
 )
+from std_fast.training.guard import Guard
 from std_fast.training.initial_weights import load_initial_weights
 from std_fast.training.optim import EMA, build_optimizer
-from std_fast.training.step import GROUP, Guard, Objective, Trainer, kept_rows, residual_scales
+from std_fast.training.state import TrainState
+from std_fast.training.step import Objective, Trainer
 
 log = logging.getLogger("std_fast")
 
 
 @dataclass
 class Parts:
-    """All that the loop drives."""
+    """Everything that the loop drives."""
 
     recipe: Recipe
     device: torch.device
@@ -51,33 +58,31 @@ class Parts:
     augment: Augment
     teachers: Teachers | None  # also None where all their targets are stored
     target_cache: TargetCache | None
+    stream: BatchStream
     trainer: Trainer
-    overlap: Overlap
+    state: TrainState
     speed: SpeedMeter
     backend: str | None  # of torch.compile
+    closing: ExitStack = field(repr=False)
 
     def close(self) -> None:
-        for part in (self.train_loader, self.val_loader, self.target_cache):
-            if part is not None:
-                part.close()
+        self.closing.close()
 
 
-def uses_gpu(recipe: Recipe) -> bool:
-    """Whether the recipe runs on a GPU here. UserError when it asks for one that is not there."""
-    wanted = recipe.run.device
+def uses_gpu(wanted: str) -> bool:
+    """Whether `run.device` means a GPU here. UserError when it asks for one that is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: cuda, but torch sees no GPU; set it to auto or cpu, or look at `std-fast doctor`")
     return wanted != "cpu" and torch.cuda.is_available()
 
 
-def pick_device(recipe: Recipe) -> torch.device:
-    """The recipe's device: the CPU, or this process's GPU. UserError as `uses_gpu`."""
-    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu(recipe) else torch.device("cpu")
+def pick_device(wanted: str) -> torch.device:
+    """What `run.device` means: the CPU, or this process's GPU. UserError as `uses_gpu`."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu(wanted) else torch.device("cpu")
 
 
-def precision_of(recipe: Recipe, device: torch.device) -> str:
-    """`bfloat16` or `float32`."""
-    chosen = recipe.run.precision
+def precision_of(chosen: str, device: torch.device) -> str:
+    """What `run.precision` means on a device: `bfloat16` or `float32`."""
     return ("bfloat16" if device.type == "cuda" else "float32") if chosen == "auto" else chosen
 
 
@@ -177,14 +182,14 @@ def build_teachers(
 
 def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> torch.dtype:
     """Type of a teacher's weights, from its own precision or the run's."""
-    chosen = precision_of(recipe, device) if spec.precision == "auto" else spec.precision
+    chosen = precision_of(recipe.run.precision, device) if spec.precision == "auto" else spec.precision
     return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 def build_missing_teachers(
     recipe: Recipe, loader: Loader, target_cache: TargetCache | None, device: torch.device
 ) -> Teachers | None:
-    """The teachers, unless there are none or all that the run can ask them is stored.
+    """The teachers, unless there are none or the cache holds the targets of all epochs of the run.
 
     Raises:
         UserError: they are needed and cannot be built.
@@ -194,7 +199,7 @@ def build_missing_teachers(
     epochs = epochs_needed(recipe, loader.steps_per_epoch)
     missing = None if epochs is None else target_cache.missing(epochs)
     if missing == []:
-        log.info("%s holds all target_cache: no teacher is needed", target_cache.folder)
+        log.info("%s holds the targets of all epochs: no teacher is needed", target_cache.folder)
         return None
     try:
         return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
@@ -203,13 +208,13 @@ def build_missing_teachers(
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
 
 
-def make_fast(recipe: Recipe, device: torch.device, augment: Augment, teachers: Teachers | None) -> str | None:
-    """Compiles augmentation and teachers in place, as the recipe says; returns the compiler's backend, None for off.
+def make_fast(wanted: str, device: torch.device, augment: Augment, teachers: Teachers | None) -> str | None:
+    """Compiles augmentation and teachers in place as `run.compile` says; returns torch.compile's backend, None for off.
 
     Raises:
         UserError: the compiler lacks what it needs.
     """
-    backend = backend_of(recipe, device)
+    backend = backend_of(wanted, device)
     if backend is not None:
         if options(backend)["backend"] == "inductor":
             keep_cache()
@@ -219,76 +224,109 @@ def make_fast(recipe: Recipe, device: torch.device, augment: Augment, teachers: 
     return backend
 
 
-def build(recipe: Recipe, world: World = SINGLE_PROCESS) -> Parts:
-    """Everything that a run of `recipe` needs. UserError for whatever the user can mend, before anything is trained."""
-    # An earlier run of this process is let go first: its parts refer to each other, and full collections are rare.
+def build(recipe: Recipe, world: World = SINGLE_PROCESS, ledger: Ledger | None = None) -> Parts:
+    """Everything that a run of `recipe` needs. UserError for whatever the user can fix, before anything is trained."""
+    # Memory of an earlier run of this process is freed first: its parts form cycles, and full collections are rare.
     gc.collect()
-    device = pick_device(recipe)
-    precision = precision_of(recipe, device)
-    if recipe.run.batch % (4 * world.size):  # MINE's partners lie in groups of four
-        raise UserError(
-            f"run.batch: {recipe.run.batch} over {world.size} processes must be a multiple of {4 * world.size}"
-        )
-    train_loader = open_train_loader(recipe, device, world)
-    val_loader = target_cache = None
-    try:
-        val_loader = open_val_loader(recipe, device, world=world)
-        classes = train_loader.num_classes
+    r, device, ledger = recipe, pick_device(recipe.run.device), ledger or Ledger()
+    precision = precision_of(r.run.precision, device)
+    if r.run.batch % (4 * world.size):  # MINE's partners lie in groups of four
+        raise UserError(f"run.batch: {r.run.batch} over {world.size} processes must be a multiple of {4 * world.size}")
+    with ExitStack() as closing:
+        train_loader = closing.enter_context(open_train_loader(r, device, world))
+        val_loader = open_val_loader(r, device, world=world)
+        if val_loader is not None:
+            closing.callback(val_loader.close)
         check_same_classes(train_loader, val_loader)
-        student = build_student(recipe, classes).to(device)
-        check_options(recipe, student, world)
-        subset = recipe.student.drop_path_mode == "subset"
-        depth = kept_rows(student.backbone.drop_rates) if subset else residual_scales
-        student.train()
-        for mine in student.mine.children():
-            assert isinstance(mine, MutualInformation)
-            mine.gather = world.gather if world.size > 1 else None
-        target_cache = open_target_cache(
-            recipe, train_loader, precision, train_loader.steps_per_epoch * recipe.run.batch, world
-        )
-        teachers = build_missing_teachers(recipe, train_loader, target_cache, device)
-        whole = not (subset or recipe.student.early_size)  # else an image's arithmetic is not always the same: no MFU
-        flops = flops_per_image(student, teachers, recipe.data.image_size) if whole else None
-        augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        backend = make_fast(recipe, device, augment, teachers)
-        objective = Objective(recipe.distill, recipe.optim.smoothing, student.head_teacher)
-        watch = Stopwatch(device)
-        decay = recipe.optim.ema ** (recipe.run.batch / recipe.optim.ema_batch) if recipe.optim.ema else 0.0
-        trainer = Trainer(
-            student=student,
-            forward=replicate(compiled(student, backend), world, device),
-            objective=compiled(objective.__call__, backend),
-            optimizer=build_optimizer(student, recipe, device),
-            average=EMA(student, decay) if decay else None,
-            guard=Guard(device, world),
-            meters=Meters(world),
-            autocast=functools.partial(autocast, device, precision),
-            clip=recipe.optim.clip if recipe.optim.name != "lamb" else 0.0,  # LAMB clips by itself
-            seed=recipe.run.seed,
-            world=world,
-            depth=compiled(depth, backend),
-            watch=watch,
-        )
-        overlap = Overlap(recipe.run.overlap, device, watch)
+        student = build_student(r, train_loader.num_classes).to(device)
+        check_options(r, student, world)
+        rows = train_loader.steps_per_epoch * r.run.batch
+        target_cache = open_target_cache(r, train_loader, precision, rows, world)
+        if target_cache is not None:
+            closing.callback(target_cache.close)
+        teachers = build_missing_teachers(r, train_loader, target_cache, device)
+        # the arithmetic of an image must be the same in every step, or there is no MFU
+        constant = not (r.student.early_size or r.student.drop_path_mode == "subset")
+        flops = flops_per_image(student, teachers, r.data.image_size) if constant else None
+        augment = Augment(r.augment, r.run.seed).to(device)
+        backend = make_fast(r.run.compile, device, augment, teachers)
+        watch = Stopwatch(device, ledger)
+        trainer = build_trainer(r, student, device, precision, backend, watch, world)
+        source = target_source(teachers, target_cache, trainer.autocast)
+        overlap = Overlap(r.run.overlap, device)
+        stream = BatchStream(train_loader, augment, source, overlap, r.distill.views, watch, ledger)
+        closing.callback(stream.close)
         limit = ceiling(device, precision)
-        speed = SpeedMeter(device, watch, flops, limit * world.size)
-    except BaseException:
-        for part in (train_loader, val_loader, target_cache):
-            if part is not None:
-                part.close()
-        raise
-    text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
-    log.info(text, device, precision, backend or "off", limit / 1e12)
-    return Parts(
-        recipe, device, train_loader, val_loader, augment, teachers, target_cache, trainer, overlap, speed, backend
+        log.info(
+            "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s",
+            device, precision, backend or "off", limit / 1e12,
+        )  # fmt: skip
+        return Parts(
+            recipe=r,
+            device=device,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            augment=augment,
+            teachers=teachers,
+            target_cache=target_cache,
+            stream=stream,
+            trainer=trainer,
+            state=TrainState(student, trainer.optimizer, trainer.ema),
+            speed=SpeedMeter(device, watch, flops, limit * world.size),
+            backend=backend,
+            closing=closing.pop_all(),
+        )
+
+
+def build_trainer(
+    recipe: Recipe,
+    student: Student,
+    device: torch.device,
+    precision: str,
+    backend: str | None,
+    watch: Stopwatch,
+    world: World = SINGLE_PROCESS,
+) -> Trainer:
+    """The step of a recipe around a student on its device: compiled, then replicated over the processes."""
+    o, run = recipe.optim, recipe.run
+    student.train()
+    for mine in student.mine.children():
+        assert isinstance(mine, MutualInformation)
+        mine.gather = world.gather if world.size > 1 else None
+    subset = recipe.student.drop_path_mode == "subset"
+    objective = Objective(recipe.distill, o.smoothing, student.head_teacher)
+    return Trainer(
+        student=student,
+        forward=replicate(compiled(student, backend), world, device),
+        objective=compiled(objective.__call__, backend),
+        optimizer=build_optimizer(student, o, device),
+        ema=EMA(student, o.ema ** (run.batch / o.ema_batch)) if o.ema else None,
+        guard=Guard(device, world),
+        meters=Meters(world),
+        autocast=functools.partial(autocast, device, precision),
+        clip=o.clip if o.name != "lamb" else 0.0,  # LAMB clips by itself
+        seed=run.seed,
+        world=world,
+        drop_path=compiled(kept_rows(student.backbone.drop_rates) if subset else residual_scales, backend),
+        watch=watch,
     )
+
+
+def target_source(
+    teachers: Teachers | None, cache: TargetCache | None, autocast: Callable[[], AbstractContextManager]
+) -> TargetSource:
+    """Where the targets of a run come from."""
+    source = None if teachers is None else TeacherSource(teachers, autocast)
+    if cache is not None:
+        return CachedSource(cache, source)
+    return source or NoTargets()
 
 
 def flops_per_image(student: nn.Module, teachers: Teachers | None, image_size: int) -> float | None:
     """Operations in matrix products and convolutions for one training image.
 
-    Three forwards of the student (its backward pass counts as two) and one of each teacher, without MINE. None, said
-    in the log, for a model whose arithmetic cannot be counted without running it.
+    Three forwards of the student (its backward pass counts as two) and one of each teacher, without MINE. None, with a
+    line in the log, for a model whose arithmetic cannot be counted without running it.
     """
     try:
         total = 6.0 * count_macs(student, image_size)
@@ -331,7 +369,7 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
     images = images // 4 * 4
     if images < 4:
         raise UserError("--images: must be 4 or more")
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     with open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device) as loader:
         mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
         contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)

@@ -41,7 +41,7 @@ def evaluate(
     """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.
 
     Args:
-        stop: asked before each batch whether to give up; must answer alike on all ranks.
+        stop: called before each batch; True ends the evaluation. All ranks must get the same.
 
     Returns:
         `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
@@ -49,13 +49,14 @@ def evaluate(
         many were left out because they are corrupt, if any.
 
     Raises:
-        Abandoned: `stop` said so.
+        Abandoned: `stop` returned True.
         RuntimeError: the loader did not give each image exactly once.
         UserError: all images are corrupt.
     """
     student.eval()
     heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
     sums: dict[str, Tensor] = {}
+    corrupt = 0
     epoch: Any = loader.epoch(0)
     with closing(epoch) as batches:
         for batch in batches:
@@ -65,8 +66,9 @@ def evaluate(
                 out = student.outputs(normalise(batch.images))
             valid = batch.labels >= 0
             counts = {"images": valid.sum()}
-            there = (loader.sampler.positions(batch.step) >= 0).sum()
-            counts["corrupt"] = torch.tensor(int(there - (batch.indices >= 0).sum()), device=valid.device)
+            corrupt += int(
+                (loader.sampler.positions(batch.step) >= 0).sum() - (batch.indices >= 0).sum()
+            )  # on the host
             for head in heads:
                 counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
             logits = predict(out, how).float()
@@ -75,6 +77,8 @@ def evaluate(
             counts["top1"] = counts[f"top1_{how}"]
             counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
             sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
+    device = next(student.parameters()).device
+    sums["corrupt"] = torch.full((), corrupt, dtype=torch.float64, device=device)
     names = list(sums)
     values = dict(zip(names, world.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
     images, corrupt = int(values.pop("images")), int(values.pop("corrupt"))
@@ -98,7 +102,7 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
     recipe = stored.recipe
     if backend:
         recipe = replace(recipe, data=replace(recipe.data, backend=backend))
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     try:
         loader = open_val_loader(recipe, device, data)
     except UserError as error:
@@ -116,7 +120,7 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
         load_weights(student, stored.state, str(folder))
         student.to(device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        cast = functools.partial(autocast, device, precision_of(recipe, device))
+        cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
         return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
 
 
@@ -131,7 +135,7 @@ def evaluate_teacher(recipe: Recipe, number: int, data: str = "", backend: Any =
         raise UserError(f"--teacher: the recipe has {len(teachers)} teachers, numbered from 0; there is no {number}")
     if backend:
         recipe = replace(recipe, data=replace(recipe.data, backend=backend))
-    device = pick_device(recipe)
+    device = pick_device(recipe.run.device)
     loader = open_val_loader(recipe, device, data)
     if loader is None:
         raise UserError("data.val: is empty; name the data: std-fast eval RECIPE DATA --teacher N")

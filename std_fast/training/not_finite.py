@@ -1,119 +1,106 @@
-"""Steps whose loss or gradient was not finite, and what `run.not_finite` says about them."""
+"""Steps whose loss or gradient was not finite, and what `run.not_finite` does about them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from pipelines.files import write_atomic
-from pipelines.read.batch import Loader
-from std_fast.config.recipe import Recipe, dump
-from std_fast.training.step import Trainer
+from std_fast.config.recipe import Run as RunSpec
+from std_fast.training.guard import Guard
+from std_fast.training.run_log import RunLog
+from std_fast.training.state import TrainState
 
 CHECKED = ("loss", "gradient", "MINE's gradient")  # what the trainer's guard checks, in its order
 
 
 class NotFinite(Exception):
-    """Loss or gradient of a step was not finite; the state before it is saved."""
+    """Loss or gradient of a step was not finite, and the run ends.
+
+    Attributes:
+        step: the bad one. The state is that before it.
+    """
+
+    def __init__(self, step: int, text: str) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 class NonFiniteMonitor:
-    """The steps of a run that were not finite, as far as the host knows. All ranks hold the same.
+    """The steps of a run that were not finite, as far as the host has read them. All ranks have the same.
 
-    The trainer's guard notices them on the device, where such a step changes nothing; here the host follows, when it
-    waits for the device anyway.
+    The guard detects them on the device, where such a step changes nothing; the host reads the guard when it waits for
+    the device anyway. With `rollback` the monitor takes the snapshots and returns to them.
 
     Args:
-        meta: of the checkpoint that the run goes on from.
-        snapshot_every: steps between the states that `rollback` puts aside; 0: none.
-        folder: of the run, for `not_finite.json`; None: another rank writes it.
+        run: the recipe's section.
+        meta: of the checkpoint that the run continues from.
+        takes_snapshots: whether the schedule has snapshots; the first is taken here.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        trainer: Trainer,
-        loader: Loader,
+        run: RunSpec,
+        guard: Guard,
+        state: TrainState,
+        log: RunLog,
         meta: Mapping[str, Any],
-        snapshot_every: int,
-        folder: Path | None,
+        takes_snapshots: bool,
     ) -> None:
-        self._recipe, self._trainer, self._loader, self._folder = recipe, trainer, loader, folder
+        self._run, self._guard, self._state, self._log = run, guard, state, log
         self.steps: list[int] = list(meta.get("bad_steps", []))
-        self._snapshot_every, self._snapshot_step = snapshot_every, meta.get("snapshot_step", 0)
-        known, limit, kind = len(self.steps), recipe.run.not_finite_limit, recipe.run.not_finite
-        room = known if kind == "stop" else max(known, limit)
-        trainer.guard.set(self.steps, room + 1, room if kind == "skip" else known)
-        if snapshot_every and not trainer.snapshot:
+        self._snapshot_step = meta.get("snapshot_step", 0)
+        known = len(self.steps)
+        room = known if run.not_finite == "stop" else max(known, run.not_finite_limit)
+        guard.set(self.steps, room + 1, room if run.not_finite == "skip" else known)
+        if takes_snapshots and not state.snapshot:
             self.take_snapshot(meta.get("step", 0))
 
     def meta(self) -> dict[str, Any]:
-        """For a checkpoint of this moment."""
-        return {"bad_steps": self._trainer.guard.read()[0], "snapshot_step": self._snapshot_step}
+        """For a checkpoint of this moment. Waits for the device."""
+        return {"bad_steps": self._guard.read()[0], "snapshot_step": self._snapshot_step}
 
-    def snapshot_due(self, step: int) -> bool:
-        return self._snapshot_every > 0 and step % self._snapshot_every == 0
+    def frozen(self) -> bool:
+        """Whether a bad step waits for `check`. Waits for the device."""
+        return self._guard.read()[1]
 
     def take_snapshot(self, step: int) -> None:
-        """Keeps the state after `step` on the device, to go back to."""
-        self._trainer.take_snapshot()
+        """Keeps the state after `step` on the device, for a rollback."""
+        self._state.take_snapshot()
         self._snapshot_step = step
 
-    def check(self, tell: Callable[[int, str], None], save_at: Callable[[int], None]) -> int | None:
-        """Waits for the device, and does what the recipe says about new bad steps.
-
-        Args:
-            tell: called with each of them, and a line about it.
-            save_at: saves the present state as that of a step, and returns when it is on disk.
+    def check(self) -> int | None:
+        """Waits for the device; skips new bad steps, rolls back or ends the run, as the recipe says.
 
         Returns:
-            The step that the run is at now, if it went back: with the state that was put aside, behind the bad batch.
+            After a rollback the step to continue from: the state is the snapshot's, the next batch the one behind the
+            bad step. None otherwise.
 
         Raises:
-            NotFinite: after saving the state before the bad step.
+            NotFinite: the run ends. A run that is resumed from the present state meets the bad step again.
         """
-        run, guard = self._recipe.run, self._trainer.guard
+        run, guard = self._run, self._guard
         bad, frozen = guard.read()
         new, self.steps = bad[len(self.steps) :], bad
         for step in new if run.not_finite == "skip" else ():
-            tell(step, f"step {step}: loss or gradient not finite, skipped")
+            self._log.bad_step(step, "skipped", len(bad))
         if not frozen:
             return None
         if run.not_finite != "rollback" or len(bad) > run.not_finite_limit:
-            self._end_at(bad.pop(), save_at)
-        self._trainer.rollback()
+            self._end(bad.pop())
+        self._state.rollback()
         guard.allowed.fill_(len(bad))
-        back = f"back to the weights of step {self._snapshot_step}, on with the batch behind it"
-        tell(bad[-1], f"step {bad[-1]}: loss or gradient not finite, {back}")
+        text = f"back to the weights of step {self._snapshot_step}, on with the batch behind it"
+        self._log.bad_step(bad[-1], text, len(bad))
         return bad[-1]
 
-    def _end_at(self, bad: int, save_at: Callable[[int], None]) -> NoReturn:
-        """Saves the state before step `bad`, since when nothing has changed, and raises NotFinite."""
-        trainer = self._trainer
-        trainer.guard.set(self.steps, len(self.steps) + 1, len(self.steps))  # a resumed run meets it again
-        save_at(bad - 1)
-        what = [name for bit, name in enumerate(CHECKED) if int(trainer.guard.bad_values) >> bit & 1]
-        epoch, place = divmod(bad - 1, self._loader.steps_per_epoch)
-        report = {
-            "step": bad,
-            "epoch": epoch,
-            "step_in_epoch": place,
-            "not_finite": what,
-            "bad_steps": self.steps,
-            "figures": trainer.meters.read(),  # of the steps before it
-            "positions": self._loader.sampler.positions(place).tolist(),
-            "recipe": dump(self._recipe),
-        }
-        described = ""
-        if self._folder is not None:
-            path = self._folder / "not_finite.json"
-            write_atomic(path, json.dumps(report, indent=1))
-            described = f", the batch is described in {path}"
+    def _end(self, bad: int) -> NoReturn:
+        self._guard.set(self.steps, len(self.steps) + 1, len(self.steps))
+        what = [name for bit, name in enumerate(CHECKED) if int(self._guard.bad_values) >> bit & 1]
+        path = self._log.not_finite(bad, what, self.steps)
         past = f" after {len(self.steps)} others (run.not_finite_limit)" if self.steps else ""
-        mend = "" if self.steps else " or, if it is one batch that does it, --resume --run.not_finite skip"
+        fix = "" if self.steps else " or, if it is one batch that does it, --resume --run.not_finite skip"
         raise NotFinite(
-            f"step {bad} is not finite ({', '.join(what)}){past}; the state before it is saved{described}; "
-            f"try a lower optim.lr, optim.clip 1.0, run.precision float32{mend}"
+            bad,
+            f"step {bad} is not finite ({', '.join(what)}){past}; the state before it is saved, the batch is described "
+            f"in {path}; try a lower optim.lr, optim.clip 1.0, run.precision float32{fix}",
         )

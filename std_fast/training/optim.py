@@ -1,15 +1,14 @@
-"""Parameter groups, the fused optimizer, the learning rate schedule and the moving average of the weights."""
+"""Parameter groups, the fused optimizer, and the moving average of the weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from std_fast.config.recipe import Recipe
+from std_fast.config.recipe import Optim
 from std_fast.method.student import Student
 from std_fast.training.optimizers import Muon, build_apex
 
@@ -47,15 +46,15 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
     return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
 
 
-def build_optimizer(student: Student, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's optimizer, with one tensor learning rate a group, so that a schedule never recompiles anything.
+def build_optimizer(student: Student, o: Optim, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a recipe's section `optim`. Each group's learning rate is a tensor, so that a schedule never
+    recompiles anything.
 
     Each reads `found_inf` (a float tensor, 1.0 to change nothing in this step): see step.py.
 
     Raises:
         UserError: one of apex's without a GPU or without apex.
     """
-    o = recipe.optim
     groups = parameter_groups(student, o.weight_decay, matrices_apart=o.name == "muon")
     if o.name in ("lamb", "apex_adam"):
         return build_apex(o.name, groups, o.betas, o.eps, o.clip)
@@ -73,21 +72,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, psi_lr: floa
         group["lr"].fill_(psi_lr if group["name"] == "psi" else lr)
 
 
-def schedule(progress: float, peak: float, floor: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` share of the training, then a cosine from `peak` to `floor`.
-
-    `progress` is the share of the training that is done when this step is, in (0, 1]: the last step has `floor`.
-    """
-    if progress < warmup:
-        return peak * progress / warmup
-    share = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def peak_learning_rate(recipe: Recipe) -> float:
-    """The recipe's peak, scaled linearly with the batch (Goyal et al. 2017) unless `optim.lr_batch` is 0."""
-    o = recipe.optim
-    return o.lr * recipe.run.batch / o.lr_batch if o.lr_batch else o.lr
+def peak_learning_rate(o: Optim, batch: int) -> float:
+    """The peak of the learning rate, scaled linearly with the batch (Goyal et al. 2017) unless `lr_batch` is 0."""
+    return o.lr * batch / o.lr_batch if o.lr_batch else o.lr
 
 
 class EMA:

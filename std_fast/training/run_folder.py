@@ -22,7 +22,7 @@ from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
-from std_fast.training.step import Trainer
+from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
 
@@ -136,8 +136,8 @@ class RunFolder:
         length = Duration.parse(self.recipe.run.length)
         return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
 
-    def restore(self, trainer: Trainer) -> dict[str, Any]:
-        """Puts `found` back in place; returns its metadata.
+    def restore(self, state: TrainState) -> dict[str, Any]:
+        """Loads `found` into the state; returns its metadata.
 
         Raises:
             UserError: it was written by a recipe that computes something else.
@@ -149,20 +149,19 @@ class RunFolder:
                 f"{path}: was written by another recipe ({other[0]} differs); resume with {self.path}/recipe.yaml, or "
                 f"start a new run with --run.out {unused_beside(self.path)}"
             )
-        trainer.load_state(tensors)
+        state.load(tensors)
         self._saved_step = meta["step"]
         log.info("resumed %s at step %d", path, self._saved_step)
-        self.found = None  # its tensors have served
+        self.found = None  # frees its tensors
         return meta
 
-    def save(self, step: int, trainer: Trainer, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """A checkpoint of this moment; the file is written by another thread. `meta` is what the caller adds."""
         if not self.world.main:
             return
         with self.ledger.during("checkpoint"):
             self.writer.wait()
             began = time.perf_counter()
-            tensors = trainer.state()
             own = {
                 "step": step,
                 "recipe": dump(self.recipe),
@@ -170,7 +169,7 @@ class RunFolder:
                 "devices": self.world.size,
                 "versions": versions(),
             }
-            self.writer.save(step, tensors, own | meta)
+            self.writer.save(step, state.tensors(), own | meta)
             self.copy_seconds, self._saved_step = time.perf_counter() - began, step
 
     @property

@@ -466,12 +466,12 @@ def little_memory() -> None:
 
     original = Trainer.step
 
-    def step(self, mixed, targets, number, *rest):
-        if number == 10:
+    def step(self, batch, now):
+        if now.step == 10:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
             torch.empty(1 << 26)  # what a larger batch would ask for
-        original(self, mixed, targets, number, *rest)
+        original(self, batch, now)
 
     Trainer.step = step  # type: ignore[method-assign]
 
@@ -574,10 +574,10 @@ def poison() -> None:
 
     original = Trainer.step
 
-    def step(self, mixed, targets, number, *rest):
-        if number in (13, 31):
-            mixed = replace(mixed, images=mixed.images * torch.nan)
-        original(self, mixed, targets, number, *rest)
+    def step(self, batch, now):
+        if now.step in (13, 31):
+            batch = replace(batch, images=batch.images * torch.nan)
+        original(self, batch, now)
 
     Trainer.step = step  # type: ignore[method-assign]
 

@@ -98,9 +98,9 @@ def note_steps(path):
     """From now on every step that is done is noted in the file `path`."""
     kept, fd = Trainer.step, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 
-    def step(self, mixed, targets, number, *rest):
-        kept(self, mixed, targets, number, *rest)
-        os.pwrite(fd, f"{number:8}".encode(), 0)
+    def step(self, batch, now):
+        kept(self, batch, now)
+        os.pwrite(fd, f"{now.step:8}".encode(), 0)
 
     Trainer.step = step
 

@@ -4,6 +4,7 @@ After a change that is meant to: `python tests/golden/test_golden.py` writes the
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from std_fast.method.losses import targets_from_logits
 from std_fast.runtime.metrics import Meters
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_student
+from std_fast.training.guard import Guard
 from std_fast.training.optim import EMA, build_optimizer
-from std_fast.training.step import Guard, Objective, Trainer
+from std_fast.training.schedule import StepSettings
+from std_fast.training.step import Objective, Trainer
 
 FILE = Path(__file__).with_name("losses.json")
 STUDENTS = {
@@ -45,7 +48,7 @@ def losses(name: str) -> list[list[float]]:
     device = torch.device("cpu")
     trainer = Trainer(
         student=student, forward=student, objective=Objective(recipe.distill, 0.1, student.head_teacher),
-        optimizer=build_optimizer(student, recipe, device), average=EMA(student, 0.9), guard=Guard(device),
+        optimizer=build_optimizer(student, recipe.optim, device), ema=EMA(student, 0.9), guard=Guard(device),
         meters=Meters(), autocast=lambda: autocast(device, "float32"), clip=1.0, seed=0,
     )  # fmt: skip
     augment = Augment(AugmentSpec(randaugment_n=2, color_jitter=0.2, shift=2), seed=0)
@@ -56,7 +59,7 @@ def losses(name: str) -> list[list[float]]:
         labels, positions = torch.randint(K, (B,), generator=g), torch.arange(step * B, step * B + B)
         batch = Batch(images.to(memory_format=torch.channels_last), labels, positions, positions.numpy(), 0, step)
         targets = targets_from_logits(torch.randn(B, 2, K, generator=g))
-        trainer.step(augment(batch), targets, step + 1, 1e-2, 1e-2, True)
+        trainer.step(replace(augment(batch), targets=targets), StepSettings(step + 1, 1e-2, 1e-2, with_mine=True))
         figures = trainer.meters.read()
         rows.append([figures[key] for key in ("loss", "loss_distill", "information", "grad_norm")])
     return rows

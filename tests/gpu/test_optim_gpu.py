@@ -29,7 +29,7 @@ def with_gradients(module, seed):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bad_step_changes_nothing(at, name):
     student = build_student(at(), 3).to(CUDA)
-    optimizer = build_optimizer(student, at(optim={"name": name}), CUDA)
+    optimizer = build_optimizer(student, at(optim={"name": name}).optim, CUDA)
     set_learning_rates(optimizer, 0.01, 0.02)
     optimizer.found_inf = torch.zeros((), device=CUDA)
     for seed in range(2):
@@ -51,7 +51,7 @@ def test_a_bad_step_changes_nothing(at, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_state_survives_a_checkpoint(at, tmp_path, name):
     students = [build_student(at(), 3).to(CUDA) for _ in range(2)]
-    optimizers = [build_optimizer(student, at(optim={"name": name}), CUDA) for student in students]
+    optimizers = [build_optimizer(student, at(optim={"name": name}).optim, CUDA) for student in students]
     for optimizer in optimizers:
         set_learning_rates(optimizer, 0.01, 0.02)
         optimizer.found_inf = torch.zeros((), device=CUDA)
@@ -74,7 +74,7 @@ def test_muon_is_the_cpus(at):
     start = {n: p.detach().clone() for n, p in students[0].named_parameters()}
     for student, device in zip(students, (torch.device("cpu"), CUDA), strict=True):
         student.to(device)
-        optimizer = build_optimizer(student, recipe, device)
+        optimizer = build_optimizer(student, recipe.optim, device)
         set_learning_rates(optimizer, 0.01, 0.01)
         for seed in range(3):
             with_gradients(student, seed)
@@ -123,7 +123,9 @@ def test_lamb_is_its_formula():
 def test_apex_adam_is_torchs(at):
     """Over five steps with a changing rate; psi has no gradient in two of them."""
     students = [build_student(at(), 3).to(CUDA) for _ in range(2)]
-    optimizers = [build_optimizer(s, at(optim={"name": n}), CUDA) for s, n in zip(students, NAMES_OF_ADAM, strict=True)]
+    optimizers = [
+        build_optimizer(s, at(optim={"name": n}).optim, CUDA) for s, n in zip(students, NAMES_OF_ADAM, strict=True)
+    ]
     for step in range(5):
         for student, optimizer in zip(students, optimizers, strict=True):
             set_learning_rates(optimizer, 0.01 / (1 + step), 0.02)

@@ -8,7 +8,8 @@ import torch
 
 from pipelines.augment.device import Augment
 from std_fast.runtime import checkpoint
-from std_fast.teachers.overlap import Overlap, Trial, taught
+from std_fast.teachers.overlap import Overlap, Trial, tensors_of
+from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.training.build import build, build_teachers
 from std_fast.training.run import Stopped, train
 
@@ -60,15 +61,16 @@ def test_what_crosses_the_streams_is_whole(at, slow):
 
         def run(overlap):
             seen = []
-            for epoch in range(4):
-                pairs = taught(parts.train_loader.epoch(epoch), augment, teachers, contextlib.nullcontext, overlap)
-                for mixed, targets in pairs:
-                    if slow == "student":
-                        torch.cuda._sleep(SLOW)
-                    parts_of = (mixed.images, mixed.labels_a, mixed.labels_b, mixed.lam, mixed.positions, *targets[:2])
-                    seen.append([part.clone() for part in parts_of])
-                    del mixed, targets, parts_of
-                    torch.randn(1 << 20, device=device)  # takes what was given back too early
+            source = TeacherSource(teachers, contextlib.nullcontext)
+            stream = BatchStream(parts.train_loader, augment, source, overlap)
+            for _ in range(12):
+                batch = next(stream)
+                if slow == "student":
+                    torch.cuda._sleep(SLOW)
+                seen.append([tensor.clone() for tensor in tensors_of(batch)])
+                del batch
+                torch.randn(1 << 20, device=device)  # takes what was given back too early
+            stream.close()
             return seen
 
         expected, found = run(None), run(Overlap("on", device))
@@ -87,11 +89,13 @@ def test_the_trial_measures_both_ways_and_decides(at, caplog, monkeypatch):
     try:
         overlap = Overlap("auto", parts.device)
         with caplog.at_level(logging.INFO, "std_fast"):
-            for epoch in range(8):
-                batches = parts.train_loader.epoch(epoch)
-                for _ in taught(batches, parts.augment, parts.teachers, contextlib.nullcontext, overlap):
-                    torch.cuda._sleep(SLOW)
-                torch.cuda.synchronize()
+            source = TeacherSource(parts.teachers, contextlib.nullcontext)
+            stream = BatchStream(parts.train_loader, parts.augment, source, overlap)
+            for step in range(24):
+                next(stream)
+                torch.cuda._sleep(SLOW)
+                if step % 3 == 2:
+                    torch.cuda.synchronize()
         assert overlap.trial.choice is not None
         assert caplog.text.count("ms a step in turn") == 1
     finally:
@@ -103,9 +107,10 @@ def test_leaving_early_leaves_nothing_behind(at):
     try:
         overlap = Overlap("on", parts.device)
         augment: Augment = parts.augment
-        pairs = taught(parts.train_loader.epoch(0), augment, parts.teachers, contextlib.nullcontext, overlap)
-        next(pairs)
-        pairs.close()
+        source = TeacherSource(parts.teachers, contextlib.nullcontext)
+        stream = BatchStream(parts.train_loader, augment, source, overlap)
+        next(stream)
+        stream.close()
         assert len(list(parts.train_loader.epoch(0))) == 3
     finally:
         parts.close()

@@ -9,6 +9,7 @@ import torch
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.speed import ceiling
 from std_fast.training.run import Run, train
+from std_fast.training.schedule import StepSettings
 
 pytestmark = pytest.mark.gpu
 
@@ -37,17 +38,15 @@ def test_a_step_never_waits(at, name, compile, overlap):
     """From the raw batch to the updated weights, with and without MINE, once all is compiled and state is made."""
     run = Run(at(optim={"name": name}, compile=compile, overlap=overlap), quiet=True)
     try:
-        trainer, batches = run.parts.trainer, run.batches()
+        trainer = run.trainer
         for step in (1, 2):
-            trainer.step(*next(batches), step, 1e-3, 1e-3, step == 2)
-        batches.close()
-        raw = list(run.parts.train_loader.epoch(1))
-        for step, batch in zip((3, 4), raw, strict=False):
+            trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=step == 2))
+        batches = list(run.parts.train_loader.epoch(1))
+        run.stream.seek(3)
+        run.parts.train_loader.epoch = lambda *_: (batch for batch in batches)
+        for step in (3, 4):
             with no_waiting():
-                mixed = run.parts.augment(batch)
-                with trainer.autocast():
-                    targets = run.parts.teachers(mixed.images)
-                trainer.step(mixed, targets, step, 1e-3, 1e-3, step == 4)
+                trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=step == 4))
         assert trainer.guard.first_bad.item() == -1
     finally:
         run.close()

@@ -57,11 +57,11 @@ def steps(monkeypatch):
     original = Trainer.step
 
     def set_up(bad=(), left_out=()):
-        def step(self, mixed, targets, step, *rest):
-            if step in left_out:
+        def step(self, batch, now):
+            if now.step in left_out:
                 return
-            images = torch.full_like(mixed.images, torch.nan) if step in bad else mixed.images
-            original(self, replace(mixed, images=images), targets, step, *rest)
+            images = torch.full_like(batch.images, torch.nan) if now.step in bad else batch.images
+            original(self, replace(batch, images=images), now)
 
         monkeypatch.setattr(Trainer, "step", step)
 

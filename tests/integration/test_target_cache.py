@@ -169,10 +169,10 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     seen = {}
 
     class Looking(Trainer):
-        def step(self, mixed, targets, step, *rest):
-            noted = (mixed.images.clone(), mixed.epoch, self.stochastic_depth(mixed, 1))
-            seen.setdefault((step - 1) // 3, []).append(noted)
-            return super().step(mixed, targets, step, *rest)
+        def step(self, batch, now):
+            noted = (batch.images.clone(), batch.epoch, self.stochastic_depth(batch, 1))
+            seen.setdefault((now.step - 1) // 3, []).append(noted)
+            super().step(batch, now)
 
     monkeypatch.setattr(build, "Trainer", Looking)
     train(recipe, quiet=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,7 +161,7 @@ def test_naive_student_and_loss_are_ours(name):
     torch.testing.assert_close(ours.class_logits, plain.class_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.dist_logits, plain.dist_logits, rtol=1e-4, atol=1e-5)
     distill = from_dict(Recipe, {"distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}}).distill
-    expected = Objective(distill, 0.1, student.head_teacher)(ours, mixed, targets).total
+    expected = Objective(distill, 0.1, student.head_teacher)(ours, replace(mixed, targets=targets)).total
     target = naive.mixed_target(mixed, 8, 0.1)
     found = naive.naive_objective(plain, target, targets, distill.alpha, student.head_teacher)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -178,20 +179,19 @@ def test_peers_do_equal_work_and_learn():
                 theirs = peers.timm_backbone(plain_recipe, 8)
                 shapes = {name: p.shape for name, p in theirs.named_parameters()}
                 assert shapes == {n: p.shape for n, p in plain.trainer.student.backbone.named_parameters()}
-                with torch.no_grad():
-                    mixed = std.augment(workload.raw_batch(std))
-                flops = workload.step_flops(plain, mixed, None)
+                batch = workload.given_batch(std)
+                flops = workload.step_flops(plain, replace(batch, targets=None))
                 stem = 16 * (3 * 8 * 8) * 16  # products of the first layer, whose input needs no gradient
                 assert flops == 2 * (3 * count_macs(plain.trainer.student, 32) - stem)
-            targets, step = workload.given_targets(std), workload.Stepper(std)
+            step = workload.Stepper(std)
             before = [p.clone() for p in std.trainer.student.parameters()]
-            step(mixed, targets)
+            step(batch)
             step.check()
             assert any(not torch.equal(a, b) for a, b in zip(before, std.trainer.student.parameters(), strict=True))
             rival = peers.naive_step(std)
-            first = rival(mixed, targets)
+            first = rival(batch)
             for _ in range(30):
-                last = rival(mixed, targets)
+                last = rival(batch)
             assert last < first
             std.trainer.guard.first_bad.fill_(1)
             with pytest.raises(RuntimeError, match="step 1 was not finite"):

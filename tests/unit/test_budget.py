@@ -18,13 +18,12 @@ from std_fast.runtime.budget import (
     Clock,
     Heartbeat,
     Ledger,
-    Timed,
     earlier,
     in_words,
     process_seconds,
     productive_seconds,
 )
-from std_fast.training.optim import schedule
+from std_fast.training.schedule import build_schedule
 
 
 class Time:
@@ -58,8 +57,12 @@ def clock_time():
     return Time()
 
 
-def recipe_of(length, warmup="5 %", batch=8):
-    return from_dict(Recipe, {"run": {"length": length, "batch": batch}, "optim": {"warmup": warmup}})
+def recipe_of(length, warmup="5 %", **run):
+    return from_dict(Recipe, {"run": {"length": length, "batch": 8, **run}, "optim": {"warmup": warmup}})
+
+
+def clock_of(length, steps_per_epoch, ledger):
+    return Clock(recipes.Duration.parse(length), steps_per_epoch, 8, ledger)
 
 
 # -- ledger -----------------------------------------------------------------------------------------------------------
@@ -77,21 +80,14 @@ def test_every_second_belongs_to_exactly_one_part(clock_time):
         clock_time.pass_by(0.5)
     clock_time.pass_by(8)
 
-    def items():
-        clock_time.pass_by(16)
-        yield 1
-        clock_time.pass_by(32)
-
-    for _ in ledger.waiting(items()):
-        clock_time.pass_by(64)
-    expected = {"start": 6, "train": 74, "evaluate": 3.5, "data": 52}
+    expected = {"start": 6, "train": 10, "evaluate": 3.5, "data": 4}
     assert {part: value for part, value in ledger.read().items() if value} == expected
     assert ledger.held == clock_time.now + 5 == sum(ledger.read().values())
     assert ledger.gpu_hours == pytest.approx(2 * ledger.held / 3600)
-    assert productive_seconds(ledger.read()) == 126
+    assert productive_seconds(ledger.read()) == 14
     ledger.move(4, "train", "teacher")
     ledger.move(1000, "data", "teacher")  # never more than there is
-    assert ledger.read()["teacher"] == 56 and ledger.read()["data"] == 0 and sum(ledger.read().values()) == ledger.held
+    assert ledger.read()["teacher"] == 8 and ledger.read()["data"] == 0 and sum(ledger.read().values()) == ledger.held
 
 
 def test_an_error_inside_a_part_ends_the_part(clock_time):
@@ -108,20 +104,6 @@ def test_earlier_hours_count_as_they_were_held(clock_time):
     ledger.carry({"train": 100.0, "lost": 10.0})  # GPU-seconds, of one GPU or of many
     assert ledger.gpu_hours * 3600 == pytest.approx(112)
     assert ledger.read()["train"] == 50 and ledger.held == 56
-
-
-def test_a_teacher_on_the_cpu_is_a_part(clock_time):
-    ledger = Ledger(now=clock_time)
-    ledger.switch("train")
-
-    def ask(images):
-        clock_time.pass_by(3)
-        return images + 1
-
-    timed = Timed(ask, "teacher", ledger, on_gpu=False)
-    assert timed(1) == 2
-    timed.settle()
-    assert ledger.read()["teacher"] == 3 and ledger.read()["train"] == 0
 
 
 def test_in_words():
@@ -182,21 +164,24 @@ def test_without_a_heartbeat_the_checkpoint_counts(tmp_path, caplog):
 
 
 def test_a_training_by_steps_ends_at_its_last_step(clock_time):
-    clock = Clock(recipe_of("3 epochs", "6 steps"), 10, Ledger(now=clock_time))
-    assert clock.steps == 30 and clock.warmup == pytest.approx(0.2) and clock.share() == 0
-    assert [clock.progress(step, 0.0) for step in (3, 30)] == [0.1, 1.0]
+    clock = clock_of("3 epochs", 10, Ledger(now=clock_time))
+    assert clock.steps == 30 and clock.read() == 0
+    assert [clock.progress(step) for step in (3, 30)] == [0.1, 1.0]
     assert clock.fits("evaluate") and not clock.done(29) and clock.done(30)
 
 
 class Training:
-    """A training as train.py's loop runs it, on the test's clock. Seconds: `step()` gives those of each step."""
+    """A training as the loop of run.py runs it, on the test's clock. Seconds: `step()` gives those of each step."""
 
     def __init__(self, hours, step, time, start=2.0, evaluation=0.5, save=0.3, eval_every=200, devices=1, earlier=None):
-        self.time, self.step, self.eval_every = time, step, eval_every
+        self.time, self.step = time, step
         self.evaluation, self.save, self.began = evaluation, save, time.now
         self.ledger = Ledger(devices, now=time)
         self.ledger.carry(earlier or {})
-        self.clock = Clock(recipe_of(f"{hours} gpu-hours"), 100, self.ledger)
+        self.clock = clock_of(f"{hours} gpu-hours", 100, self.ledger)
+        recipe = recipe_of(f"{hours} gpu-hours", eval_every=f"{eval_every} steps")
+        self.schedule = build_schedule(recipe, self.clock, 100)
+        self.schedule.peak_lr, self.schedule.min_lr = 1.0, 0.01
         self.hours, self.rates, self.evaluations = hours, [], 0
         time.pass_by(start)
 
@@ -211,22 +196,22 @@ class Training:
         """To the end, or killed after `steps`."""
         self.evaluate("start")
         self.ledger.switch("train")
-        share, number = self.clock.share(), 0
+        self.clock.share, number = self.clock.read(), 0
         while not self.clock.done(number):
             if number == steps:
                 return self
+            now = self.schedule.at(number + 1)
+            self.rates.append(now.lr)
             seconds = self.step()
             with self.ledger.during("data"):
                 self.time.pass_by(seconds / 4)
             self.time.pass_by(seconds * 3 / 4)
             number += 1
-            progress = self.clock.progress(number, share)
-            self.rates.append(schedule(progress, 1.0, 0.01, self.clock.warmup))
-            if self.clock.done(number) or (number % self.eval_every == 0 and self.clock.fits("evaluate")):
+            if now.evaluate:
                 self.evaluate()
             if number == 1:
                 self.clock.cost("checkpoint", self.save)
-            share = self.clock.share()
+            self.clock.share = self.clock.read()
         with self.ledger.during("checkpoint"):
             self.time.pass_by(self.save)
         self.time.pass_by(CLOSING)
@@ -317,7 +302,8 @@ def test_a_budget_that_the_start_has_spent_makes_one_step_at_the_final_rate(cloc
 
 def test_warmup_in_epochs_is_a_share_of_a_budget(clock_time, caplog):
     caplog.set_level("INFO")
-    assert Clock(recipe_of("1 gpu-hours", "5 epochs"), 10, Ledger(now=clock_time)).warmup == 0.05
+    clock = clock_of("1 gpu-hours", 10, Ledger(now=clock_time))
+    assert build_schedule(recipe_of("1 gpu-hours", "5 epochs"), clock, 10).warmup == 0.05
     assert "optim.warmup: 5 epochs" in caplog.text
 
 

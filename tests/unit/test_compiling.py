@@ -16,6 +16,7 @@ from std_fast.runtime import compiling
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.run import Run, train
+from std_fast.training.schedule import StepSettings
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
@@ -69,9 +70,9 @@ def test_python_without_assertions_cannot_compile(monkeypatch):
     monkeypatch.setattr(compiling, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=1)))
     for chosen, device, complaint in (("eager", "cpu", "run.compile: eager"), ("auto", "cuda", "run.compile: auto")):
         with pytest.raises(UserError, match=complaint):
-            compiling.backend_of(from_dict(Recipe, {"run": {"compile": chosen}}), torch.device(device))
+            compiling.backend_of(chosen, torch.device(device))
     for chosen, device in (("auto", "cpu"), ("off", "cuda")):
-        assert compiling.backend_of(from_dict(Recipe, {"run": {"compile": chosen}}), torch.device(device)) is None
+        assert compiling.backend_of(chosen, torch.device(device)) is None
 
 
 def test_compilation_is_booked_wherever_it_happens():
@@ -79,7 +80,7 @@ def test_compilation_is_booked_wherever_it_happens():
     ledger = Ledger()
     ledger.switch("evaluate")
     twice = compiling.compiled(lambda x: x * 2, "eager")
-    with compiling.counted(ledger):
+    with compiling.compile_time(ledger):
         twice(torch.ones(3))
         assert ledger.switch("evaluate") == "evaluate"  # the part before is back
         booked = ledger.read()["compile"]
@@ -89,23 +90,22 @@ def test_compilation_is_booked_wherever_it_happens():
     assert ledger.read()["compile"] == booked
 
 
-def test_what_auto_means(recipe, monkeypatch):
+def test_what_auto_means(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert compiling.backend_of(recipe, cpu) is None
-    assert compiling.backend_of(at(recipe, "", compile="off"), cuda) is None
-    assert compiling.backend_of(at(recipe, "", compile="aot_eager"), cpu) == "aot_eager"
+    assert compiling.backend_of("auto", cpu) is None
+    assert compiling.backend_of("off", cuda) is None
+    assert compiling.backend_of("aot_eager", cpu) == "aot_eager"
     find_spec = compiling.importlib.util.find_spec
     for there in (True, False):
         monkeypatch.setattr(
             compiling.importlib.util, "find_spec",
             lambda name, there=there: (there or None) if name == "triton" else find_spec(name),
         )  # fmt: skip
-        assert compiling.backend_of(recipe, cuda) == ("inductor" if there else None)
-        wanted = at(recipe, "", compile="inductor")
-        assert compiling.backend_of(wanted, cpu) == "inductor"  # C++ there
+        assert compiling.backend_of("auto", cuda) == ("inductor" if there else None)
+        assert compiling.backend_of("inductor", cpu) == "inductor"  # C++ there
         if not there:
             with pytest.raises(UserError, match=r"run.compile: inductor needs Triton on a GPU; pip install triton"):
-                compiling.backend_of(wanted, cuda)
+                compiling.backend_of("inductor", cuda)
 
 
 def test_the_cache_is_kept_unless_the_user_chose_another(tmp_path, monkeypatch, caplog):
@@ -171,17 +171,16 @@ def test_a_step_never_waits_for_the_device(recipe, tmp_path, name):
     changed = replace(recipe, optim=replace(recipe.optim, name=name))
     run = Run(at(changed, tmp_path / "run"), quiet=True)
     try:
-        trainer, batches = run.parts.trainer, run.batches()
-        for step in (1, 2):
-            trainer.step(*next(batches), step, 1e-3, 1e-3, step == 2)  # state is made
-        raw = next(run.parts.train_loader.epoch(1))
+        trainer = run.trainer
+        for step in (1, 2):  # state is made
+            trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=step == 2))
+        batches = list(run.parts.train_loader.epoch(1))
+        run.stream.seek(3)
+        run.parts.train_loader.epoch = lambda *_: (batch for batch in batches)
         for step in (3, 4):
             with nothing_is_read():
-                mixed = run.parts.augment(raw)
-                targets = run.parts.teachers(mixed.images)
-                trainer.step(mixed, targets, step, 1e-3, 1e-3, step == 4)
+                trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=step == 4))
         assert trainer.guard.first_bad.item() == -1
-        batches.close()
     finally:
         run.close()
 

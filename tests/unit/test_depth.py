@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from std_fast.models import build_backbone
-from std_fast.training.step import GROUP, kept_rows
+from std_fast.models.drop_path import GROUP, kept_rows
 
 STUDENTS = {
     "mixer": {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},

@@ -1,5 +1,7 @@
 """The objective's parts against their plain definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,7 +149,7 @@ def test_heads_have_weights_and_the_class_head_a_share():
     distill = Distill(teachers=(TeacherSpec("a", "b"),) * 2, module_weights=(0.5, 2.0), class_share=0.25, alpha=0.4)
     label, lam = torch.tensor([0, 1, 2, 3]), torch.ones(4)
     mixed = TrainBatch(torch.zeros(4, 3, 2, 2), label, label, lam, label, 0, 0)
-    losses = Objective(distill, 0.0, (0, 1))(StudentOutput(class_logits, logits, []), mixed, targets)
+    losses = Objective(distill, 0.0, (0, 1))(StudentOutput(class_logits, logits, []), replace(mixed, targets=targets))
     on_class = distillation_loss(torch.stack([class_logits, class_logits], 1), targets)
     torch.testing.assert_close(losses.distilled, 0.75 * heads[2] + 0.25 * on_class)
     expected = 0.6 * F.cross_entropy(class_logits, label) + 0.4 * losses.distilled

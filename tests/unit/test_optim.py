@@ -103,7 +103,7 @@ def test_muon_is_the_plain_form_and_torchs():
 def test_a_bad_step_changes_nothing(name, when):
     r = recipe(name=name)
     student = build_student(r, 3)
-    optimizer = build_optimizer(student, r, CPU)
+    optimizer = build_optimizer(student, r.optim, CPU)
     set_learning_rates(optimizer, 0.01, 0.02)
     optimizer.found_inf = torch.zeros(())
     if when == "later":
@@ -127,7 +127,7 @@ def test_a_bad_step_changes_nothing(name, when):
 def test_muons_state_survives_a_checkpoint_to_the_bit(tmp_path):
     r = recipe("cyclemlp", name="muon")
     students = [build_student(r, 3) for _ in range(2)]
-    optimizers = [build_optimizer(student, r, CPU) for student in students]
+    optimizers = [build_optimizer(student, r.optim, CPU) for student in students]
     for optimizer in optimizers:
         set_learning_rates(optimizer, 0.01, 0.02)
     for seed in range(3):
@@ -166,12 +166,12 @@ def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
 def test_apex_says_what_it_needs(name):
     r = recipe(name=name)
     with pytest.raises(UserError, match=rf"optim.name: {name} .*needs a GPU; set it to adamw or muon"):
-        build_optimizer(build_student(r, 3), r, CPU)
+        build_optimizer(build_student(r, 3), r.optim, CPU)
 
 
 def test_adamw_is_torchs_fused_one_with_its_learning_rate_in_a_tensor():
     """So that a schedule neither waits nor recompiles; the average and the clipping are one call for all tensors."""
-    optimizer = build_optimizer(build_student(recipe(), 3), recipe(), CPU)
+    optimizer = build_optimizer(build_student(recipe(), 3), recipe().optim, CPU)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
     rates = [group["lr"] for group in optimizer.param_groups]
     set_learning_rates(optimizer, 0.01, 0.02)

@@ -1,7 +1,8 @@
-"""Teachers and student in turn (a CPU), and how the trial decides; streams are tested in tests/gpu."""
+"""The batch stream on a CPU, and how the trial decides; CUDA streams are tested in tests/gpu."""
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from pipelines.augment.device import Augment, TrainBatch
 from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from std_fast.method.losses import TeacherTargets
+from std_fast.runtime.budget import Ledger
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words
-from std_fast.teachers.overlap import Overlap, Trial, taught, tensors_of
+from std_fast.teachers.overlap import Overlap, Trial, tensors_of
+from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.teachers.teacher import Teacher, Teachers
 from std_fast.training.build import flops_per_image
 
@@ -21,11 +24,24 @@ CPU = torch.device("cpu")
 B, S = 4, 8
 
 
-def batches(touched):
-    for step in range(3):
-        touched.append(step)
-        images = torch.full((B, 3, S, S), 40 * step, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-        yield Batch(images, torch.arange(B), torch.arange(B) + B * step, np.arange(B), 0, step)
+class Loader:
+    """Three steps an epoch. `touched`: (epoch, step) of the batches that were read; `open`: epochs under way."""
+
+    steps_per_epoch = 3
+
+    def __init__(self):
+        self.touched, self.open = [], 0
+
+    def epoch(self, epoch, start_step=0):
+        self.open += 1
+        try:
+            for step in range(start_step, 3):
+                self.touched.append((epoch, step))
+                images = torch.full((B, 3, S, S), 40 * step, dtype=torch.uint8)
+                images = images.contiguous(memory_format=torch.channels_last)
+                yield Batch(images, torch.arange(B), torch.arange(B) + B * step, np.arange(B), epoch, step)
+        finally:
+            self.open -= 1
 
 
 def teachers():
@@ -35,24 +51,113 @@ def teachers():
     return Teachers([Teacher(model, spec.mean, spec.std, spec.mean, spec.std) for _ in range(2)])
 
 
+def stream(loader, source=None, **more):
+    return BatchStream(loader, Augment(AugmentSpec(), seed=3), source, **more)
+
+
 @pytest.mark.parametrize("mode", [None, "auto", "on", "off"])
 def test_on_a_cpu_batches_come_one_by_one(mode, caplog):
-    """Nothing is read ahead, the teachers see the student's image, and only who asked for it is told."""
-    touched, augment, asked = [], Augment(AugmentSpec(), seed=3), teachers()
+    """Nothing is read ahead, and the teachers see the student's image."""
+    loader, asked = Loader(), teachers()
     with caplog.at_level(logging.INFO, "std_fast"):
         overlap = Overlap(mode, CPU) if mode else None
-    for step, (mixed, targets) in enumerate(taught(batches(touched), augment, asked, contextlib.nullcontext, overlap)):
-        assert touched == list(range(step + 1)) and mixed.step == step
-        expected = asked(mixed.images)
-        assert torch.equal(targets.labels, expected.labels) and torch.equal(targets.confidence, expected.confidence)
-        assert not mixed.images.requires_grad
-    assert touched == [0, 1, 2]
+    batches = stream(loader, TeacherSource(asked, contextlib.nullcontext), overlap=overlap)
+    for place in range(5):
+        batch = next(batches)
+        assert loader.touched[-1] == divmod(place, 3) and len(loader.touched) == place + 1
+        assert (batch.epoch, batch.step) == divmod(place, 3)
+        expected = asked(batch.images)
+        assert torch.equal(batch.targets.labels, expected.labels)
+        assert torch.equal(batch.targets.confidence, expected.confidence)
+        assert not batch.images.requires_grad
+    batches.close()
     assert ("run.overlap: on has no effect on a CPU" in caplog.text) == (mode == "on")
 
 
-def test_without_teachers_there_are_no_targets():
-    pairs = list(taught(batches([]), Augment(AugmentSpec(), seed=3), None, contextlib.nullcontext))
-    assert [targets for _, targets in pairs] == [None] * 3
+def test_a_plain_run_has_no_targets():
+    batches = stream(Loader())
+    assert [next(batches).targets for _ in range(3)] == [None] * 3
+
+
+def test_a_stream_closes_its_epoch_and_continues_anywhere():
+    loader = Loader()
+    batches = stream(loader)
+    next(batches)
+    assert loader.open == 1
+    batches.close()
+    batches.close()
+    assert loader.open == 0
+    batches.seek(5)
+    assert (next(batches).epoch, loader.touched[-1]) == (1, (1, 2))
+    assert loader.open == 0  # the epoch has ended, and the next one is not begun before it is needed
+    assert (next(batches).epoch, loader.open) == (2, 1)
+
+
+def test_views_repeat_images_but_not_epochs():
+    loader = Loader()
+    batches = stream(loader, views=2)
+    seen = [next(batches) for _ in range(12)]
+    assert [batch.epoch for batch in seen] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert loader.touched == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] * 2
+    assert torch.equal(seen[0].images, seen[6].images) and not torch.equal(seen[0].images, seen[3].images)
+
+
+class Ahead(Overlap):
+    """Prepares ahead as with streams, on a CPU."""
+
+    def __init__(self):
+        super().__init__("off", CPU)
+
+    def ahead(self):
+        return True
+
+
+class Recording(TeacherSource):
+    """Notes the order of calls."""
+
+    def __init__(self):
+        super().__init__(teachers(), contextlib.nullcontext)
+        self.calls = []
+
+    def open(self, epoch):
+        self.calls.append(("open", epoch))
+
+    def targets(self, batch):
+        self.calls.append(("targets", batch.epoch, batch.step))
+        return super().targets(batch)
+
+    def deliver(self, batch):
+        self.calls.append(("deliver", batch.epoch, batch.step))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_ahead_a_batch_is_prepared_before_the_one_before_is_delivered():
+    """Within an epoch; its last batch is followed by the end of the epoch."""
+    source = Recording()
+    batches = stream(Loader(), source, overlap=Ahead())
+    for _ in range(4):
+        next(batches)
+    assert source.calls == [
+        ("open", 0), ("targets", 0, 0), ("targets", 0, 1), ("deliver", 0, 0),
+        ("targets", 0, 2), ("deliver", 0, 1), ("deliver", 0, 2), ("close",),
+        ("open", 1), ("targets", 1, 0), ("targets", 1, 1), ("deliver", 1, 0),
+    ]  # fmt: skip
+    batches.seek(4)  # drops what was prepared
+    assert source.calls[-1] == ("close",) and (next(batches).epoch, source.calls[-1]) == (1, ("deliver", 1, 1))
+
+
+def test_each_step_has_the_times_of_its_own_preparation():
+    """Also the last of an epoch, and where the next batch is prepared before the step."""
+    watch = Stopwatch(CPU)
+    batches = stream(Loader(), Recording(), overlap=Ahead(), watch=watch)
+    for step in range(1, 7):
+        next(batches)
+        with watch.part("student", step):
+            pass
+        assert set(watch.read(step)) == {"augment", "teacher", "student"}, step
+    assert watch.read(6) == {}
 
 
 def test_the_trial_compares_medians_and_says_what_it_chose(caplog):
@@ -71,22 +176,32 @@ def test_the_trial_compares_medians_and_says_what_it_chose(caplog):
 
 def test_every_tensor_of_a_batch_is_handed_over():
     numbers = iter(torch.arange(20))
-    mixed = TrainBatch(*(next(numbers) for _ in range(5)), epoch=0, step=1)
-    targets = TeacherTargets(*(next(numbers) for _ in range(5)))
-    assert [int(t) for t in tensors_of((mixed, targets))] == list(range(10))
-    assert len(tensors_of((mixed, TeacherTargets(targets.labels, targets.confidence)))) == 7
-    assert len(tensors_of((mixed, None))) == 5
+    batch = TrainBatch(*(next(numbers) for _ in range(5)), epoch=0, step=1)
+    assert len(tensors_of(batch)) == 5
+    batch = replace(batch, targets=TeacherTargets(*(next(numbers) for _ in range(5))))
+    assert [int(t) for t in tensors_of(batch)] == list(range(10))
+    batch = replace(batch, targets=TeacherTargets(batch.targets.labels, batch.targets.confidence))
+    assert len(tensors_of(batch)) == 7
 
 
-def test_the_stopwatch_takes_time_only_when_armed():
+def test_a_teacher_on_the_cpu_is_a_part_of_the_ledger():
+    now = iter(range(100))
+    ledger = Ledger(now=lambda: next(now))
+    ledger.switch("train")
+    watch = Stopwatch(CPU, ledger)
+    for name in ("teacher", "student"):  # the student's part is the ledger's "train"
+        with watch.part(name, 1):
+            next(now), next(now)
+    seconds = ledger.read()
+    assert seconds["teacher"] == 3 and seconds["train"] == sum(seconds.values()) - seconds["start"] - 3
+
+
+def test_spans_that_are_never_read_do_not_pile_up():
     watch = Stopwatch(CPU)
-    assert watch.now() is None
-    watch.note(student=(watch.now(), watch.now()))
-    assert watch.read() == {}
-    watch.armed = True
-    began = watch.now()
-    watch.note(student=(began, began + 0.25))
-    assert watch.read() == {"student": 0.25} and not watch.armed and watch.read() == {}
+    for step in range(2000):
+        with watch.part("student", step):
+            pass
+    assert len(watch._spans) <= 1024 and set(watch.read(1999)) == {"student"}
 
 
 def test_mfu_is_counted_arithmetic_over_the_ceiling():
@@ -97,7 +212,7 @@ def test_mfu_is_counted_arithmetic_over_the_ceiling():
     limit = ceiling(CPU, "float32")
     assert limit == ceiling(CPU, "bfloat16") > 1e8  # measured once, in float32 on a CPU
     meter = SpeedMeter(CPU, Stopwatch(CPU), flops, 1e6)
-    figures = meter.read(images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
+    figures = meter.read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
     assert figures["mfu"] == pytest.approx(64 * flops / 1e6, rel=1e-3) and figures["data_wait"] == 0.1
 
 

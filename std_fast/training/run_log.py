@@ -1,0 +1,156 @@
+"""What a run reports: `metrics.jsonl`, the progress on standard error, and `summary.json`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.files import write_atomic
+from std_fast.config.recipe import dump
+from std_fast.runtime.budget import Clock, Ledger, productive_seconds
+from std_fast.runtime.distributed import World
+from std_fast.runtime.metrics import Journal, Progress
+from std_fast.runtime.speed import peak_memory, speed_in_words
+from std_fast.training.build import Parts
+from std_fast.training.run_folder import versions
+from std_fast.training.schedule import StepSettings
+
+
+class RunLog:
+    """Reads the meters and writes records. Rank 0 writes; every rank must make the same calls.
+
+    Args:
+        folder: of the run.
+        step: that the run starts from.
+        batch: images per step over all ranks.
+    """
+
+    def __init__(
+        self, folder: Path, parts: Parts, clock: Clock, ledger: Ledger, world: World, step: int, batch: int, quiet: bool
+    ) -> None:
+        self.folder, self.parts, self.clock, self.ledger, self.world = folder, parts, clock, ledger, world
+        self.batch, self.steps_per_epoch = batch, parts.train_loader.steps_per_epoch
+        self._closing = ExitStack()
+        self._journal = Journal(folder, step) if world.main else None
+        if self._journal is not None:
+            self._closing.callback(self._journal.close)
+        what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
+        self.progress = Progress(what, total or 0, unit, quiet or not world.main)
+        self._closing.callback(self.progress.close)
+        self.start()
+
+    def start(self) -> None:
+        """The next line of the log is about what follows this call."""
+        self._before = self.ledger.read()
+
+    def update(self, step: int) -> None:
+        """After every step: moves the progress bar."""
+        self.progress.update(self._done(step))
+
+    def train(self, step: int, now: StepSettings, bad_steps: int) -> None:
+        """Reads the meters (the only wait for the device) and writes a record of the steps since the last one."""
+        meters = self.parts.trainer.meters
+        steps, metrics = meters.steps, meters.read()
+        before, self._before = self._before, self.ledger.read()
+        busy = productive_seconds(self._before) - productive_seconds(before)
+        images, waited = steps * self.batch, self._before["data"] - before["data"]
+        speed = self.parts.speed.read(now.step, images, busy, busy / max(steps, 1), waited)
+        rate = images / busy
+        seconds = {part: round(value, 3) for part, value in self.ledger.read().items()}
+        faults = {name: count for name, count in self.faults(bad_steps).items() if count}
+        record = {"lr": now.lr, "images_per_second": round(rate, 1), **metrics, **faults, **speed, "seconds": seconds}
+        self._record("train", step, record)
+        loss = metrics.get("loss", float("nan"))
+        text = f"loss {loss:.4f}  lr {now.lr:.2e}  {rate:.0f} images/s  {speed_in_words(speed)}"
+        self.progress.note(self._done(step), text)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        self._record("eval", step, result)
+        self.progress.say(f"step {step}: top-1 {result['top1']:.2f} %  loss {result['loss']:.4f}")
+
+    def bad_step(self, step: int, text: str, bad_steps: int) -> None:
+        """A step that was not finite, and what was done about it."""
+        self.progress.say(f"step {step}: loss or gradient not finite, {text}")
+        self._record("not_finite", step, {"bad_steps": bad_steps})
+
+    def not_finite(self, bad: int, what: list[str], bad_steps: list[int]) -> Path:
+        """Describes the batch and the state of a step that ends the run, in `not_finite.json`; returns its path.
+
+        Args:
+            what: the values that were not finite.
+            bad_steps: those before it.
+        """
+        parts, path = self.parts, self.folder / "not_finite.json"
+        epoch, place = divmod(bad - 1, self.steps_per_epoch)
+        report = {
+            "step": bad,
+            "epoch": epoch,
+            "step_in_epoch": place,
+            "not_finite": what,
+            "bad_steps": bad_steps,
+            "metrics": parts.trainer.meters.read(),  # of the steps before it
+            "positions": parts.train_loader.sampler.positions(place).tolist(),
+            "recipe": dump(parts.recipe),
+        }
+        if self.world.main:
+            write_atomic(path, json.dumps(report, indent=1))
+        return path
+
+    def faults(self, bad_steps: int) -> dict[str, int]:
+        """Bad steps, and corrupt images: those of each process added up."""
+        corrupt = torch.tensor(len(self.parts.train_loader.corrupt), device=self.parts.device)
+        return {"bad_steps": bad_steps, "corrupt_images": int(self.world.sum(corrupt))}
+
+    def summary(
+        self, step: int, result: dict[str, float], best: dict[str, float], bad_steps: list[int]
+    ) -> dict[str, Any]:
+        """Writes `summary.json` of a finished run; returns it."""
+        parts, recipe = self.parts, self.parts.recipe
+        source, corrupt = parts.train_loader.source, parts.train_loader.corrupt
+        seconds, samples = self.ledger.read(), step * self.batch
+        busy = productive_seconds(seconds)
+        on_gpu = parts.device.type == "cuda"
+        summary = {
+            "name": recipe.name,
+            "seed": recipe.run.seed,
+            "steps": step,
+            "samples": samples,
+            "epochs": round(step / self.steps_per_epoch, 4),
+            "result": result,
+            "best": best,
+            **self.faults(len(bad_steps)),
+            "bad_steps": bad_steps,
+            "corrupt_names": [source.name(index) for index in sorted(corrupt)],
+            "images_per_second": round(samples / busy, 1) if busy else None,
+            "peak_memory_gib": round(peak_memory(parts.device) / 2**30, 3),
+            "ceiling_tflops": round(parts.speed.limit / 1e12, 3),
+            "gpu_hours": round(self.ledger.gpu_hours, 6),
+            "seconds": {part: round(value, 3) for part, value in seconds.items()},
+            "parameters": sum(p.numel() for p in parts.trainer.student.parameters()),
+            "versions": versions(),
+            "device": torch.cuda.get_device_name() if on_gpu else f"cpu x{torch.get_num_threads()}",
+        }
+        if self._journal is not None:
+            self._journal.write("end", {"step": step, "gpu_hours": summary["gpu_hours"]})
+            write_atomic(self.folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def _record(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        if self._journal is not None:
+            about = {
+                "step": step,
+                "samples": step * self.batch,
+                "epoch": round(step / self.steps_per_epoch, 4),
+                "gpu_hours": round(self.ledger.gpu_hours, 6),
+            }
+            self._journal.write(kind, about | record)
+
+    def _done(self, step: int) -> float:
+        return step if self.clock.steps else round(self.ledger.gpu_hours, 4)

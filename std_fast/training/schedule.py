@@ -1,0 +1,137 @@
+"""What varies from step to step, in one table."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup
+from std_fast.runtime.budget import Clock
+from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.training.optim import peak_learning_rate
+
+WARMUP_OF_A_BUDGET = 0.05
+log = logging.getLogger("std_fast")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one step does. The step counts from 1; what is due is done after it."""
+
+    step: int
+    lr: float
+    psi_lr: float
+    """of the statistics networks of MINE"""
+    with_mine: bool
+    image_size: int | None = None
+    """side of the images that the student sees; None: as they are"""
+    log: bool = False
+    evaluate: bool = False
+    snapshot: bool = False
+    save: bool = False
+    last: bool = False
+
+
+@dataclass
+class Schedule:
+    """Settings by step.
+
+        lr          linear warm-up, then a cosine from `peak_lr` to `min_lr`
+        psi_lr      likewise, from `peak_psi_lr` to 0
+        with_mine   in the first of every `mine_every` steps
+        image_size  `early_size` for the first `early_share` of the training, then `image_size` (progressive resizing)
+        log         every `log_every` steps, and after the last
+        evaluate    every `eval_every` steps where a budget has the time, and after the last
+        snapshot    every `snapshot_every` steps
+        save        every `save_seconds` where a budget has the time (on rank 0), and after the last
+
+    The clock measures progress: in steps, or in GPU-hours. A period of 0 means never.
+    """
+
+    clock: Clock
+    peak_lr: float
+    min_lr: float
+    peak_psi_lr: float
+    warmup: float
+    """share of the training"""
+    mine_every: int
+    image_size: int
+    early_size: int
+    early_share: float
+    log_every: int
+    eval_every: int
+    snapshot_every: int
+    save_seconds: float
+    world: World = SINGLE_PROCESS
+    saved_at: float = -math.inf
+    """when the last checkpoint was made, by `time.perf_counter`"""
+
+    def at(self, step: int) -> StepSettings:
+        """Settings of step number `step`; call it once, directly before the step. All ranks get the same but `save`."""
+        progress = self.clock.progress(step)
+        last = self.clock.done(step)
+        return StepSettings(
+            step=step,
+            lr=warmup_cosine(progress, self.peak_lr, self.min_lr, self.warmup),
+            psi_lr=warmup_cosine(progress, self.peak_psi_lr, 0.0, self.warmup),
+            with_mine=self.mine_every > 0 and (step - 1) % self.mine_every == 0,
+            image_size=self.early_size if progress < self.early_share else self.image_size,
+            log=last or step % self.log_every == 0,
+            evaluate=last or (is_due(step, self.eval_every) and self.world.broadcast(self.clock.fits("evaluate"))),
+            snapshot=is_due(step, self.snapshot_every),
+            save=last or (time.perf_counter() - self.saved_at > self.save_seconds and self.clock.fits("checkpoint")),
+            last=last,
+        )
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def warmup_cosine(progress: float, peak: float, floor: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the training, then a cosine from `peak` to `floor`.
+
+    `progress` is the share of the training that is done when this step is, in (0, 1]: the last step has `floor`.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    share = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) -> float:
+    """`optim.warmup` as a share of the training; of one in GPU-hours, whose steps are not known, always 5 %."""
+    parsed = parse_warmup(warmup)
+    if isinstance(parsed, float):
+        return parsed
+    if clock.steps is not None:
+        return min(1.0, parsed.steps(steps_per_epoch, batch) / clock.steps)
+    log.info("optim.warmup: %s of a training in gpu-hours: the first 5 %% of it are taken", parsed)
+    return WARMUP_OF_A_BUDGET
+
+
+def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: World = SINGLE_PROCESS) -> Schedule:
+    """The table of a recipe, its durations converted to steps."""
+    r, run, mine = recipe, recipe.run, recipe.distill.mine
+
+    def steps(duration: str) -> int:
+        return Duration.parse(duration).steps(steps_per_epoch, run.batch)
+
+    return Schedule(
+        clock=clock,
+        peak_lr=peak_learning_rate(r.optim, run.batch),
+        min_lr=r.optim.min_lr,
+        peak_psi_lr=mine.lr,
+        warmup=warmup_share(r.optim.warmup, clock, steps_per_epoch, run.batch),
+        mine_every=max(1, steps(mine.every)) if r.distill.uses_mine else 0,
+        image_size=r.data.image_size,
+        early_size=r.student.early_size or r.data.image_size,
+        early_share=r.student.early_share if r.student.early_size else 0.0,
+        log_every=run.log_every,
+        eval_every=steps(run.eval_every),
+        snapshot_every=max(1, steps(run.rollback_every)) if run.not_finite == "rollback" else 0,
+        save_seconds=parse_seconds(run.save_every, "run.save_every"),
+        world=world,
+    )
