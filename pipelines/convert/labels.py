@@ -135,6 +135,8 @@ def read_labels(
         ordered = _labels_in_order(lines, names, where)
         pairs = dict(ordered)
     used = {name: text for name, text in pairs.items() if text}
+    if pairs and not used:
+        raise UserError(f"{where}: its lines name images, and no labels; write NAME and LABEL on each")
     parsed = parse_labels(list(used.values()), classes, where)
     numbers = [label for label in parsed if isinstance(label, int)]
     if numbers and min(numbers) > 0 and classes is None:
@@ -254,19 +256,30 @@ class _Collected:
         return self.labels
 
 
+def _are_more_than_labels(lines: list[str], names: list[str]) -> bool:
+    """Whether a line holds several columns or a file's name, or each an image's name, or a number behind words."""
+    stems = {os.path.splitext(name.rpartition("/")[2])[0] for name in names}
+    rows = [re.split(r"[\s:|]+", line) for line in lines]
+    return (
+        any(mark in line for line in lines for mark in DELIMITERS)
+        or any(has_image_ending(word) for row in rows for word in row)
+        or all(len(row) > 1 and not stems.isdisjoint(row) for row in rows)
+        or all(len(row) > 1 and is_number(row[-1]) for row in rows)
+    )
+
+
 def _labels_in_order(lines: list[str], names: list[str], where: str) -> list[tuple[str, str]]:
     """One label on each line, in the order of the images' names. Raises UserError where the lines may be something else
     or are not as many as the images."""
     lines = [line.strip() for line in lines]
     if len(lines) == len(names) + 1 and (lines[0].lower() in LABEL_COLUMNS):
         lines = lines[1:]
-    for line in lines:
-        first, _, rest = line.partition(" ")
-        if rest and (has_image_ending(first) or is_number(rest)) or any(mark in line for mark in DELIMITERS):
-            raise UserError(
-                f"{where}: no line names an image of the source: its first is {printable(lines[0])!r}, an image is "
-                f"called {printable(names[0]) if names else 'nothing'!r}; use the images' names, or one label a line"
-            )
+    if _are_more_than_labels(lines, names):
+        raise UserError(
+            f"{where}: no line is an image's name and its label: its first is {printable(lines[0])!r}, an image is "
+            f"called {printable(names[0]) if names else 'nothing'!r}; write NAME and LABEL with a tab between them, or "
+            "one label a line"
+        )
     images = [name for name in names if has_image_ending(name)]
     for candidates in (names, images):
         if len(lines) == len(candidates):

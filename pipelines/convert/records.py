@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.convert.labels import LABEL_COLUMNS, parse_labels
 from pipelines.convert.listing import DISK_FULL, Builder, Listing, read_text
-from pipelines.convert.trees import Entry, Tree
+from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.untrusted import Refused, confined
@@ -60,7 +60,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
 
 def _of_split(root: str, entries: list[Entry], settings: ConvertSettings) -> list[Entry]:
     """Files of the wanted split, by the words before their numbers (train-00000-of-00014.parquet)."""
-    split_of = {entry.name: re.split(r"[-_.]\d|\.parquet$", entry.name.rpartition("/")[2])[0] for entry in entries}
+    split_of = {entry.name: re.split(r"^\d+|[-_.]\d|\.parquet$", entry.name.rpartition("/")[2])[0] for entry in entries}
     splits = sorted(set(split_of.values()))
     if settings.split is None and len(splits) > 1:
         raise UserError(f"{printable(root)}: holds {', '.join(map(printable, splits))}; choose one of them as `split`")
@@ -79,6 +79,7 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("parquet needs pyarrow: pip install pyarrow")
     entries = _of_split(tree.root, entries, settings)
+    add_missing_parts(tree, entries, builder)
     needed = sum(entry.size for entry in entries)
     needed -= sum(entry.stat().st_size for entry in os.scandir(work))  # copies made by an earlier run
     free = shutil.disk_usage(work).free

@@ -32,9 +32,9 @@ AHEAD = 8  # tasks whose images are fetched before a process asks for them
 class RemoteTree:
     """A folder, or some files, by URL; copies are made in `work`. See `trees.Tree`."""
 
-    def __init__(self, root: str, files: dict[str, RemoteFile], work: str) -> None:
+    def __init__(self, root: str, files: dict[str, RemoteFile], work: str, named: bool) -> None:
         """files: by their paths from the root."""
-        self.root = remote.shown(root)
+        self.root, self.named = remote.shown(root), named
         self._base, self._files = root.rstrip("/"), files
         self._copies = os.path.join(work, "copies")
         self._copied: dict[str, str] = {}
@@ -103,8 +103,8 @@ class _WindowReader:
         return self._data[offset - self._start : end - self._start]
 
 
-def remote_tree(src: str, work: str) -> tuple[RemoteTree, bool]:
-    """The source with this URL, and whether it is files that the user named and no folder. Raises UserError.
+def remote_tree(src: str, work: str) -> RemoteTree:
+    """The source with this URL. Raises UserError.
 
     The URL is a folder's or a file's, and may hold {000..012} and {a,b}, and * where files can be listed.
     """
@@ -123,9 +123,9 @@ def remote_tree(src: str, work: str) -> tuple[RemoteTree, bool]:
         by_name = {remote.file_name(file.url): file for file in files}
         if len(by_name) < len(files):
             raise UserError(f"{remote.shown(src)}: two of the files have one name; rename one, or give their folder")
-        return RemoteTree(src, by_name, work), True
+        return RemoteTree(src, by_name, work, named=True)
     root = _root_of(src, files)
-    return RemoteTree(root, {file.url[len(root) + 1 :]: file for file in files}, work), False
+    return RemoteTree(root, {file.url[len(root) + 1 :]: file for file in files}, work, named=False)
 
 
 def _root_of(base: str, files: list[RemoteFile]) -> str:
@@ -141,7 +141,7 @@ def _root_of(base: str, files: list[RemoteFile]) -> str:
 def local_copy(url: str, work: str) -> str:
     """Path of a copy of a single file, a list of labels say. Raises UserError."""
     name = remote.file_name(url)
-    tree = RemoteTree(url, {name: remote.info(url)}, work)
+    tree = RemoteTree(url, {name: remote.info(url)}, work, named=True)
     return tree.local(tree.children()[0], name)
 
 

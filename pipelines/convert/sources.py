@@ -40,8 +40,7 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
     )
     settings = replace(settings, labels=labels, classes=classes)
     if is_url(src):
-        tree, is_file = remote_tree(src, work)
-        return list_tree(tree, settings, work, is_file)
+        return list_tree(remote_tree(src, work), settings, work)
     try:
         status = os.stat(src)
     except (OSError, ValueError) as error:
@@ -49,7 +48,7 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
     if stat.S_ISDIR(status.st_mode):
         return list_tree(LocalTree(src), settings, work)
-    return list_tree(LocalTree(*named_file(src)), settings, work, is_file=True)
+    return list_tree(LocalTree(*named_file(src)), settings, work)
 
 
 def named_file(src: str) -> tuple[str, list[str]]:
@@ -62,11 +61,11 @@ def named_file(src: str) -> tuple[str, list[str]]:
     return folder or ".", [name]
 
 
-def list_tree(tree: Tree, settings: ConvertSettings, work: str, is_file: bool = False) -> Listing:
-    """Lists the source in a folder, see `list_source`; is_file: only files that the user named are in it."""
+def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
+    """Lists the source in a folder. See `list_source`."""
     own = {os.path.realpath(path) for path in (settings.labels, settings.classes) if path}
     entries = [entry for entry in tree.children() if os.path.realpath(tree.place(entry.name)) not in own]
-    kind, used = _kind(tree, entries, settings, is_file)
+    kind, used = _kind(tree, entries, settings)
     builder = Builder(kind, fixed_classes(settings))
     if kind != "tar" and settings.label_from not in ("auto", kind):
         raise UserError(f"label_from {settings.label_from!r}: {printable(tree.root)} holds no tars; leave it out")
@@ -94,14 +93,14 @@ def _unused(entry: Entry, builder: Builder) -> None:
         builder.listing.ignored.append(printable(entry.name))
 
 
-def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings, is_file: bool) -> tuple[str, list[Entry]]:
+def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings) -> tuple[str, list[Entry]]:
     """The source's kind and the entries that hold its images. Raises UserError when it could be of several."""
     visible = [entry for entry in entries if not entry.name.startswith(".")]
     files = [entry for entry in visible if not entry.is_folder]
     found = {
         "parquet": [entry for entry in files if entry.name.lower().endswith(".parquet")],
         "tar": [entry for entry in files if entry.name.lower().endswith(".tar")],
-        "cifar": [entry for entry in files if re.fullmatch(r".*\.bin" if is_file else CIFAR_FILE, entry.name)],
+        "cifar": [entry for entry in files if re.fullmatch(r".*\.bin" if tree.named else CIFAR_FILE, entry.name)],
     }
     if not found["parquet"] and any(entry.is_folder and entry.name == "data" for entry in visible):
         inner = [entry._replace(name=f"data/{entry.name}") for entry in tree.children("data")]

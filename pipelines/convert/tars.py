@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
 from pipelines.convert.listing import IMAGE_ENDINGS, Builder, Listing, has_image_ending, is_clutter
 from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
-from pipelines.convert.trees import Entry, Tree
+from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 
@@ -53,6 +53,7 @@ class Tar:
 
 def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
     """Lists tars. Raises UserError where they cannot be read, and where it is not certain what the labels are."""
+    add_missing_parts(tree, entries, builder)
     tars = []
     with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
         for tar in pool.map(lambda entry: _read_tar(tree, entry, settings.label_key), entries):

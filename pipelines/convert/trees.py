@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from pipelines.convert.listing import regular, scan
+from pipelines.convert.listing import Builder, regular, scan
 from pipelines.convert.tar_index import FileReader, Reader
 from pipelines.errors import UserError, printable
+
+MAX_PARTS = 100_000
 
 
 class Entry(NamedTuple):
@@ -28,6 +31,8 @@ class Tree(Protocol):
     """A folder of a source and what is below it. Paths are relative to it, with `/` between the parts."""
 
     root: str
+    named: bool
+    """whether it is files that the user named, rather than all of a folder"""
 
     def children(self, path: str = "") -> list[Entry]:
         """Entries of a folder by name. Raises UserError when it cannot be listed."""
@@ -51,6 +56,7 @@ class LocalTree:
 
     def __init__(self, root: str, only: list[str] | None = None) -> None:
         self.root, self._only = root, only
+        self.named = only is not None
 
     def children(self, path: str = "") -> list[Entry]:
         folder = self.place(path)
@@ -75,6 +81,22 @@ class LocalTree:
 
     def local(self, entry: Entry, path: str) -> str:
         return self.place(path)
+
+
+def add_missing_parts(tree: Tree, entries: list[Entry], builder: Builder) -> None:
+    """Files called PART-of-PARTS (train-00003-of-00014.parquet) that a folder lacks are faults."""
+    if tree.named:
+        return
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for entry in entries:
+        match = re.fullmatch(r"(.*?)(\d+)-of-(\d+)(\D*)", entry.name)
+        if match:
+            found.setdefault((match[1], match[3], match[4]), set()).add(match[2])
+    for (before, total, after), parts in found.items():
+        width = len(next(iter(parts)))
+        for number in range(min(int(total), MAX_PARTS)):
+            if (part := str(number).zfill(width)) not in parts:
+                builder.fault(f"{before}{part}-of-{total}{after}", "this file of the data set is missing")
 
 
 def _entry(folder: str, name: str) -> Entry:

@@ -52,8 +52,8 @@ def test_names_of_several_words(gap: str, tmp_path: Path) -> None:
 
 
 def test_lines_of_class_names_of_several_words(tmp_path: Path) -> None:
-    assert labels_of("tabby cat\ngolden retriever\n", ["b.jpg", "a.jpg"], tmp_path) == {
-        "a.jpg": "tabby cat",
+    assert labels_of("Cessna 172\ngolden retriever\n", ["b.jpg", "a.jpg"], tmp_path) == {
+        "a.jpg": "Cessna 172",
         "b.jpg": "golden retriever",
     }
 
@@ -103,9 +103,14 @@ def test_lines_of_other_images_are_counted(tmp_path: Path, caplog: pytest.LogCap
         ("a.jpg 0\na.jpg 1\nb.jpg 0\n", "a.jpg has two labels, 0 and 1; keep one"),
         (
             "x.jpg 0\ny.jpg 1\n",
-            "no line names an image of the source: its first is 'x.jpg 0', an image is called 'a.jpg'",
+            "no line is an image's name and its label: its first is 'x.jpg 0', an image is called 'a.jpg'",
         ),
-        ("x,0\ny,1\n", "no line names an image of the source"),
+        ("x,0\ny,1\n", "no line is an image's name and its label"),
+        ("a.jpg:0\nb.jpg:1\n", "no line is an image's name and its label"),
+        ("a|ant\nb|bee\n", "no line is an image's name and its label"),
+        ("ant a.jpg\nbee b.jpg\n", "no line is an image's name and its label"),
+        ('{"a.jpg": 0, "b.jpg": 1}', "no line is an image's name and its label"),
+        ("a.jpg\nb.jpg\n", "its lines name images, and no labels"),
         ("0\n1\n0\n", "3 lines for 2 images; give one each"),
         ("a.jpg 1\nb.jpg 2\n", "numbers begin at 1; .* give the devkit .* or give `classes`"),
         ("a.jpg,7,9\nb.jpg,8,9\n", "3 columns without a header; keep name and label"),

@@ -279,3 +279,27 @@ def test_cifar_split_of_one_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="split 'train': not in"):
         listed(tmp_path / "src", tmp_path, split="train")
     assert len(listed(tmp_path / "src", tmp_path, split="test")) == 1
+
+
+def test_files_of_a_data_set_that_are_missing(tmp_path: Path) -> None:
+    """Their names say how many there are; a file that is named by itself is enough."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for part in (0, 2):
+        parquet(src / f"train-{part:05}-of-00004.parquet", [0, 1])
+    reason = "this file of the data set is missing"
+    missing = [f"train-0000{part}-of-00004.parquet" for part in (1, 3)]
+    assert listed(src, tmp_path).faults == [(name, reason) for name in missing]
+    with pytest.raises(DataError, match="2 of 6 images cannot be converted: train-00001-of-00004.parquet .this file"):
+        convert(str(src), str(tmp_path / "x.beton"), workers=1)
+    assert listed(src / "train-00000-of-00004.parquet", tmp_path).faults == []
+    tar(tmp_path / "tars" / "x-0-of-2.tar", {"1.jpg": IMAGE, "1.cls": b"0"})
+    assert listed(tmp_path / "tars", tmp_path).faults == [("x-1-of-2.tar", reason)]
+
+
+def test_parquet_files_called_by_numbers(tmp_path: Path) -> None:
+    """The hub's converted files; they are no splits."""
+    (tmp_path / "src").mkdir()
+    for part in range(2):
+        parquet(tmp_path / "src" / f"000{part}.parquet", [part])
+    assert listed(tmp_path / "src", tmp_path).labels.tolist() == [0, 1]
