@@ -4,6 +4,8 @@ Beside the times, the bytes that each form moves through memory: of an eager for
 a compiled one what inductor counts of its kernels. The floor is what no form can avoid: the features read once forward
 and once backward and their gradient written, each parameter read twice and its gradient written, the answers written
 and their gradients read. A form near its floor in bytes is limited by memory only if it is also near the copy ceiling.
+The share of the arithmetic is the time that the matrix products of the naive form take at this machine's measured
+ceiling, by the time taken.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks import harness, naive, workload
 from pipelines.errors import UserError
@@ -33,6 +36,7 @@ Form = Callable[..., tuple[Tensor, ...]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="mixer_s16", help="whose features are read [mixer_s16]")
     parser.add_argument("--batch", type=int, default=0, help="images [1024 on a GPU, 8 on a CPU]")
+    parser.add_argument("--dim", type=int, default=0, help=workload.DIM_HELP)
     parser.add_argument("--image-size", type=int, default=224, help="[224]")
     parser.add_argument("--classes", type=int, default=1000, help="[1000]")
     parser.add_argument("--teachers", type=int, default=1, help="M of the module [1]")
@@ -48,8 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch: {args.batch} must be a multiple of 4")
     low = args.precision == "bfloat16" or (args.precision == "auto" and args.device == "cuda")
     args.precision = "bfloat16" if low else "float32"
-    options = workload.TINY if args.model == "mixer" else {}
-    shape = build_backbone(args.model, 1, args.image_size, **options)
+    shape = build_backbone(args.model, 1, args.image_size, **workload.options_of_mixer(args))
     torch.manual_seed(0)
     module = STDModule(shape.dim, shape.patches, args.classes, args.teachers).to(args.device)
     mine = MutualInformation(shape.dim, shape.patches, MineSpec().width, MineSpec().weight).to(args.device)
@@ -79,16 +82,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, (owner, form) in forms.items() if args.backend != "off" else ():
             fast = torch.compile(form, backend=args.backend, fullgraph=True)
             passes[f"{kind}, {name}, compiled"] = Pass(owner, inputs, fast, low)
-    moved = {}
+    moved, flops = {}, {}
     for name, one in passes.items():
         harness.progress(f"{name}: counting bytes")
         moved[name] = bytes_moved(one, args.backend if "compiled" in name else "")
+        if name.endswith("naive"):
+            with CountBytes() as counter:
+                one()
+            flops[name.split(",")[0]] = counter.flops
     times = harness.measure(passes, args)
     copying = workload.copy_ceiling(args.device, 1 << 24 if args.smoke else 0)
+    products = workload.matmul_ceiling(args.device, torch.bfloat16 if low else torch.float32, 128 if args.smoke else 0)
     rows = []
     for name, measured in times.items():
-        floor, total = floors[name.split(",")[0]], moved[name]
-        more: dict[str, Any] = {"floor_mb": harness.significant(floor / 1e6)}
+        kind, total = name.split(",")[0], moved[name]
+        floor = floors[kind]
+        more: dict[str, Any] = {
+            "floor_mb": harness.significant(floor / 1e6),
+            "gflop": harness.significant(flops[kind] / 1e9),
+            "arithmetic_percent": harness.significant(100 * flops[kind] / products / measured.seconds, 3),
+        }
         if total is not None:
             more |= {
                 "moved_mb": harness.significant(total / 1e6),
@@ -109,6 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "ratios": ratios,
         "copy_ceiling_gb_per_s": harness.significant(copying / 1e9),
+        "matmul_ceiling_tflops": harness.significant(products / 1e12),
     }
 
 
@@ -143,20 +157,27 @@ def floor_bytes(owner: nn.Module, inputs: list[Tensor], answers: tuple[Tensor, .
 
 
 class CountBytes(TorchDispatchMode):
-    """Adds what the operators under it read and write; views move nothing."""
+    """Adds what the operators under it read and write, and the operations of their products.
+
+    Views and empty arrays move nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total, self.flops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         read, wrote = tensors((args, kwargs)), tensors(out)
         places = {x.untyped_storage().data_ptr() for x in read}
         if func._schema.is_mutable:
-            given = zip(func._schema.arguments, args, strict=False)
+            given = [*zip(func._schema.arguments, args, strict=False)]
+            given += [(a, kwargs[a.name]) for a in func._schema.arguments if kwargs and a.name in kwargs]
             wrote = tensors([value for argument, value in given if argument.is_write])
-        elif all(x.untyped_storage().data_ptr() in places for x in wrote):
+            read = tensors([value for argument, value in given if not (argument.kwarg_only and argument.is_write)])
+        elif "empty" in func._schema.name or all(x.untyped_storage().data_ptr() in places for x in wrote):
             return out
         self.total += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *wrote))  # broadcast: once
         return out
@@ -210,13 +231,18 @@ COLUMNS = {
     "floor, MB": "floor_mb",
     "times the floor": "times_floor",
     "GB/s": "gb_per_s",
+    "GFLOP": "gflop",
+    "arithmetic's share, %": "arithmetic_percent",
 }
 
 
 def show(report: dict[str, Any]) -> str:
     s = report["shape"]
     shape = f"B {s['batch']}, P {s['patches']}, C {s['dim']}, M {s['teachers']}, {report['settings']['precision']}"
-    return harness.show(report, COLUMNS) + f"\n\n{shape}. Copy ceiling: {report['copy_ceiling_gb_per_s']} GB/s."
+    return harness.show(report, COLUMNS) + (
+        f"\n\n{shape}. Ceilings: {report['copy_ceiling_gb_per_s']} GB/s copied, "
+        f"{report['matmul_ceiling_tflops']} TFLOP/s in matrix products."
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What one training step costs, and what of it is due to what.
 
-The plain backbone's step; the STD student's with the teacher targets given; with the targets read from a store, and
+The plain backbone's step; the STD student's with the teacher targets given, with MINE (as in the first step of an epoch
+of the published recipes) and without (as in the others); with the targets read from a store, and
 with the teachers asked (both from a raw batch that lies on the device, augmentation included); and augmentation and
 teachers on their own. MFU counts the products' operations, forward and backward, against the matrix product that this
 machine was measured to reach just before.
@@ -23,6 +24,7 @@ from std_fast.teachers.target_cache import pack
 from std_fast.training.build import Parts
 
 PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, targets given", "STD, targets stored", "STD, teachers asked"
+NO_MINE = "STD, targets given, no MINE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +63,17 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
     contestants: dict[str, Callable[[], object]] = {
         PLAIN: lambda: plain_step(bare),
         GIVEN: lambda: step(given),
+        NO_MINE: lambda: step(given, with_mine=False),
         STORED: lambda: step(next(stored)),
         ASKED: lambda: step(next(asked)),
         "augmentation alone": torch.no_grad()(lambda: std.augment(raw)),
         "teachers alone": lambda: teachers.targets(given),
     }
-    flops = {PLAIN: workload.step_flops(plain, bare), GIVEN: workload.step_flops(std, given)}
+    flops = {
+        PLAIN: workload.step_flops(plain, bare),
+        GIVEN: workload.step_flops(std, given),
+        NO_MINE: workload.step_flops(std, given, with_mine=False),
+    }
     ceiling = workload.matmul_ceiling(args.device, workload.compute_dtype(std))
     times = harness.measure(contestants, args)
     plain_step.check()
@@ -88,14 +95,27 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
         "rows": rows,
         "ratios": ratios,
         "matmul_ceiling_tflops": harness.significant(ceiling / 1e12),
-        "arithmetic_of_std_percent": round(100 * (flops[GIVEN] / flops[PLAIN] - 1), 1),
-        "time_of_std_percent": round(100 * (times[GIVEN].seconds / times[PLAIN].seconds - 1), 1),
+        "shares": [share(name, flops, times) for name in (GIVEN, NO_MINE)],
         "asked_over_sum_of_parts": harness.significant(times[ASKED].seconds / parts),
         "precision": str(workload.compute_dtype(std)).removeprefix("torch."),
     }
     if args.profile:
         report["profile"] = longest_kernels(contestants[GIVEN], args.device)
     return report
+
+
+def share(name: str, flops: dict[str, int], times: dict[str, harness.Times]) -> dict[str, Any]:
+    """What a step costs beyond the plain one: in arithmetic and in time, and the quotient of the two."""
+    arithmetic = flops[name] / flops[PLAIN] - 1
+    of, over = ([*(t.processor or t.turns)] for t in (times[name], times[PLAIN]))
+    time = times[name].seconds / times[PLAIN].seconds - 1
+    rounds = harness.spread([100 * (a / b - 1) for a, b in zip(of, over, strict=True)], 3)
+    return {
+        "what": name,
+        "arithmetic_percent": harness.significant(100 * arithmetic, 3),
+        "time_percent": rounds | {"median": harness.significant(100 * time, 3)},
+        "time_over_arithmetic": harness.significant(time / arithmetic, 3),
+    }
 
 
 def store(parts: Parts, targets: TeacherTargets) -> None:
@@ -133,10 +153,14 @@ def longest_kernels(call: Callable[[], object], device: str, steps: int = 5) -> 
 
 def show(report: dict[str, Any]) -> str:
     text = harness.show(report)
+    columns = {
+        "beyond the plain step": "what", "arithmetic, %": "arithmetic_percent", "time, % (quartiles)": "time_percent",
+        "time over arithmetic": "time_over_arithmetic",
+    }  # fmt: skip
+    text += "\n\n" + harness.table(report["shares"], columns)
     text += (
-        f"\n\nSTD adds {report['arithmetic_of_std_percent']} % of arithmetic and {report['time_of_std_percent']} % of "
-        f"time to the plain step. With the teachers asked, a step takes {report['asked_over_sum_of_parts']} of the sum "
-        f"of its parts. Ceiling of matrix products: {report['matmul_ceiling_tflops']} TFLOP/s in {report['precision']}."
+        f"\n\nWith the teachers asked, a step takes {report['asked_over_sum_of_parts']} of the sum of its parts. "
+        f"Ceiling of matrix products: {report['matmul_ceiling_tflops']} TFLOP/s in {report['precision']}."
     )
     if "profile" in report:
         columns = {name: name for name in ("kernel", "calls_per_step", "ms_per_step", "percent")}

@@ -35,12 +35,14 @@ from std_fast.training.step import Objective
 TINY = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
 TINY_TEACHER = "test_resnet"  # timm's, 0.5 M parameters: where targets are given, any teacher will do
 PRETRAINED = ("resnet50", "resnet101")
+DIM_HELP = "with --model mixer: channels of a Mixer with Mixer-S16's proportions"
 SOURCES = 16  # different images on disk; the others are links to them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, sizes and precision. By default the batch is 1024 on a GPU and 8 on a CPU."""
     parser.add_argument("--model", default="mixer_s16", help="a student of this project [mixer_s16]")
+    parser.add_argument("--dim", type=int, default=0, help=DIM_HELP)
     parser.add_argument("--batch", type=int, default=0, help="images per step [1024 on a GPU, 8 on a CPU]")
     parser.add_argument("--image-size", type=int, default=224, help="[224]")
     parser.add_argument("--classes", type=int, default=1000, help="[1000]")
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fills in what depends on the device, and the tiny sizes of --smoke."""
+    """Fills in what depends on the device, and the tiny sizes of --smoke. UserError: `--dim` of another model."""
+    if getattr(args, "dim", 0) and args.model != "mixer":
+        raise UserError(f"--dim: {args.model} has channels of its own; use it with --model mixer")
     if args.smoke:
         args.model, args.batch, args.image_size, args.classes = "mixer", 8, 32, 8
     args.batch = args.batch or (1024 if args.device == "cuda" else 8)
@@ -66,10 +70,21 @@ def settle_recipe(args: argparse.Namespace) -> None:
     args.teacher_options = {student.name: student.options for student in taught_by}
 
 
+def options_of_mixer(args: argparse.Namespace) -> dict[str, Any]:
+    """Sizes of the model "mixer": tiny, or with `--dim` those of the study's students; none of other models."""
+    if args.model != "mixer":
+        return {}
+    if not (dim := getattr(args, "dim", 0)):
+        return TINY
+    return {"patch_size": 16, "dim": dim, "depth": 8, "token_dim": dim // 2, "channel_dim": 4 * dim}
+
+
 def variant(args: argparse.Namespace) -> str | None:
     """Stands in the file's name where the model is not the usual one."""
     if getattr(args, "recipe", ""):
         return args.recipe
+    if dim := getattr(args, "dim", 0):
+        return f"{args.model}-c{dim}"
     return None if args.model == "mixer_s16" else args.model
 
 
@@ -97,7 +112,9 @@ def recipe_for(args: argparse.Namespace, folder: Path, teachers: tuple[str, ...]
         length="1000 steps",
     )
     run = recipes.from_dict(type(run), vars(run))  # so that words from the command line are validated
-    student = StudentSpec("mixer", TINY, recipe.student.drop_path) if args.model == "mixer" else recipe.student
+    student = recipe.student
+    if args.model == "mixer":
+        student = StudentSpec("mixer", options_of_mixer(args), recipe.student.drop_path)
     if teachers:
         options = getattr(args, "teacher_options", {})
         specs = tuple(
@@ -233,7 +250,7 @@ class Stepper:
             raise RuntimeError(f"step {bad} was not finite: these times are not of training")
 
 
-def step_flops(parts: Parts, batch: TrainBatch) -> int:
+def step_flops(parts: Parts, batch: TrainBatch, with_mine: bool = True) -> int:
     """Floating-point operations of one training step for one image: matrix products and convolutions, forward and
     backward, counted by their shapes while the plain student runs on four images."""
     rows = 4
@@ -246,7 +263,7 @@ def step_flops(parts: Parts, batch: TrainBatch) -> int:
     few = replace(batch, **tensors, targets=targets)
     with FlopCounterMode(display=False) as counter:
         with trainer.autocast():
-            losses = objective(trainer.student(few.images, None, recipe.distill.uses_mine), few)
+            losses = objective(trainer.student(few.images, None, with_mine and recipe.distill.uses_mine), few)
         losses.total.backward()
     trainer.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() // rows

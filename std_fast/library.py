@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from std_fast.config.recipe import TeacherSpec
     from std_fast.teachers.teacher import Teachers
 
-Taps = Sequence[int] | None
+TapNumbers = Sequence[int] | None
 Assignment = Sequence[Sequence[int]] | None
 DEFAULT = AugmentSpec()  # the recipes' normalisation
 
@@ -35,7 +35,7 @@ def create_student(
     *,
     drop_path: float = 0.0,
     tokens: TokenKind | Literal["deit"] = "both",
-    taps: Taps = None,
+    taps: TapNumbers = None,
     assign: Assignment = None,
     mine_weight: float = 0.0,
     mine_width: int = 512,

@@ -42,8 +42,8 @@ class Student(nn.Module):
     """Backbone + STD modules + heads + statistics networks: everything trainable, so that DDP wraps one module.
 
     Args:
-        backbone: anything with `forward_taps(images, taps, keep) -> Taps`, `dim`, `patches`; with no modules, any
-            classifier.
+        backbone: anything with `forward_taps(images, taps, keep) -> BackboneOutput`, `dim`, `patches`; with no modules,
+            any classifier.
         modules: where the STD modules sit and whom they serve; empty for a plain model.
         num_classes: K.
         tokens: see `STDModule`. "deit" reads the distillation token that the backbone itself carries through all

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from pipelines.errors import UserError, did_you_mean
-from std_fast.models.common import Backbone, Taps
+from std_fast.models.common import Backbone, BackboneOutput
 from std_fast.models.cyclemlp import CycleMlp
 from std_fast.models.mixer import Mixer
 from std_fast.models.resmlp import ResMlp
 
-__all__ = ["BACKBONES", "Backbone", "Taps", "build_backbone", "list_backbones"]
+__all__ = ["BACKBONES", "Backbone", "BackboneOutput", "build_backbone", "list_backbones"]
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mixer": Mixer,

@@ -19,7 +19,7 @@ DropPathMask = Tensor | list[Tensor | None] | None
 """Stochastic depth of a pass: scales of all residual branches, or the kept images of each; see `add_branch`"""
 
 
-class Taps(NamedTuple):
+class BackboneOutput(NamedTuple):
     """What `forward_taps` gives: all that a distillation module or a head can want from one pass."""
 
     features: list[Tensor]  # [B, P, C] each: the residual stream after the tapped blocks, before the final norm
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
             if not 1 <= tap <= self.depth:
                 raise UserError(f"taps: there is no block {tap}; choose from 1 to {self.depth}")
 
-    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: DropPathMask = None) -> Taps:
+    def forward_taps(self, x: Tensor, taps: Sequence[int], keep: DropPathMask = None) -> BackboneOutput:
         """One pass that also hands out the features of some blocks.
 
         Args:
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
         self._check_taps(taps)
         tokens, features = self._trunk(x, taps, self._keep(keep, x.shape[0]))
         tokens = self.norm(tokens)
-        return Taps(features, self.forward_head(tokens), tokens[:, -1] if self.num_extra_tokens else None)
+        return BackboneOutput(features, self.forward_head(tokens), tokens[:, -1] if self.num_extra_tokens else None)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> tokens after the final norm [B, S, C]."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_suite, harness, kernels, naive, peers, workload
+from benchmarks import gpu_suite, harness, kernels, naive, peers, step, workload
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast import cli
@@ -210,6 +210,34 @@ def test_bytes_of_operators():
         x.view(10, 10).T.unsqueeze(0)  # moves nothing
         torch.add(x, torch.ones(()).expand(100))  # the broadcast number is read once
     assert counter.total == 400 + 4 + 400 + 4  # and written once
+    with kernels.CountBytes() as counter:
+        torch.mm(torch.ones(2, 3), torch.ones(3, 5), out=torch.empty(2, 5))  # what it writes into is not read
+    assert (counter.total, counter.flops) == (4 * (6 + 15 + 10) + 4 * (6 + 15), 2 * 2 * 3 * 5)  # the ones are written
+
+
+def test_share_of_time_is_compared_with_the_share_of_arithmetic():
+    times = {name: harness.Times(0.0, [cost] * 3, [cost] * 3) for name, cost in ((step.PLAIN, 2.0), (step.GIVEN, 2.6))}
+    found = step.share(step.GIVEN, {step.PLAIN: 400, step.GIVEN: 480}, times)
+    assert (found["arithmetic_percent"], found["time_over_arithmetic"]) == (20.0, 1.5)
+    assert found["time_percent"]["median"] == found["time_percent"]["upper_quartile"] == 30.0
+
+
+def test_the_studys_students_are_measured_by_their_channels(capsys):
+    args = argparse.Namespace(model="mixer", dim=64)
+    assert workload.options_of_mixer(args) | workload.TINY == workload.TINY  # the same fields
+    assert workload.options_of_mixer(args)["channel_dim"] == 256
+    assert workload.variant(args) == "mixer-c64"
+    assert (
+        harness.main(
+            "kernels",
+            kernels.run,
+            kernels.show,
+            kernels.add_arguments,
+            argv=["--model", "mixer_s16", "--dim", "64", "--device", "cpu"],
+        )
+        == 2
+    )
+    assert "--dim: mixer_s16" in capsys.readouterr().err
 
 
 def test_images_are_as_large_as_photographs(tmp_path):
