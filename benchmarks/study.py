@@ -87,6 +87,8 @@ class Study:
                         yield Job("costs", "costs", dict, (TARGETS,))
                         chosen = tuple(f"choice-{loss}" for loss in CHOICE)
                     yield self._run(student, name, size.inits[student][init], chosen)
+        if not chosen:
+            yield Job("costs", "costs", dict, (TARGETS,))
 
     def _choice(self, student: str) -> Iterator[Job]:
         """STD with each soft loss, compared on the images held out."""

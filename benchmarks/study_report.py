@@ -109,11 +109,11 @@ def per_sample(group: Group, report: harness.Report) -> float | None:
 
 
 def cost(group: Group, report: harness.Report, samples: float) -> float:
-    """Minutes of the processor where they were measured, else 10^15 multiply-accumulates, three forwards a sample."""
+    """Minutes of the processor where they were measured, else 10^12 multiply-accumulates, three forwards a sample."""
     seconds = per_sample(group, report)
     if seconds is not None:
         return samples * seconds / 60
-    return 3e-15 * samples * group.runs[0]["predictions"]["macs"]
+    return 3e-12 * samples * group.runs[0]["predictions"]["macs"]
 
 
 def show(report: harness.Report) -> str:
@@ -140,7 +140,7 @@ def show(report: harness.Report) -> str:
         "distillation heads": "distill",
         "samples": "samples",
         "MMACs of a forward": "macs",
-        "CPU minutes" if report["seconds_per_sample"] else "10^15 MACs": "cost",
+        "CPU minutes" if report["seconds_per_sample"] else "10^12 MACs": "cost",
     }
     lines.append(harness.table(rows, columns))
     for name in AGAINST:
@@ -215,7 +215,7 @@ def draw(report: harness.Report, path: Path) -> None:
         end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
         label = f"{group.setting} ({len(correct)})"
         axis.errorbar(end, correct.mean(), error, fmt="o", color=color, capsize=3, markersize=5, label=label)
-    unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{15}$ multiply-accumulates of the student"
+    unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{12}$ multiply-accumulates of the student"
     for axis, student in zip(axes[0], students, strict=False):
         axis.set(
             xlabel=f"{unit}, teachers' excluded", ylabel="top-1, %", title=f"Mixer {student}, Imagenette at 128 px"

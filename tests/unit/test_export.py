@@ -141,6 +141,7 @@ def test_a_student_with_a_shape_of_timms_gives_its_class_head_to_timm(tmp_path):
         (CYCLE, {**TWO, "assign": [[0, 1], [0, 1]], "taps": [1, 2]}, 32, "std_cyclemlp"),
         ({"name": "resmlp", "options": MIXER["options"]}, {**TWO, "tokens": "deit"}, 16, "std_resmlp"),
         (MIXER, {**TWO, "tokens": "spatial", "predict": "distill"}, 16, "std_mixer"),
+        (MIXER, {**TWO, "token_mlp_ratio": [0.5, 1.0]}, 16, "std_mixer"),
         (MIXER, {"mode": "none"}, 16, "std_mixer"),
         ({"name": "test_resnet"}, {"mode": "none"}, 32, "test_resnet"),
     ],

@@ -31,6 +31,12 @@ SETTINGS = {
     "both teachers on both": {"assign": [[0, 1], [0, 1]]},
     "both at the last": {"assign": [[0, 1]], "taps": [3]},
     "soft labels": {"labels": "soft", "temperature": 2.0},
+    "DKD": {"labels": "soft", "temperature": 2.0, "loss": "dkd"},
+    "DIST": {"labels": "soft", "temperature": 2.0, "loss": "dist"},
+    "OFA": {"labels": "soft", "temperature": 2.0, "loss": "ofa"},
+    "narrow": {"token_mlp_ratio": [1.0, 1.0]},
+    "modules weighed": {"module_weights": [0.5, 2.0]},
+    "class head taught": {"class_share": 0.5},
     "not reweighted": {"reweight": False},
     "spatial": {"tokens": "spatial"},
     "channel": {"tokens": "channel"},
@@ -98,6 +104,15 @@ def test_each_setting_changes_the_objective():
         totals[setting] = one_loss(recipe, student).total.item()
     totals.pop("mine corrected")  # changes the gradient and not the value: test_mine.py
     assert len({round(value, 7) for value in totals.values()}) == len(totals), totals
+
+
+def test_hidden_widths_of_the_modules():
+    student = build_student(recipe_of(MIXER, {"token_mlp_ratio": [0.25, 1.5]}), K)
+    assert [(m.fc1_s.out_features, m.fc1_c.out_features) for m in student.std] == [(4, 24)] * 2
+    papers = build_student(recipe_of(MIXER, {}), K)
+    assert [(m.fc1_s.out_features, m.fc1_c.out_features) for m in papers.std] == [(8, 64)] * 2
+    with pytest.raises(UserError, match="distill.module_weights: has 3 entries for 2 modules"):
+        build_student(recipe_of(MIXER, {"module_weights": [1, 1, 1]}), K)
 
 
 def test_default_placement_is_two_thirds_and_the_last():
