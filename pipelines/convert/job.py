@@ -78,6 +78,8 @@ def convert(
         raise UserError(f"shard {shard[0]}/{shard[1]}: must be i/n with 0 <= i < n")
     if workers < 0:
         raise UserError(f"workers {workers} must be 0 (one per core) or more")
+    if is_url(dst):
+        raise UserError(f"{shown(dst)}: is a URL; write to a disk, then copy the .beton and its .json there")
     if os.path.isdir(dst) or not os.path.basename(dst):
         raise UserError(f"{printable(dst)}: is a folder; name the file to write, X.beton say")
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):

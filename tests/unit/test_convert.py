@@ -555,6 +555,7 @@ def test_progress(images: Path, tmp_path: Path) -> None:
         ({"workers": -1}, "workers -1"),
         ({"dst": "{tmp}"}, "is a folder; name the file"),
         ({"dst": "{tmp}/no/x.beton"}, "no such folder"),
+        ({"dst": "s3://bucket/x.beton"}, "s3://bucket/x.beton: is a URL; write to a disk"),
         ({"dst": "/proc/x.beton"}, "/proc/x.beton: cannot write there"),
         ({"dst": "{tmp}/" + 300 * "x"}, "cannot write there .File name too long"),
         ({"src": "{tmp}/no"}, "cannot be opened"),

@@ -3,6 +3,9 @@
 import json
 import logging
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -308,3 +311,24 @@ def test_the_commands_take_urls(
     assert cli.main(["convert", source, str(tmp_path / "y.beton"), "--seed", "3"]) == 0
     assert (tmp_path / "y.beton").read_bytes() == made(str(disk / "train.tar"), tmp_path / "z.beton")[0]
     assert "train.tar: 36 images of 3 classes: 0 = ant, 1 = bee, 2 = wire fox" in caplog.text
+
+
+def test_killed_while_it_fetches(disk: Path, server: FileServer, tmp_path: Path) -> None:
+    """What it leaves in its working folder does no harm to the next run."""
+    local = made(str(disk / "train.tar"), tmp_path / "local.beton")
+    path = tmp_path / "x.beton"
+    code = "import sys; from pipelines.convert.job import *; convert(*sys.argv[1:], settings=ConvertSettings(seed=3))"
+    command = [sys.executable, "-c", code, f"{server.url}/train.tar", str(path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2])
+
+    def fail(url: str, before: int) -> int:
+        if before >= 20:
+            process.kill()
+        return 0
+
+    server.fail = fail
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / ".x.beton.converting" / "fetched").is_dir() and not path.exists()
+    server.fail = lambda url, before: 0
+    assert same(made(f"{server.url}/train.tar", path), local)
+    assert not (tmp_path / ".x.beton.converting").exists()
