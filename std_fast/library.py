@@ -41,6 +41,7 @@ def create_student(
     mine_width: int = 512,
     mine_ema: float = 0.0,
     predict: Prediction = "mean",
+    token_mlp_ratio: tuple[float, float] = (0.5, 4.0),
     **options: object,
 ) -> Student:
     """A student with fresh weights: a vision MLP and its STD modules.
@@ -50,7 +51,7 @@ def create_student(
         num_classes, image_size: classes K; side of the square images in pixels.
         teachers: M, how many teachers will teach it; 0 for the plain model.
         drop_path: stochastic depth rate.
-        tokens, mine_width, mine_ema: see `Student`.
+        tokens, mine_width, mine_ema, token_mlp_ratio: see `Student`.
         taps, assign: where the STD modules read and whom they serve, instead of the method's placement: see
             `plan_modules`.
         mine_weight: strength of the MINE regulariser (the recipes take 0.01). With it, subtract
@@ -68,7 +69,8 @@ def create_student(
     backbone, modules = backbone_and_modules(
         name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
     )
-    return Student(backbone, num_classes, modules, tokens, mine_weight, mine_width, mine_ema, predict)
+    mine = (mine_weight, mine_width, mine_ema)
+    return Student(backbone, num_classes, modules, tokens, *mine, predict, token_mlp_ratio)
 
 
 def create_teachers(
@@ -80,6 +82,7 @@ def create_teachers(
     std: tuple[float, ...] = DEFAULT.std,
     temperature: float | None = None,
     device: torch.device | str = "cpu",
+    class_names: Sequence[str] | None = None,
 ) -> Teachers:
     """Frozen teachers whose targets `distillation_loss` takes; with two, put the small one first.
 
@@ -87,10 +90,13 @@ def create_teachers(
         teachers: each a timm name (its pretrained weights are downloaded), the folder of a plain run or of an export, a
             `TeacherSpec` (name, weights file, own size and normalisation), or a classifier of your own, which is frozen
             and gets the images exactly as they are.
-        num_classes: K, of the data; a teacher of other classes is refused.
+        num_classes: K, of the data; a teacher of other classes is refused, unless `class_names` are given and it has
+            them: its other logits are dropped.
         image_size, mean, std: side and normalisation of the images that the teachers will be given (by default as the
             recipes normalise: ImageNet's); those of a teacher that differ are converted.
         temperature: for soft labels; None for hard ones.
+        class_names: of the data, in the order of its labels: matched with a teacher's by name or WordNet id (see
+            `TeacherSpec.classes`).
 
     Returns:
         `teachers(images)` gives `TeacherTargets`, without gradients.
@@ -114,5 +120,6 @@ def create_teachers(
         if isinstance(teacher, str):
             folder = Path(teacher).is_dir()
             teacher = TeacherSpec(weights=teacher) if folder else TeacherSpec(teacher, "pretrained")
-        built.append(build_teacher(teacher, num_classes, image_size, mean, std, f"teachers.{i}"))
+        where = f"teachers.{i}"
+        built.append(build_teacher(teacher, num_classes, image_size, mean, std, where, class_names=class_names))
     return Teachers(built, temperature).to(device)

@@ -1,6 +1,7 @@
 """STD from somebody else's code."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_placement_and_plain():
     assert create_student("mixer", K, **TINY).taps == (2, 3)
     assert create_student("mixer", K, teachers=1, taps=[1], **TINY).taps == (1,)
     assert create_student("mixer", K, assign=[[0, 1], [1]], **TINY).head_teacher == (0, 1, 1)
+    assert create_student("mixer", K, token_mlp_ratio=(0.5, 1.0), **TINY).std[0].fc1_c.out_features == TINY["dim"]
     plain = create_student("mixer", K, teachers=0, **TINY)
     assert plain.head_teacher == () and plain.train()(images()).dist_logits is None
     with pytest.raises(UserError, match="mixer_s16"):
@@ -89,6 +91,11 @@ def test_teachers_of_every_kind(tmp_path):
     assert torch.equal(targets.labels, expected.argmax(-1))
     torch.testing.assert_close(targets.log_probs, (expected / 2).log_softmax(-1))
     assert torch.equal(create_teachers([own], K)(x).labels[:, 0], own(x).argmax(-1))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    named = replace(spec, classes=str(tmp_path / "names.txt"))
+    normal = dict(image_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
+    some = create_teachers([named], 2, class_names=["dog", "bee"], **normal)
+    assert torch.equal(some(x).labels[:, 0], trained(x)[:, [3, 1]].argmax(-1))
 
 
 def test_teachers_that_cannot_be_had_are_named(tmp_path):
