@@ -133,7 +133,7 @@ def test_what_is_missing_is_said_or_left_out(runs, tmp_path):
     data = report.write_report([bare], tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert data["png"] == [] and "No predictions: " in "".join(page.text)
-    assert "holds no whole checkpoint" in "".join(page.text)
+    assert "holds no complete checkpoint" in "".join(page.text)
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match="holds no run"):
             report.write_report([folder], tmp_path / "out")

@@ -203,11 +203,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("[" * 5000, "nested too deeply"),
         ("a: " + "{b: " * 5000, "nested too deeply"),
         ("x" * (1 << 21), "more than"),
-        ("a: 2001-13-45", "month must be in 1..12"),
-        ("a: !!int x", "invalid literal"),
-        ("a: !!timestamp x", "cannot be read as YAML"),
         ("!!python/object/apply:os.system ['touch harm']", "could not determine a constructor"),
-        ("a: " + "9" * 5000, "Exceeds the limit"),
     ],
 )
 def test_yaml_that_is_a_bomb_ends_in_one_line(text, complaint, tmp_path):
@@ -218,6 +214,24 @@ def test_yaml_that_is_a_bomb_ends_in_one_line(text, complaint, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match="x.yaml: cannot be read as YAML"):
         recipes.load(str(tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("2001-13-45", "month must be in 1..12"),
+        ("9" * 5000, "Exceeds the limit"),
+        ("!!int x", "invalid literal"),
+        ("!!timestamp x", "cannot be read as YAML"),
+    ],
+)
+def test_a_word_that_yaml_cannot_read_is_refused_where_it_is_no_text(word, complaint):
+    with pytest.raises(UserError, match=complaint):
+        read_yaml(f"a: {word}", "x.yaml")
+    if not word.startswith("!!"):
+        with pytest.raises(UserError, match=complaint):
+            recipes.loads(f"student: {{options: {{a: {word}}}}}", "x.yaml")
+    assert recipes.loads(f"name: {word}", "x.yaml").name == word.split()[-1]
 
 
 def test_aliases_and_merges_of_a_usual_kind_are_read():
