@@ -2,7 +2,7 @@
 
 Beside the times, the bytes that each form moves through memory: of an eager form what its operators read and write, of
 a compiled one what inductor counts of its kernels. The floor is what no form can avoid: the features read once forward
-and once backward and their gradient written, each parameter read twice and its gradient written, the answers written
+and once backward and their gradient written, each parameter read twice and its gradient written, the outputs written
 and their gradients read. A form near its floor in bytes is limited by memory only if it is also near the copy ceiling.
 The share of the arithmetic is the time that the matrix products of the naive form take at this machine's measured
 ceiling, by the time taken.
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for kind, (inputs, forms) in kinds.items():
         for name, (owner, form) in forms.items():
             passes[f"{kind}, {name}"] = one = Pass(owner, inputs, form, low)
-            floors[kind] = floor_bytes(owner, inputs, one.answers())
+            floors[kind] = floor_bytes(owner, inputs, one.outputs())
         for name, (owner, form) in forms.items() if args.backend != "off" else ():
             fast = torch.compile(form, backend=args.backend, fullgraph=True)
             passes[f"{kind}, {name}, compiled"] = Pass(owner, inputs, fast, low)
@@ -135,24 +135,24 @@ class Pass:
         self.form, self.low = form, low
         self.gradients: list[Tensor] = []
 
-    def answers(self) -> tuple[Tensor, ...]:
+    def outputs(self) -> tuple[Tensor, ...]:
         device = self.inputs[0].device.type
         with torch.autocast(device, torch.bfloat16) if self.low else contextlib.nullcontext():
             return self.form(*self.inputs)
 
     def __call__(self) -> tuple[Tensor, ...]:
-        answers = self.answers()
+        outputs = self.outputs()
         if not self.gradients:
-            self.gradients = [torch.randn_like(answer) for answer in answers]
-        return torch.autograd.grad(answers, [*self.inputs, *self.parameters], self.gradients, allow_unused=True)
+            self.gradients = [torch.randn_like(output) for output in outputs]
+        return torch.autograd.grad(outputs, [*self.inputs, *self.parameters], self.gradients, allow_unused=True)
 
 
-def floor_bytes(owner: nn.Module, inputs: list[Tensor], answers: tuple[Tensor, ...]) -> int:
+def floor_bytes(owner: nn.Module, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> int:
     """See the top of the file."""
     return (
         3 * sum(p.nbytes for p in owner.parameters())
         + 3 * sum(x.nbytes for x in inputs)
-        + 2 * sum(a.nbytes for a in answers)
+        + 2 * sum(x.nbytes for x in outputs)
     )
 
 

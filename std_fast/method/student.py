@@ -50,7 +50,7 @@ class Student(nn.Module):
             blocks (Touvron et al. 2021) with one linear head per teacher, and has no STD module.
         mine_weight: strength of the MINE regulariser; 0 leaves the statistics networks out.
         mine_width, mine_ema: see `MutualInformation`.
-        predict: what `forward` targets in evaluation: the mean of class logits and mean distillation logits,
+        predict: what `forward` returns in evaluation: the mean of class logits and mean distillation logits,
             or either alone.
         token_mlp_ratio: hidden widths of the modules' spatial and channel MLP over the channels C.
 

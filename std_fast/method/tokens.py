@@ -7,6 +7,8 @@ of the spatial and the channel MLP.
 The code below is the same function as the paper's concatenations (tests/unit/test_tokens.py holds that form), in an
 order that never builds them: the spatial token row does not depend on the image, so its share of the first layer is a
 bias [S, C]; the channel token is a rank-M term of the first layer, scaled by the shared layer norm of its patch.
+The channel MLP, by far the larger one, has two forms: operators that inductor fuses, and for uncompiled code
+`channel_mlp`, which works through the batch in pieces.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def few_outputs(hidden: Tensor, w_MH: Tensor, dim: int) -> Tensor:
 
 
 class STDModule(nn.Module):
-    """Reads features `[B, P, C]` and targets distillation logits `[B, M, K]`; it never writes to the backbone.
+    """Features `[B, P, C]` -> distillation logits `[B, M, K]`; gradients flow from it into the backbone.
 
     Args:
         dim: channels C of the features.
