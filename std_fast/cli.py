@@ -20,7 +20,9 @@ from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
 from std_fast.commands.arguments import STOPPED, Parser, Verb, parse
 from std_fast.runtime.memory import ran_out
 
-_ORDER = "convert inspect verify warm train plan report teach eval export recipes preview info bench doctor demo"
+_ORDER = (
+    "convert inspect verify warm train plan report teach eval predict export recipes preview info bench doctor demo"
+)
 _ALL = {**data_verbs.VERBS, **train_verbs.VERBS, **run_verbs.VERBS, **tool_verbs.VERBS}
 VERBS: dict[str, Verb] = {name: _ALL[name] for name in _ORDER.split()}
 

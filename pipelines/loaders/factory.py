@@ -25,8 +25,8 @@ RESIDENT_SHARE = 0.25  # the same on a GPU, as a share of its memory
 log = logging.getLogger("std_fast")
 
 
-def open_loader(spec: LoaderSpec, backend: str = "auto") -> Loader:
-    """Opens the dataset of `spec` with one of BACKENDS; all give the same boxes, labels and order.
+def open_loader(spec: LoaderSpec, backend: str = "auto", source: Source | None = None) -> Loader:
+    """Opens the dataset of `spec`, or `source`, with one of BACKENDS; all give the same boxes, labels and order.
 
     "auto" takes resident for a small dataset of small images of one size, else ffcv where it is installed, else torch;
     the log names the choice and its reason. Raises UserError for an unknown backend, one that is not installed, or a
@@ -34,7 +34,7 @@ def open_loader(spec: LoaderSpec, backend: str = "auto") -> Loader:
     """
     if backend not in BACKENDS:
         raise UserError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    source = open_source(spec.path)
+    source = open_source(spec.path) if source is None else source
     if backend == "auto":
         backend, reason = _choose(spec, source)
         log.info("%s: backend %s (%s)", source.path, backend, reason)

@@ -1,10 +1,11 @@
-"""Image folders: SRC/CLASS/IMAGE."""
+"""Image files: a list of them, or a folder SRC/CLASS/IMAGE."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,56 +24,28 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 program)"""
 
 
-class FolderSource:
-    """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images are ordered by class and name.
+class FileSource:
+    """A list of image files, without classes: each has label 0. They are opened at their first use.
 
-    Hidden entries are skipped; so are files with other endings and folders within a class, with a warning. Folders
-    within a class are not opened, so that circular links do no harm. Files are opened at their first use.
+    folder: that the paths start from; empty for the working directory.
     """
 
     kind = "folder"
+    class_names: list[str] | None = None
+    num_classes = 1
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        names: list[str] = []
-        files: list[str] = []
-        counts: list[int] = []
-        ignored: list[str] = []
-        for entry in _visible(path):
-            if not _is_folder(entry):
-                ignored.append(entry.path)
-                continue
-            images = []
-            for inner in _visible(entry.path):
-                if _is_folder(inner) or not inner.name.lower().endswith(EXTENSIONS):
-                    ignored.append(inner.path)
-                else:
-                    images.append(os.path.join(entry.name, inner.name))
-            if not images:
-                raise UserError(
-                    f"{printable(entry.path)}: no image in this class; add images "
-                    f"({' '.join(EXTENSIONS)}) directly in it or remove the folder"
-                )
-            names.append(printable(entry.name))
-            files += images
-            counts.append(len(images))
-        if not counts:
-            raise UserError(f"{printable(path)}: no class folders in it; put the images in {printable(path)}/CLASS/")
-        if ignored:
-            example = printable(ignored[0])
-            log.warning("%s: skipped %d entries that are not images, e.g. %s", printable(path), len(ignored), example)
-        self.class_names: list[str] | None = names
-        self._files = files
+    def __init__(self, files: Sequence[str], folder: str = "") -> None:
+        self.path = folder or f"{len(files)} images"
+        self._folder, self._files = folder, list(files)
         self.num_samples = len(files)
-        self.num_classes = len(counts)
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        self.labels = np.zeros(len(files), np.int64)
         self._heights = np.zeros(len(files), np.int32)  # 0: not read yet
         self._widths = np.zeros(len(files), np.int32)
         self._jpeg = np.zeros(len(files), np.bool_)
 
     def file(self, index: int) -> str:
         """Path of the sample's image."""
-        return os.path.join(self.path, self._files[index])
+        return os.path.join(self._folder, self._files[index])
 
     def _read_header(self, index: int) -> None:
         """Reads the image's header, once."""
@@ -130,6 +103,47 @@ class FolderSource:
                 raise self._unreadable(index, error.strerror) from error
             digest.update(os.fsencode(file) + b"\0%d\n" % size)
         return digest.hexdigest()
+
+
+class FolderSource(FileSource):
+    """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images are ordered by class and name.
+
+    Hidden entries are skipped; so are files with other endings and folders within a class, with a warning. Folders
+    within a class are not opened, so that circular links do no harm.
+    """
+
+    def __init__(self, path: str) -> None:
+        names: list[str] = []
+        files: list[str] = []
+        counts: list[int] = []
+        ignored: list[str] = []
+        for entry in _visible(path):
+            if not _is_folder(entry):
+                ignored.append(entry.path)
+                continue
+            images = []
+            for inner in _visible(entry.path):
+                if _is_folder(inner) or not inner.name.lower().endswith(EXTENSIONS):
+                    ignored.append(inner.path)
+                else:
+                    images.append(os.path.join(entry.name, inner.name))
+            if not images:
+                raise UserError(
+                    f"{printable(entry.path)}: no image in this class; add images "
+                    f"({' '.join(EXTENSIONS)}) directly in it or remove the folder"
+                )
+            names.append(printable(entry.name))
+            files += images
+            counts.append(len(images))
+        if not counts:
+            raise UserError(f"{printable(path)}: no class folders in it; put the images in {printable(path)}/CLASS/")
+        if ignored:
+            example = printable(ignored[0])
+            log.warning("%s: skipped %d entries that are not images, e.g. %s", printable(path), len(ignored), example)
+        super().__init__(files, path)
+        self.class_names = names
+        self.num_classes = len(counts)
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
 
 def _visible(path: str) -> list[os.DirEntry[str]]:

@@ -110,6 +110,8 @@ def write_hub_folder(
             "classifier": built.pretrained_cfg.get("classifier"),
         },
     }
+    if recipe.run.precision != "auto":
+        config["precision"] = recipe.run.precision  # for `std-fast predict`; others pass over it
     if class_names:
         config["label_names"] = class_names
     if model.args:
@@ -133,7 +135,7 @@ def preprocessing(recipe: Recipe) -> dict[str, Any]:
         "input_size": [3, recipe.data.image_size, recipe.data.image_size],
         "mean": list(recipe.augment.mean),
         "std": list(recipe.augment.std),
-        "interpolation": "bilinear",  # what `pipelines` does, antialiased
+        "interpolation": {"auto": "bilinear", "area": "box"}.get(recipe.data.eval_resample, recipe.data.eval_resample),
         "crop_pct": crop.fraction if crop.kind == "center" else 1.0,
         "crop_mode": "squash" if crop.kind == "full" else "center",
     }

@@ -1,8 +1,11 @@
-"""Verbs that use finished runs: eval, report, export."""
+"""Verbs that use finished runs: eval, predict, report, export."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
+import sys
 from pathlib import Path
 
 from pipelines.errors import UserError
@@ -32,6 +35,44 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         result = evaluate_run(Path(args.run), args.data, args.backend)
     show(args, result, "\n".join(f"{key} {value:.4g}" for key, value in result.items()))
+
+
+def add_predict(parser: Parser) -> None:
+    parser.add_argument("model", metavar="RUN_OR_EXPORT", help="folder of a run, or one that `std-fast export` wrote")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of images, patterns")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="so many classes of each image [5]")
+    parser.add_argument("--backend", default="", help="read with this backend instead of the run's")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="comma-separated values, a line for each class of an image")
+    form.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Exit code 2 where a file was no image; the others are predicted."""
+    from pipelines.errors import printable
+    from std_fast.commands.predict import predict_images
+
+    images: list[dict] = []
+    faults: list[str] = []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if args.csv:
+        writer.writerow(["image", "rank", "label", "name", "words", "probability"])
+    for path, guesses in predict_images(Path(args.model), args.images, args.top, args.backend):
+        if not guesses:
+            faults.append(path)
+        elif args.json:
+            images.append({"image": path, "classes": [guess._asdict() for guess in guesses]})
+        elif args.csv:
+            rows = enumerate(guesses, 1)
+            writer.writerows([path, rank, g.label, g.name, g.words, f"{g.probability:.6f}"] for rank, g in rows)
+        else:
+            print(printable(path))
+            width = max(len(guess.name) for guess in guesses)
+            for g in guesses:
+                print(f"  {100 * g.probability:6.2f} %  {g.label:5}  {g.name:<{width}}  {g.words}".rstrip())
+    if args.json:
+        print(json.dumps({"model": args.model, "images": images, "not_images": faults}, indent=1))
+    return 2 if faults else 0
 
 
 def add_report(parser: Parser) -> None:
@@ -70,6 +111,7 @@ def export(args: argparse.Namespace) -> None:
 
 VERBS = {
     "eval": Verb(evaluate, add_eval, "accuracy of a run's weights on a data set"),
+    "predict": Verb(predict, add_predict, "classes of image files, by a run or an exported model"),
     "report": Verb(report, add_report, "one HTML page about runs: accuracy, speed, where the hours went"),
     "export": Verb(export, add_export, "a run's model as safetensors for timm and the hub, ONNX and torch.export"),
 }

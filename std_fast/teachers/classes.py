@@ -116,13 +116,29 @@ def wordnet_id(name: str) -> str | None:
 
 
 @functools.cache
-def _ids_of_words() -> dict[str, str]:
-    """WordNet ids of ImageNet-1k by each of their words, without the words that several have (crane, maillot)."""
+def _imagenet_info() -> Any:
+    """timm's words of all WordNet ids, and the classes of ImageNet-1k."""
     from timm.data import ImageNetInfo
 
+    return ImageNetInfo(IMAGENET)
+
+
+def wordnet_words(name: str) -> str:
+    """`n01440764` -> `tench, Tinca tinca`; empty for a name that is no WordNet id of ImageNet's."""
+    if not WORDNET_ID.fullmatch(name):
+        return ""
+    try:
+        return _imagenet_info().label_name_to_description(name)
+    except KeyError:
+        return ""
+
+
+@functools.cache
+def _ids_of_words() -> dict[str, str]:
+    """WordNet ids of ImageNet-1k by each of their words, without the words that several have (crane, maillot)."""
     ids: dict[str, str] = {}
     several: set[str] = set()
-    descriptions: Any = ImageNetInfo(IMAGENET).label_descriptions(as_dict=True)
+    descriptions: Any = _imagenet_info().label_descriptions(as_dict=True)
     for wordnet, words in descriptions.items():
         for word in map(_words, words.split(",")):
             several |= {word} & ids.keys()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
-from pipelines.untrusted import read_json
 from std_fast.config.recipe import TeacherSpec
 from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.models import BACKBONES
@@ -35,10 +33,9 @@ from std_fast.teachers.classifiers import (
     timm_config,
 )
 from std_fast.teachers.fold import fold_batch_norms, random_image
+from std_fast.teachers.hub_folder import Triple, read_hub_folder
 
-LARGEST_INPUT = 4096  # pixels of a side, as a folder may ask for it
 log = logging.getLogger("std_fast")
-Triple = tuple[float, ...]  # a number for each of the three colours
 
 
 class Teacher(nn.Module):
@@ -263,45 +260,13 @@ def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int,
 
 def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
     """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
-    try:
-        config = read_json(path / "config.json")
-        name, options = str(config["architecture"]), dict(config.get("model_args") or {})
-        own = dict(config.get("pretrained_cfg") or config)
-        count = int(config.get("num_classes", own.get("num_classes")))
-        names = _names(config.get("label_names", own.get("label_names")))
-        options.pop("num_classes", None)
-        fixed = int(own["input_size"][-1]) if own.get("fixed_input_size") else None
-        if fixed is not None and not 1 <= fixed <= LARGEST_INPUT:
-            raise ValueError(f"input_size {fixed}")
-        own_mean, own_std = (_triple(own.get(key)) for key in ("mean", "std"))
-        if own_std is not None and min(own_std) <= 0:
-            raise ValueError(f"std {own_std}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path}/config.json: describes no timm model ({error!r}); export the teacher again") from None
+    hub = read_hub_folder(path)
     files = [path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((file for file in files if file.is_file()), files[0])
-    full = replace(spec, name=name, options=options, image_size=spec.image_size or fixed)
-    found = load_timm(file, read_weights(file), full, data, image_size, where, count, names)
-    return found._replace(mean=own_mean or found.mean, std=own_std or found.std)
-
-
-def _triple(value: Any) -> Triple | None:
-    """Three finite numbers, or None where there is nothing. Raises ValueError or TypeError for anything else."""
-    if value is None:
-        return None
-    numbers = tuple(float(number) for number in value)
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{value} where three numbers are due")
-    return numbers
-
-
-def _names(value: Any) -> list[str] | None:
-    """Different class names, or None where there are none. Raises ValueError for anything else."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-        raise ValueError("label_names where different names are due")
-    return value
+    fixed = hub.image_size if hub.fixed_size else None
+    full = replace(spec, name=hub.architecture, options=hub.options, image_size=spec.image_size or fixed)
+    found = load_timm(file, read_weights(file), full, data, image_size, where, hub.num_classes, hub.class_names)
+    return found._replace(mean=hub.mean or found.mean, std=hub.std or found.std)
 
 
 def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:

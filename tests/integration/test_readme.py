@@ -75,6 +75,8 @@ def folder(tmp_path_factory):
     """A folder with the three files of ImageNet; the two recipes that the README trains stand in it, made small."""
     folder = tmp_path_factory.mktemp("readme")
     write_imagenet(folder / "ilsvrc2012")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "fish.jpg").write_bytes(jpeg(0))
     teacher = timm.create_model("test_resnet", num_classes=4)
     save_file(teacher.state_dict(), folder / "teacher.safetensors")
     teachers = [{"name": "test_resnet", "weights": "teacher.safetensors"}] * 2

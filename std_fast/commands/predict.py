@@ -1,0 +1,205 @@
+"""Class probabilities of image files, by a run or an exported model, prepared exactly as in its evaluation.
+
+The images go through the loader of evaluation: the same decoder, crop, resizing and normalisation.
+Shapes: B batch, K classes, S side of the images in pixels.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import pipelines
+from pipelines.augment.device import Augment
+from pipelines.errors import DataError, UserError, printable
+from pipelines.read.batch import Loader, LoaderSpec
+from pipelines.read.folder import EXTENSIONS, FileSource
+from std_fast.commands.export import trained_student
+from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.config.schema import from_dict
+from std_fast.teachers.classes import DataClasses, wordnet_words
+from std_fast.teachers.hub_folder import read_hub_folder
+from std_fast.teachers.teacher import autocast, from_folder
+from std_fast.training.build import pick_device, precision_of
+
+log = logging.getLogger("std_fast")
+
+BATCH = 64  # of an exported model, which does not say in which batches it was evaluated
+RESAMPLE = {"bilinear": "bilinear", "bicubic": "bicubic", "box": "area"}
+"""timm's interpolation -> data.eval_resample"""
+
+
+class Classifier(NamedTuple):
+    """A trained model, and how it was evaluated."""
+
+    recipe: Recipe  # what decides how images are prepared: data, augment and run
+    model: nn.Module  # normalised images [B, 3, S, S] -> logits [B, K]
+    class_names: list[str] | None
+
+
+class Guess(NamedTuple):
+    """One class of one image."""
+
+    label: int
+    name: str
+    words: str  # of a WordNet id, else empty
+    probability: float
+
+
+def predict_images(
+    folder: Path, images: Sequence[str], top: int = 5, backend: Any = ""
+) -> Iterator[tuple[str, list[Guess]]]:
+    """The `top` most probable classes of each image, best first.
+
+    Args:
+        folder: of a run (its newest weights, the moving average where it has one), or one with a config.json as
+            `std-fast export`, timm and the Hugging Face hub write it.
+        images: files, folders, which are searched for images, and patterns.
+        backend: of the loader, instead of the run's.
+
+    Yields:
+        The path of an image and its classes; no class for a file that is no image, which the log names.
+
+    Raises:
+        UserError: `folder` holds no model, or `images` names none.
+    """
+    if top < 1:
+        raise UserError(f"--top: {top} must be 1 or more")
+    recipe, model, names = open_classifier(folder)
+    good, bad = readable(list_images(images))
+    yield from ((path, []) for path in bad)
+    if not good:
+        return
+    device = pick_device(recipe.run.device)
+    precision, model = precision_of(recipe.run.precision, device), model.to(device)
+    normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
+    with open_files(good, recipe, str(device), backend) as loader:
+        epoch: Any = loader.epoch(0)
+        with closing(epoch) as batches:
+            for batch in batches:
+                with torch.no_grad(), autocast(device, precision):
+                    logits = model(normalise(batch.images)).float()
+                best = logits.softmax(-1).topk(min(top, logits.shape[1]), dim=-1)
+                labels, values = best.indices.tolist(), best.values.tolist()
+                for row in np.flatnonzero(batch.indices >= 0).tolist():
+                    pairs = zip(labels[row], values[row], strict=True)
+                    yield good[batch.indices[row]], [named(label, value, names) for label, value in pairs]
+        yield from ((good[index], []) for index in sorted(loader.corrupt))
+
+
+def open_files(paths: list[str], recipe: Recipe, device: str, backend: Any = "") -> Loader:
+    """The images by the recipe's loader of evaluation. One that cannot be decoded is left out, and the log names it."""
+    source = FileSource(paths)
+    spec = LoaderSpec(
+        path=source.path,
+        global_batch=min(recipe.run.eval_batch or recipe.run.batch, source.num_samples),
+        shuffle=False,
+        drop_last=False,
+        seed=recipe.run.seed,
+        device=device,
+        **recipe.data.shared(
+            crop=recipe.data.eval_crop,
+            resample=recipe.data.eval_resample,
+            on_corrupt="skip",
+            corrupt_limit=source.num_samples,
+        ),
+    )
+    return pipelines.open_loader(spec, backend or recipe.data.backend, source)
+
+
+def named(label: int, probability: float, names: list[str] | None) -> Guess:
+    name = names[label] if names and label < len(names) else str(label)
+    return Guess(label, name, wordnet_words(name), probability)
+
+
+# -- the images -------------------------------------------------------------------------------------------------------
+
+
+def list_images(given: Sequence[str]) -> list[str]:
+    """The files, those in folders by their endings, and the matches of patterns; each once, in the given order.
+
+    Raises:
+        UserError: a folder or pattern without images.
+    """
+    files: list[str] = []
+    for name in given:
+        matches = [name]
+        if not os.path.lexists(name) and glob.has_magic(name):
+            matches = sorted(glob.glob(name, recursive=True))
+        found = [file for match in matches for file in (_in_folder(match) if os.path.isdir(match) else [match])]
+        if not found:
+            raise UserError(f"{name}: no image is there ({' '.join(EXTENSIONS)}); name images, folders or a pattern")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _in_folder(folder: str) -> list[str]:
+    """Image files in a folder and below it, by name; hidden ones are passed over, links to folders not followed."""
+    found: list[str] = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        found += [os.path.join(where, name) for name in sorted(images)]
+    return found
+
+
+def readable(paths: list[str]) -> tuple[list[str], list[str]]:
+    """The files whose header is that of an image, and the others, each named in the log."""
+    source, good, bad = FileSource(paths), [], []
+    for index, path in enumerate(paths):
+        try:
+            source.sizes(np.array([index]))
+            good.append(path)
+        except DataError as error:
+            log.warning("%s", error)
+            bad.append(path)
+    return good, bad
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def open_classifier(folder: Path) -> Classifier:
+    """The model of a run or of an exported folder. UserError where there is none."""
+    if (folder / "recipe.yaml").is_file():
+        recipe, student, _, names = trained_student(folder, "")
+        if recipe.run.device == "cuda":  # images can be predicted on another machine
+            recipe = replace(recipe, run=replace(recipe.run, device="auto"))
+        return Classifier(recipe, student, names)
+    if (folder / "config.json").is_file():
+        return exported(folder)
+    raise UserError(
+        f"{printable(str(folder))}: holds no model; give a run's folder (recipe.yaml) or an export (config.json)"
+    )
+
+
+def exported(folder: Path) -> Classifier:
+    """The model of a folder with a config.json, as timm builds it."""
+    hub, where = read_hub_folder(folder), f"{folder}/config.json"
+    if hub.interpolation not in RESAMPLE or hub.crop_mode not in ("center", "squash"):
+        raise UserError(
+            f"{where}: interpolation {hub.interpolation!r} with crop_mode {hub.crop_mode!r} is not known here; set "
+            f"them to one of {', '.join(RESAMPLE)} and to center or squash"
+        )
+    center = {"kind": "center", "fraction": hub.crop_pct}
+    data = {
+        "image_size": hub.image_size or 224,
+        "eval_crop": {"kind": "full"} if hub.crop_mode == "squash" else center,
+        "eval_resample": RESAMPLE[hub.interpolation],
+    }
+    normalisation = {"mean": list(hub.mean or ()), "std": list(hub.std or ())} if hub.mean and hub.std else {}
+    run = {"batch": BATCH, "precision": hub.precision}
+    recipe = from_dict(Recipe, {"data": data, "augment": normalisation, "run": run})
+    size = recipe.data.image_size
+    found = from_folder(folder, TeacherSpec(weights=str(folder)), DataClasses(hub.num_classes), size, str(folder))
+    return Classifier(recipe, found.model.eval().requires_grad_(False), hub.class_names)
