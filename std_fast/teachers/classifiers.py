@@ -159,12 +159,18 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for owner, module in modules for name, _ in module.named_parameters(owner)]
 
 
-def stored_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
-    """Rows of the last layer in a state dict; None where it has another name there than in the model."""
-    for name in head_names(model):
-        if name in state and state[name].ndim:
-            return len(state[name])
-    return None
+def stored_classes(model: nn.Module, state: dict[str, Tensor], num_classes: int) -> int | None:
+    """Rows in a state dict of the layer that gives the `num_classes` logits of the model; None where it is not found.
+
+    A head of several layers, as some of timm's have, is searched for its last parameter of so many rows.
+    """
+    found = None
+    heads = last_layers(model)
+    for owner, module in model.named_modules():
+        for name, own in module.named_parameters(owner) if any(module is head for head in heads) else ():
+            if name in state and state[name].ndim and own.ndim and len(own) == num_classes:
+                found = len(state[name])
+    return found
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

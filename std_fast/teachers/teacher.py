@@ -250,7 +250,7 @@ def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int,
         return load_timm(path, state, spec, data, image_size, where)
     size = spec.image_size or image_size
     model = build_classifier(spec.name, data.number, size, **spec.options)
-    count = stored_classes(model, state) or data.number
+    count = stored_classes(model, state, data.number) or data.number
     classes = select_classes(spec.classes, count, None, data, f"{where} ({path})")
     if count != data.number:
         model = build_classifier(spec.name, count, size, **spec.options)
@@ -297,7 +297,7 @@ def load_timm(
     config = timm_config(name)
     fixed = spec.image_size or fixed_size(config, spec.options)
     model: Any = create_timm(name, fixed or image_size, num_classes=count or data.number, **spec.options)
-    found = stored_classes(model, state) or count or data.number
+    found = stored_classes(model, state, count or data.number) or count or data.number
     classes = select_classes(spec.classes, found, names, data, f"{where} ({file})")
     if found != (count or data.number):
         model = create_timm(name, fixed or image_size, num_classes=found, **spec.options)

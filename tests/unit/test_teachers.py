@@ -341,6 +341,7 @@ def test_other_classes_are_refused_with_both_numbers(kind, tmp_path):
         ("swin_tiny_patch4_window7_224", dict(depths=(1, 1), embed_dim=12, num_heads=(1, 2))),
         ("test_efficientnet", {}),
         ("test_convnext", {}),
+        ("caformer_s18", {}),  # a head of two layers
         ("mobilenetv3_small_050", {}),
         ("resnetv2_50", dict(layers=(1, 1, 1, 1), channels=(8, 16, 24, 32), stem_chs=8)),  # a convolution
         ("mixer", dict(patch_size=8, dim=16, depth=2, token_dim=8, channel_dim=16)),
