@@ -20,7 +20,7 @@ import torch
 from benchmarks import harness, workload
 from std_fast.method.losses import TeacherTargets
 from std_fast.teachers.stream import CachedSource, TeacherSource
-from std_fast.teachers.target_cache import pack
+from std_fast.teachers.target_format import pack
 from std_fast.training.build import Parts
 
 PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, targets given", "STD, targets stored", "STD, teachers asked"

@@ -17,7 +17,8 @@ from std_fast.config.recipe import Recipe, parse_seconds
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import Progress
 from std_fast.teachers.stream import BatchStream, TeacherSource
-from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache, pack
+from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
+from std_fast.teachers.target_format import pack
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of, uses_gpu
 

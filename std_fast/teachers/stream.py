@@ -23,7 +23,8 @@ from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.speed import Stopwatch
 from std_fast.teachers.overlap import Overlap, Prepared
-from std_fast.teachers.target_cache import EpochWriter, TargetCache, pack
+from std_fast.teachers.target_cache import EpochWriter, TargetCache
+from std_fast.teachers.target_format import pack
 from std_fast.teachers.teacher import Teachers
 
 

@@ -1,30 +1,21 @@
-"""Stored teacher targets: what the teachers said about each position of an epoch, read instead of asked again.
+"""Stored teacher targets: computed once for each position of an epoch, read by every later run.
 
-By DESIGN.md's rule 1 a batch is a pure function of seed, epoch and position, so an answer stored for (epoch, position)
-is the answer to exactly the image that any later run with the same data settings shows there: other students and
-optimizers train from it, to the bit as with the teachers running.
+By DESIGN.md's rule 1 a batch is a pure function of seed, epoch and position, so the targets stored for (epoch,
+position) are those of exactly the image that any later run with the same data settings shows there: other students and
+optimizers train from them, to the bit as with the teachers running.
 
-A store is a folder:
-    targets.json          the format, the fingerprint of everything that the targets depend on, and their shape
-    epoch-00003.targets   little-endian uint16 [N, M, W], then 16 bytes of BLAKE2b over header, epoch and content
-    .epoch-00004.*.partial   an epoch that is being written; it gets its name when it is whole
-W words of a teacher and a position: label + 1 (so that a place never written reads as 0), confidence (the bits of a
-float16), and for soft labels k probabilities (float16) and their k classes. With hard labels that is 4 bytes.
-
-Shapes: N positions of an epoch, B batch, M teachers, K classes, W words.
+The files are described in target_format.py. Shapes: N positions of an epoch, B batch, M teachers, W words.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,92 +27,24 @@ from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from pipelines.files import sync, write_atomic
 from pipelines.read.batch import Loader
-from pipelines.untrusted import open_regular, read_json
+from pipelines.untrusted import open_regular
 from std_fast import __version__
 from std_fast.config.legacy import cache_file
 from std_fast.config.recipe import Duration, Recipe
-from std_fast.config.schema import to_dict
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
-from std_fast.teachers.classes import class_names
-from std_fast.teachers.classifiers import read_run, timm_config
+from std_fast.teachers.fingerprint import check_same, fingerprint
+from std_fast.teachers.target_format import (
+    DIGEST_BYTES,
+    FORMAT,
+    Header,
+    fault_of,
+    header_for,
+    read_header,
+    unpack,
+)
 
-FORMAT = 1
-MOST_CLASSES = 65535  # label + 1 has 16 bits
-DIGEST_BYTES = 16
-LEGACY_DEFAULTS = {"precision": "auto", "classes": ""}
-"""fields of a teacher that stores of earlier versions lack, as they were then"""
 log = logging.getLogger("std_fast")
-
-
-# -- what the targets depend on -------------------------------------------------------------------------------------
-
-
-def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
-    """Everything that decides an answer, under the names of the recipe's fields; plain JSON values.
-
-    Not among them: the batch (targets are the same in every batch, up to rounding where kernels depend on its size),
-    how many epochs there are and how they are cycled (`distill.views`: an epoch shows what it shows), the number of
-    processes, torch.compile (rounding again), and what only the student and its training use.
-
-    Args:
-        precision: of the teachers, resolved.
-    """
-    d, spec = recipe.distill, loader.spec
-    values: dict[str, Any] = {
-        "data.train": loader.source.fingerprint(),
-        "data.image_size": spec.image_size,
-        "data.backend": loader.backend,  # each has pixels of its own
-        "data.resample": spec.resample,
-        **_flat("data.crop", to_dict(spec.crop)),
-        **_flat("augment", to_dict(recipe.augment)),
-        "run.seed": recipe.run.seed,
-        "run.device": spec.device.partition(":")[0],  # which decodes, augments and rounds in its own way
-        "run.precision": precision,
-        "distill.labels": d.labels,
-        "distill.temperature": d.temperature,
-        "distill.top_k": d.top_k,
-        "classes": loader.num_classes,
-        "distill.teachers": len(d.teachers),
-    }
-    for i, teacher in enumerate(d.teachers):
-        digest = weights_digest(teacher.weights, teacher.name)
-        names = teacher.classes
-        if Path(names).is_file():
-            names = hashlib.blake2b("\n".join(class_names(names, "")).encode(), digest_size=DIGEST_BYTES).hexdigest()
-        values |= _flat(f"distill.teachers.{i}", to_dict(teacher) | {"weights": digest, "classes": names})
-    return values
-
-
-def _flat(prefix: str, values: dict) -> dict[str, Any]:
-    return {f"{prefix}.{name}": value for name, value in values.items()}
-
-
-def weights_digest(weights: str, name: str) -> str | None:
-    """Identity of a teacher's weights: digest of the file, of a Hugging Face folder's files, or of a run's newest
-    weights and what belongs to them; for timm's downloads the name of the source. None where they are not at hand.
-    """
-    if weights == "pretrained":
-        config = timm_config(name)
-        return f"timm {config.hf_hub_id or config.url}"
-    path = Path(weights.removeprefix("local-dir:"))
-    h = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    if (path / "recipe.yaml").is_file():
-        run = read_run(path)
-        r = run.recipe
-        about = [to_dict(r.student), list(r.augment.mean), list(r.augment.std), r.data.image_size]
-        h.update(json.dumps(about, sort_keys=True).encode())
-        for key in sorted(run.state):
-            h.update(f"{key} {run.state[key].dtype} {tuple(run.state[key].shape)};".encode())
-            h.update(run.state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return h.hexdigest()
-    kinds = (".json", ".safetensors", ".bin", ".pth", ".pt")
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in kinds and f.is_file())
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                h.update(chunk)
-    return h.hexdigest() if files else None
 
 
 def epochs_needed(recipe: Recipe, steps_per_epoch: int) -> int | None:
@@ -133,113 +56,8 @@ def epochs_needed(recipe: Recipe, steps_per_epoch: int) -> int | None:
     return min(epochs, recipe.distill.views or epochs)
 
 
-def bytes_per_epoch(samples: int, teachers: int, top_k: int = 0) -> int:
-    """Size of one epoch's file."""
-    return samples * teachers * (2 + 2 * top_k) * 2 + DIGEST_BYTES
-
-
-# -- words ----------------------------------------------------------------------------------------------------------
-
-
-def pack(targets: TeacherTargets) -> Tensor:
-    """Answers of a batch -> their words, uint16 in the bits of int16 `[B, M, W]`, on the same device."""
-    words = [(targets.labels + 1)[..., None].to(torch.int16), targets.confidence[..., None].view(torch.int16)]
-    if targets.top_probs is not None and targets.top_classes is not None:
-        words += [targets.top_probs.contiguous().view(torch.int16), targets.top_classes.to(torch.int16)]
-    return torch.cat(words, -1)
-
-
-def unpack(words_BMW: Tensor, soft: bool) -> TeacherTargets:
-    """The inverse of `pack`; without `soft` the distribution is left out."""
-    labels = (words_BMW[..., 0].long() & 0xFFFF) - 1
-    confidence = words_BMW[..., 1].contiguous().view(torch.float16)
-    if not soft:
-        return TeacherTargets(labels, confidence)
-    probs, classes = words_BMW[..., 2:].chunk(2, -1)
-    return TeacherTargets(labels, confidence, None, probs.contiguous().view(torch.float16), classes.long() & 0xFFFF)
-
-
-# -- the store ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Header:
-    """What `targets.json` says."""
-
-    fingerprint: dict[str, Any]
-    classes: int
-    teachers: int
-    top_k: int
-    """probabilities stored of each teacher; 0 for hard labels"""
-
-    @property
-    def words(self) -> int:
-        return 2 + 2 * self.top_k
-
-    @property
-    def row_bytes(self) -> int:
-        return 2 * self.teachers * self.words
-
-    def digest(self, epoch: int) -> hashlib.blake2b:
-        """Begun with all but the content, so that a file from another store or of another epoch is noticed."""
-        about = json.dumps([FORMAT, self.fingerprint, self.classes, self.teachers, self.top_k, epoch], sort_keys=True)
-        return hashlib.blake2b(about.encode(), digest_size=DIGEST_BYTES)
-
-
-def header_for(recipe: Recipe, values: dict[str, Any]) -> Header:
-    """The header of a new store. UserError: too many classes, or weights of a teacher that are not there."""
-    classes = values["classes"]
-    if classes > MOST_CLASSES:
-        raise UserError(
-            f"distill.target_cache: the data has {classes} classes, stored targets hold {MOST_CLASSES}; leave it out"
-        )
-    for i, teacher in enumerate(recipe.distill.teachers):
-        if values[f"distill.teachers.{i}.weights"] is None:
-            raise UserError(
-                f"distill.teachers.{i}.weights: {teacher.weights} is not there, and no targets are stored yet"
-            )
-    return Header(values, classes, len(recipe.distill.teachers), min(recipe.distill.top_k, classes - 1))
-
-
-def read_header(folder: Path) -> Header:
-    """UserError when it is no store's, damaged, or of another format."""
-    path = cache_file(folder / "targets.json")
-    mend = "give another folder, or remove it and run `std-fast teach`"
-    try:
-        data = read_json(path)
-        format_found = data["format"]
-        header = Header(data["fingerprint"], data["classes"], data["teachers"], data["top_k"])
-        numbers = (header.classes, header.teachers, header.top_k)
-        sound = isinstance(header.fingerprint, dict) and all(type(n) is int and 0 <= n <= MOST_CLASSES for n in numbers)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no header of stored targets ({type(error).__name__}); {mend}") from None
-    if format_found != FORMAT:
-        raise UserError(f"{path}: format {format_found!r}, this version reads {FORMAT}; {mend}")
-    if not (sound and header.teachers >= 1 and header.classes >= 1 and header.top_k < header.classes):
-        raise UserError(f"{path}: is damaged: sizes that cannot be; {mend}")
-    return header
-
-
-def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
-    """UserError naming the first field in which this run differs from the one that stored the targets."""
-    hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
-    soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
-    for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
-        there, here = stored.get(name, LEGACY_DEFAULTS.get(name.rpartition(".")[2])), ours.get(name)
-        if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
-            continue
-        what = {"data.train": "other data", "classes": "other classes"}.get(name)
-        if name.endswith(".weights"):
-            what = "other weights"
-        was, now = (what, "those") if what else (repr(there), repr(here))
-        raise UserError(
-            f"{name}: the targets in {folder} are of {was}, this run has {now}; set it back, or give "
-            "distill.target_cache another folder"
-        )
-
-
 class TargetCache:
-    """A folder of targets as one run uses it.
+    """The folder of stored targets that a run uses.
 
     What it writes is written by a thread, which also waits for the copies from the device; what goes wrong there is
     raised by the next call.
@@ -290,23 +108,23 @@ class TargetCache:
 
     def _load(self, epoch: int) -> np.ndarray:
         h, path = self.header, self.path(epoch)
-        mend = "run `std-fast teach` to make it again"
+        fix = "run `std-fast teach` to make it again"
         try:
             with open_regular(path) as file:
                 data = file.read()
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+            raise UserError(f"{path}: cannot be read ({error}); {fix}") from None
         size = len(data) - DIGEST_BYTES
         if size <= 0 or size % h.row_bytes:
-            raise UserError(f"{path}: is cut short; {mend}")
+            raise UserError(f"{path}: is cut short; {fix}")
         words = np.frombuffer(data, "<u2", size // 2).reshape(-1, h.teachers, h.words)
         expected = data[size:]
         digest = h.digest(epoch)
         digest.update(words.reshape(-1).data)
         if digest.digest() != expected:
-            raise UserError(f"{path}: its digest does not match: the file is damaged, or of another store; {mend}")
-        if fault := _fault(words, h.classes):
-            raise UserError(f"{path}: holds {fault}; {mend}")
+            raise UserError(f"{path}: its digest does not match: the file is damaged, or of another store; {fix}")
+        if fault := fault_of(words, h.classes):
+            raise UserError(f"{path}: holds {fault}; {fix}")
         return words
 
     def find(self, epoch: int) -> np.ndarray | None:
@@ -331,7 +149,7 @@ class TargetCache:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def writer(self, epoch: int) -> EpochWriter:
-        """See `EpochWriter`; every rank must ask for it."""
+        """See `EpochWriter`; every rank must call it."""
         writer = self._writers[epoch] = EpochWriter(self, epoch)
         return writer
 
@@ -360,17 +178,6 @@ class TargetCache:
             writer.end()
         self._pool.shutdown(wait=True)
         self.wait()
-
-
-def _fault(words: np.ndarray, classes: int) -> str:
-    """What an intact file may not hold, because it would be used as an index or end in a NaN; empty if all is well."""
-    labels, k = words[..., 0], (words.shape[2] - 2) // 2
-    if not labels.all():
-        return "positions without an answer"
-    numbers = np.concatenate([words[..., 1:2], words[..., 2 : 2 + k]], -1).astype(np.uint16).view(np.float16)
-    if labels.max() > classes or (k and words[..., 2 + k :].max() >= classes):
-        return f"classes beyond the {classes} of the data"
-    return "" if np.isfinite(numbers).all() else "numbers that are not finite"
 
 
 class EpochWriter:

@@ -568,7 +568,7 @@ class Targets(Target):
 
     def seeds(self) -> list[bytes]:
         from std_fast.method.losses import targets_from_logits
-        from std_fast.teachers.target_cache import FORMAT, pack
+        from std_fast.teachers.target_format import FORMAT, pack
 
         found = []
         for top_k in (0, 2):
@@ -579,7 +579,8 @@ class Targets(Target):
         return found
 
     def read(self, data: bytes) -> None:
-        from std_fast.teachers.target_cache import DIGEST_BYTES, TargetCache, read_header, unpack
+        from std_fast.teachers.target_cache import TargetCache
+        from std_fast.teachers.target_format import DIGEST_BYTES, read_header, unpack
 
         text, _, words = data[1:].partition(b"\0")
         (self.folder / "targets.json").write_bytes(text)

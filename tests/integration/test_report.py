@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipelines.errors import UserError
 from std_fast import cli
-from std_fast.commands import report
+from std_fast.commands import report, report_data, report_plots
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.training.run import Stopped, train
@@ -114,8 +114,8 @@ def test_the_page_and_its_plots(runs, tmp_path, capsys):
 
 
 def test_predictions_are_those_of_evaluation(runs):
-    told = report.read_told(runs)[1]
-    samples = report.predictions(told, 24)  # all images
+    told = report_data.read_runs(runs)[1]
+    samples = report_data.predictions(told, 24)  # all images
     right = sum(s.truth == s.guess for s in samples)
     assert 100 * right / 24 == pytest.approx(told.summary["result"]["top1"])
     assert [s.truth for s in samples] == ["ant"] * 8 + ["bee"] * 8 + ["cat"] * 8
@@ -157,7 +157,7 @@ def test_a_browser_draws_it(runs, tmp_path):
     # every part of the page has something drawn on it, and the plots' colours are there
     for top in range(0, 2400, 400):
         assert pixels[top : top + 400].std() > 5, top
-    for colour in report.COLOURS[:3]:
+    for colour in report_data.COLOURS[:3]:
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).sum(-1) < 12).sum() > 200, colour
     # nothing is wider than the window: the right margin is empty
@@ -166,15 +166,15 @@ def test_a_browser_draws_it(runs, tmp_path):
 
 def test_names_that_matplotlib_would_read(tmp_path):
     for name in (NASTY, "_hidden", "$", "a$b$"):
-        curve = (name, report.COLOURS[0], "-", ([0.0, 1.0], [1.0, 2.0]))
-        drawn = report.Plots(tmp_path).curves("plot", [curve], "x", "y")
+        curve = (name, report_data.COLOURS[0], "-", ([0.0, 1.0], [1.0, 2.0]))
+        drawn = report_plots.Plots(tmp_path).curves("plot", [curve], "x", "y")
         assert html.escape(name) in drawn
 
 
 def test_two_runs_of_the_same_name(runs, tmp_path):
     copy = tmp_path / "taught"
     shutil.copytree(runs[1], copy)
-    told = report.read_told([runs[1], copy])
+    told = report_data.read_runs([runs[1], copy])
     assert [t.name for t in told] == ["taught", str(copy)]
     assert report.differences(told).startswith('<p class="none">None')
     changed = replace(told[1], recipe=replace(told[1].recipe, optim=replace(told[1].recipe.optim, lr=0.5)))

@@ -16,7 +16,8 @@ from std_fast import __version__
 from std_fast.commands.export import trained_student
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint
-from std_fast.teachers.target_cache import TargetCache, read_header
+from std_fast.teachers.target_cache import TargetCache
+from std_fast.teachers.target_format import read_header
 from std_fast.training.evaluate import evaluate_run
 from tests.data.make import STEPS, STOP, go_on
 

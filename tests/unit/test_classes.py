@@ -17,7 +17,7 @@ from std_fast.config.recipe import TeacherSpec
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classes import DataClasses, select_classes
 from std_fast.teachers.classifiers import build_classifier
-from std_fast.teachers.target_cache import fingerprint
+from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher
 from std_fast.training.build import build_student, open_train_loader, open_val_loader
 

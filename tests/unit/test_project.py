@@ -197,6 +197,12 @@ def test_console_script_and_packaged_recipes():
     assert data and data == packed, "a data file that an installed package would lack"
 
 
+def test_the_files_that_the_design_names_are_there():
+    text = (ROOT / "docs/DESIGN.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:pipelines|std_fast|benchmarks|tests)/[\w/.]*)`", text))
+    assert len(named) > 15 and not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
 def test_every_folder_of_modules_is_a_package():
     folders = {path.parent for path in FILES.values()}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]

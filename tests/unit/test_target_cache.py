@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from pipelines.errors import UserError
 from std_fast.method.losses import all_log_probs, kl, targets_from_logits
-from std_fast.teachers.target_cache import Header, TargetCache, bytes_per_epoch, check_same, pack, read_header, unpack
+from std_fast.teachers.fingerprint import check_same
+from std_fast.teachers.target_cache import TargetCache
+from std_fast.teachers.target_format import Header, bytes_per_epoch, pack, read_header, unpack
 
 CLASSES, TEACHERS, BATCH = 300, 2, 8
 KEYS = ("format", "fingerprint", "classes", "teachers", "top_k")

@@ -36,7 +36,8 @@ from std_fast.config.recipe import StudentSpec, TeacherSpec
 from std_fast.config.schema import read_yaml
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import build_classifier, read_run, read_weights
-from std_fast.teachers.target_cache import TargetCache, read_header
+from std_fast.teachers.target_cache import TargetCache
+from std_fast.teachers.target_format import read_header
 from std_fast.teachers.teacher import build_teacher
 from tests import crafted
 from tests.beton_tools import encoded, jpeg_sample, pixels, write_beton

@@ -1,0 +1,271 @@
+"""How fast a recipe trains here: the measurement behind `std-fast plan`, which may be stored and read elsewhere."""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from pipelines.augment.device import TrainBatch
+from pipelines.errors import UserError
+from pipelines.read.batch import Batch, Loader
+from pipelines.untrusted import read_json
+from std_fast.config.recipe import Distill, Recipe, dump, loads
+from std_fast.config.schema import difference
+from std_fast.method.losses import TeacherTargets
+from std_fast.runtime.budget import productive_seconds
+from std_fast.teachers.stream import NoTargets
+from std_fast.training.build import resolved
+from std_fast.training.run import Run, Stopped
+from std_fast.training.run_folder import versions
+
+FORMAT = 1
+
+# A measurement of a recipe that differs in these is still one of the same work.
+SAME_WORK = (
+    "name", "summary", "data.train", "data.val", "data.threads", "data.ahead", "data.eval_crop", "data.crop",
+    "student.weights", "student.early_share",
+    "distill.teachers", "distill.target_cache", "distill.views", "distill.alpha", "distill.temperature",
+    "distill.reweight", "distill.predict", "distill.mine.weight", "distill.mine.lr", "optim.lr", "optim.lr_batch",
+    "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.eps", "optim.smoothing",
+    "run.out", "run.seed", "run.length", "run.timeout", "run.eval_every", "run.save_every", "run.keep_checkpoints",
+    "run.log_every",
+)  # fmt: skip
+
+
+class ConstantTargets(NoTargets):
+    """The same targets for every batch, in place of a target cache.
+
+    Reading one costs little beside a step, and the targets of all positions cannot be stored in a minute.
+    """
+
+    def __init__(self, targets: TeacherTargets) -> None:
+        self.constant = targets
+
+    def targets(self, batch: TrainBatch) -> TeacherTargets:
+        return self.constant
+
+
+class TruncatedLoader:
+    """The first batches of a loader, as a loader of as many images."""
+
+    def __init__(self, loader: Loader, batches: int) -> None:
+        self.loader, self.batches = loader, batches
+        count = min(loader.source.num_samples, batches * loader.spec.global_batch)
+        self.source = SimpleNamespace(num_samples=count, path=loader.source.path)
+        self.sampler = loader.sampler
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        inner = self.loader.epoch(epoch)
+        try:
+            for _ in range(self.batches):
+                yield next(inner)
+        finally:
+            inner.close()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def measure(recipe: Recipe, seconds: float = 60.0) -> dict[str, Any]:
+    """Runs the recipe for about `seconds`, each way; returns the numbers as they are stored (see `read`).
+
+    Raises:
+        UserError: whatever `std-fast train` would refuse, and a time of 0.
+    """
+    if not 0 < seconds < math.inf:
+        raise UserError("--seconds: must be more than nothing")
+    home = Path(resolved(recipe).run.out)
+    home = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())  # saves go to the same disk
+    try:
+        with tempfile.TemporaryDirectory(prefix=".plan-", dir=home) as scratch:
+            return _measure(recipe, seconds, Path(scratch))
+    except OSError as error:
+        raise UserError(f"run.out: {home} cannot be written ({error}); give another --run.out") from None
+
+
+def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
+    modes: dict[str, Any] = {}
+    run = start(recipe, scratch / "one")
+    try:
+        parts = run.parts
+        data = parts.train_loader
+        measured: dict[str, Any] = {
+            "samples": data.source.num_samples,
+            "steps_per_epoch": run.per_epoch,
+            "val_images": parts.val_loader.source.num_samples if parts.val_loader is not None else 0,
+            "evaluation_seconds": time_evaluation(run, seconds / 6),
+        }
+        share = seconds / 2 if parts.teachers is None else seconds / 4
+        modes["none" if parts.teachers is None else "running"] = time_steps(run, share)
+        run.folder.writer.wait()
+        measured["start_seconds"] = round(run.ledger.read()["start"] - measured["evaluation_seconds"], 3)
+        measured["save_seconds"] = {
+            "stall": round(run.folder.copy_seconds, 3),
+            "write": round(run.folder.writer.seconds, 3),
+        }
+        measured["checkpoint_bytes"] = max(file.stat().st_size for file in (scratch / "one").glob("checkpoints/*"))
+        if parts.teachers is not None:
+            with torch.no_grad(), parts.trainer.autocast():
+                targets = parts.teachers(parts.augment(next(data.epoch(0))).images)
+            parts.stream.source = ConstantTargets(targets)
+            modes["stored"] = time_steps(run, seconds / 4)
+    finally:
+        run.close()
+    del run, parts, data
+    if recipe.distill.mode != "none":
+        plain = start(replace(recipe, distill=Distill(mode="none")), scratch / "two")
+        try:
+            modes["none"] = time_steps(plain, seconds / 4)
+        finally:
+            plain.folder.writer.wait()
+            plain.close()
+    device = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "format": FORMAT,
+        "recipe": dump(recipe),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and recipe.run.device != "cpu" else device,
+        "versions": versions(),
+        **measured,
+        "host_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "modes": modes,
+    }
+
+
+def start(recipe: Recipe, out: Path) -> Run:
+    """A run that stores nothing of the user's and has no end of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    distill = replace(recipe.distill, target_cache="", views=0)
+    own = replace(recipe.run, out=str(out), length="1e12 steps", eval_every="0 steps")
+    return Run(replace(recipe, distill=distill, run=own), quiet=True)
+
+
+def time_evaluation(run: Run, seconds: float) -> float:
+    """Seconds of one evaluation; of a large data set only as much is evaluated as fits into `seconds`."""
+    loader = run.parts.val_loader
+    if loader is None:
+        return 0.0
+
+    def take(batches: int) -> float:
+        run.parts.val_loader = cast(Loader, TruncatedLoader(loader, batches))
+        began = time.perf_counter()
+        run.evaluator(run.step, "start", record=False)
+        return time.perf_counter() - began
+
+    try:
+        take(1)
+        one = take(1)
+        batches = max(1, min(loader.steps_per_epoch, int(seconds / one)))
+        took = take(batches)
+    finally:
+        run.parts.val_loader = loader
+    return round(took * loader.steps_per_epoch / batches, 3)
+
+
+def time_steps(run: Run, seconds: float) -> dict[str, Any]:
+    """Images per second of the run's loop after it has warmed up, and the memory that it took; where the student sees
+    smaller images early, also `early_images_per_second`."""
+    if not run.recipe.student.early_size:
+        return time_some(run, seconds)
+    run.schedule.early_share = math.inf
+    early = time_some(run, seconds / 2)
+    run.schedule.early_share = 0.0
+    later = time_some(run, seconds / 2)
+    compiling = round(later["compile_seconds"] + early["compile_seconds"], 3)
+    return later | {"early_images_per_second": early["images_per_second"], "compile_seconds": compiling}
+
+
+def time_some(run: Run, seconds: float) -> dict[str, Any]:
+    device = run.parts.device
+    on_gpu = device.type == "cuda"
+    # until compiled, and until it is decided whether teachers work beside the student
+    warm = 70 if run.stream.overlap.trial is not None and run.stream.source.runs_teachers else 4
+    marks: list[tuple[int, dict[str, float]]] = []
+    began = first_at = time.perf_counter()
+    first = run.step
+
+    def on_step(_: Run) -> None:
+        nonlocal first_at
+        now = time.perf_counter()
+        if not marks and (run.step - first >= warm or now - began > seconds / 2):
+            mark()
+            first_at = time.perf_counter()
+        elif marks and now - first_at > seconds / 2:
+            mark()
+            run.stop_wanted = True
+
+    def mark() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        marks.append((run.step, run.ledger.read()))
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = run.ledger.read()
+    try:
+        run.loop(on_step)
+    except Stopped:
+        run.stop_wanted = False
+    (step_1, then), (step_2, now) = marks
+    busy = productive_seconds(now) - productive_seconds(then)
+    images = (step_2 - step_1) * run.recipe.run.batch
+    return {
+        "images_per_second": round(images / busy, 1),
+        "steps": step_2 - step_1,
+        "waiting_share": round((now["data"] - then["data"]) / busy, 3),
+        "compile_seconds": round(now["compile"] - before["compile"], 3),
+        "memory_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if on_gpu else None,
+    }
+
+
+def early(mode: dict[str, Any]) -> float:
+    """Images per second of a mode while the student sees smaller images; as later where it does not."""
+    return mode.get("early_images_per_second", mode["images_per_second"])
+
+
+def read(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """A stored measurement of `recipe`'s work.
+
+    Raises:
+        UserError: the file is none, or was measured with another student, batch, image size, ...
+    """
+    try:
+        data = read_json(path)
+        stored = loads(data["recipe"])
+        numbers = [data["samples"], data["steps_per_epoch"], data["start_seconds"], data["evaluation_seconds"]]
+        numbers += [*data["save_seconds"].values()]
+        for mode in data["modes"].values():
+            numbers += [mode["images_per_second"], mode["steps"], early(mode)]
+        sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
+        sound = (
+            sound
+            and data["steps_per_epoch"] > 0
+            and all(rate > 0 for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode)))
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{path}: is no measurement of std-fast plan ({type(error).__name__}); make one with --save"
+        ) from None
+    if data.get("format") != FORMAT or not sound:
+        raise UserError(f"{path}: is damaged or of another version; measure again with std-fast plan --save {path}")
+    other = [name for name in difference(recipe, stored) if name not in SAME_WORK]
+    if [(t.name, t.image_size) for t in recipe.distill.teachers] != [
+        (t.name, t.image_size) for t in stored.distill.teachers
+    ]:
+        other.append("distill.teachers")
+    if other:
+        raise UserError(f"{path}: was measured with another {other[0]}; give that, or measure again with --save")
+    return data

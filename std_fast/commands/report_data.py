@@ -1,0 +1,137 @@
+"""What a report shows of runs: their records, read from their folders, and what they predict."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.augment.device import Augment
+from pipelines.errors import UserError
+from pipelines.untrusted import read_json
+from std_fast.config.recipe import Recipe, read_saved
+from std_fast.method.student import predict
+from std_fast.runtime.metrics import read_jsonl
+from std_fast.teachers.teacher import autocast, load_weights, read_run
+from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
+
+Record = dict[str, Any]
+
+# Okabe and Ito's colours, which most colour-blind people can tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as the report shows it."""
+
+    folder: Path
+    name: str
+    colour: str
+    recipe: Recipe
+    lines: list[Record]
+    """of the log"""
+    evals: list[Record]
+    summary: Record
+    """empty of a run that is not finished"""
+
+    def last(self, key: str) -> Any:
+        """The last known value of a figure, None if there is none."""
+        return next((record[key] for record in reversed(self.lines + self.evals) if key in record), None)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By part of the ledger."""
+        found = self.summary.get("seconds") or self.last("seconds")
+        return {k: float(v) for k, v in found.items() if number(v)} if isinstance(found, dict) else {}
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Raises UserError for a folder that holds no run."""
+    runs: list[RunData] = []
+    for i, folder in enumerate(folders):
+        try:
+            recipe = read_saved(folder)
+            found = folder / "summary.json"
+            summary = read_json(found) if found.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: cannot be read ({error})") from None
+        records = [r for r in read_jsonl(folder / "metrics.jsonl") if isinstance(r, dict) and number(r.get("step"))]
+        name = folder.resolve().name
+        if name in (other.name for other in runs):
+            name = str(folder)
+        kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval")}
+        summary = summary if isinstance(summary, dict) else {}
+        runs.append(RunData(folder, name, COLOURS[i % len(COLOURS)], recipe, kinds["train"], kinds["eval"], summary))
+    return runs
+
+
+def points(records: list[Record], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Both figures of the records that have both."""
+    pairs = [(r[x], r[y]) for r in records if number(r.get(x)) and number(r.get(y))]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation image and what a run says about it."""
+
+    png: bytes
+    truth: str
+    guess: str
+    confidence: float
+
+
+@torch.no_grad()
+def predictions(run: RunData, count: int) -> list[Sample]:
+    """What the run's newest weights say about `count` images, spread evenly over its validation data.
+
+    Raises:
+        UserError: the run has no whole checkpoint, or its validation data is not there.
+    """
+    from PIL import Image
+
+    stored = read_run(run.folder)
+    recipe = stored.recipe
+    if not recipe.data.val:
+        raise UserError("its recipe names no data.val")
+    data = replace(recipe.data, threads=1)
+    recipe = replace(recipe, data=data, run=replace(recipe.run, eval_batch=max(4, min(64, recipe.run.batch))))
+    device = pick_device(recipe.run.device)
+    loader = open_val_loader(recipe, device)
+    assert loader is not None
+    with loader:
+        student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
+        load_weights(student, stored.state, str(run.folder))
+        student.to(device).eval()
+        normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
+        cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
+        names = loader.source.class_names or [str(i) for i in range(stored.num_classes)]
+        total, batch = loader.source.num_samples, loader.spec.global_batch
+        wanted = sorted({i * total // count for i in range(min(count, total))})
+        samples = []
+        for step in sorted({place // batch for place in wanted}):
+            batches = loader.epoch(0, step)
+            one = next(batches)
+            batches.close()  # type: ignore[attr-defined]
+            with cast():
+                shares = predict(student.outputs(normalise(one.images)), recipe.distill.predict).float().softmax(-1)
+            best, guesses = (values.cpu() for values in shares.max(-1))
+            for row in (place - step * batch for place in wanted if place // batch == step):
+                if one.labels[row] < 0:  # a corrupt image
+                    continue
+                buffer = BytesIO()
+                Image.fromarray(one.images[row].permute(1, 2, 0).cpu().numpy()).save(buffer, format="png")
+                truth, guess = int(one.labels[row]), int(guesses[row])
+                samples.append(Sample(buffer.getvalue(), names[truth], names[guess], float(best[row])))
+    return samples

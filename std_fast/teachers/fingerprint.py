@@ -1,0 +1,106 @@
+"""What stored teacher targets depend on: the fingerprint in a cache's header, and the check against a run's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.errors import UserError
+from pipelines.read.batch import Loader
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import to_dict
+from std_fast.teachers.classes import class_names
+from std_fast.teachers.classifiers import read_run, timm_config
+from std_fast.teachers.target_format import DIGEST_BYTES
+
+LEGACY_DEFAULTS = {"precision": "auto", "classes": ""}
+"""fields of a teacher that caches of earlier versions lack, as they were then"""
+
+
+def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
+    """Everything that decides a target, under the names of the recipe's fields; plain JSON values.
+
+    Not among them: the batch (targets are the same in every batch, up to rounding where kernels depend on its size),
+    how many epochs there are and how they are cycled (`distill.views`: an epoch shows what it shows), the number of
+    processes, torch.compile (rounding again), and what only the student and its training use.
+
+    Args:
+        precision: of the teachers, resolved.
+    """
+    d, spec = recipe.distill, loader.spec
+    values: dict[str, Any] = {
+        "data.train": loader.source.fingerprint(),
+        "data.image_size": spec.image_size,
+        "data.backend": loader.backend,  # each has pixels of its own
+        "data.resample": spec.resample,
+        **_flat("data.crop", to_dict(spec.crop)),
+        **_flat("augment", to_dict(recipe.augment)),
+        "run.seed": recipe.run.seed,
+        "run.device": spec.device.partition(":")[0],  # which decodes, augments and rounds in its own way
+        "run.precision": precision,
+        "distill.labels": d.labels,
+        "distill.temperature": d.temperature,
+        "distill.top_k": d.top_k,
+        "classes": loader.num_classes,
+        "distill.teachers": len(d.teachers),
+    }
+    for i, teacher in enumerate(d.teachers):
+        digest = weights_digest(teacher.weights, teacher.name)
+        names = teacher.classes
+        if Path(names).is_file():
+            names = hashlib.blake2b("\n".join(class_names(names, "")).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        values |= _flat(f"distill.teachers.{i}", to_dict(teacher) | {"weights": digest, "classes": names})
+    return values
+
+
+def _flat(prefix: str, values: dict) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
+
+
+def weights_digest(weights: str, name: str) -> str | None:
+    """Identity of a teacher's weights: digest of the file, of a Hugging Face folder's files, or of a run's newest
+    weights and what belongs to them; for timm's downloads the name of the source. None where they are not there.
+    """
+    if weights == "pretrained":
+        config = timm_config(name)
+        return f"timm {config.hf_hub_id or config.url}"
+    path = Path(weights.removeprefix("local-dir:"))
+    h = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    if (path / "recipe.yaml").is_file():
+        run = read_run(path)
+        r = run.recipe
+        about = [to_dict(r.student), list(r.augment.mean), list(r.augment.std), r.data.image_size]
+        h.update(json.dumps(about, sort_keys=True).encode())
+        for key in sorted(run.state):
+            h.update(f"{key} {run.state[key].dtype} {tuple(run.state[key].shape)};".encode())
+            h.update(run.state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return h.hexdigest()
+    kinds = (".json", ".safetensors", ".bin", ".pth", ".pt")
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in kinds and f.is_file())
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 24):
+                h.update(chunk)
+    return h.hexdigest() if files else None
+
+
+def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
+    """UserError naming the first field in which this run differs from the one that stored the targets."""
+    hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
+    soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
+    for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
+        there, here = stored.get(name, LEGACY_DEFAULTS.get(name.rpartition(".")[2])), ours.get(name)
+        if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
+            continue
+        what = {"data.train": "other data", "classes": "other classes"}.get(name)
+        if name.endswith(".weights"):
+            what = "other weights"
+        was, now = (what, "those") if what else (repr(there), repr(here))
+        raise UserError(
+            f"{name}: the targets in {folder} are of {was}, this run has {now}; set it back, or give "
+            "distill.target_cache another folder"
+        )
