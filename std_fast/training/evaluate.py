@@ -18,7 +18,7 @@ from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
-from std_fast.method.student import Prediction, Student, predict
+from std_fast.method.student import Prediction, Student, StudentOutput, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.teachers.teacher import autocast, build_teacher, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of, teacher_dtype
@@ -64,18 +64,8 @@ def evaluate(
                 raise Abandoned
             with autocast():
                 out = student.outputs(normalise(batch.images))
-            valid = batch.labels >= 0
-            counts = {"images": valid.sum()}
-            corrupt += int(
-                (loader.sampler.positions(batch.step) >= 0).sum() - (batch.indices >= 0).sum()
-            )  # on the host
-            for head in heads:
-                counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == batch.labels) & valid).sum()
-            logits = predict(out, how).float()
-            five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-            counts["top5"] = ((five == batch.labels[:, None]).any(-1) & valid).sum()
-            counts["top1"] = counts[f"top1_{how}"]
-            counts["loss"] = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+            corrupt += int((loader.sampler.positions(batch.step) >= 0).sum() - (batch.indices >= 0).sum())  # numpy
+            counts = count_correct(out, batch.labels, heads, how)
             sums = {name: sums.get(name, 0) + value.double() for name, value in counts.items()}
     device = next(student.parameters()).device
     sums["corrupt"] = torch.full((), corrupt, dtype=torch.float64, device=device)
@@ -90,6 +80,22 @@ def evaluate(
     if len(heads) == 1:
         result.pop(f"top1_{how}")
     return {**result, "images": images} | ({"corrupt_images": corrupt} if corrupt else {})
+
+
+def count_correct(
+    out: StudentOutput, labels: Tensor, heads: tuple[Prediction, ...], how: Prediction
+) -> dict[str, Tensor]:
+    """Sums over a batch, on the device: images, those that each head and `how` get right, and the loss of `how`."""
+    valid = labels >= 0
+    counts = {"images": valid.sum()}
+    for head in heads:
+        counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == labels) & valid).sum()
+    logits = predict(out, how).float()
+    five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+    counts["top5"] = ((five == labels[:, None]).any(-1) & valid).sum()
+    counts["top1"] = counts[f"top1_{how}"]
+    counts["loss"] = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return counts
 
 
 def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:
