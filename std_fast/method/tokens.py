@@ -141,7 +141,7 @@ class STDModule(nn.Module):
 
     def channel_token(self, z_BPC: Tensor) -> Tensor:
         """`T_C' = MLP_C(LN([Z , T_C])) + T_C`, the MLP along the channels: `[B, P, C] -> [B, M, P]`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace would keep the pieces of one batch size
             token_BMP = self._channel_mlp_to_compile(z_BPC)
         else:
             token_BPM = channel_mlp(z_BPC, self.token_c, self.norm_c, self.fc1_c, self.fc2_c.weight)

@@ -112,6 +112,14 @@ def test_compiled_form_is_the_papers_function(B, P, C, K, m):
     compare(module, z, traced(module, z), reference(module, z), 1e-10)
 
 
+def test_a_jit_trace_holds_for_other_batch_sizes():
+    module, z = some(4, 5, 6, 3, 2)
+    module.requires_grad_(False)  # or a trace cannot hold the weights
+    with torch.no_grad():
+        trace = torch.jit.trace(lambda z: module(z).logits, z[:2], check_trace=False)
+        torch.testing.assert_close(trace(z), module(z).logits, rtol=1e-10, atol=1e-10)
+
+
 def test_fused_kernels_are_the_plain_function():
     """Inductor's, with two teachers, where P is no multiple of a vector: a sum over the batch in the other order made
     torch 2.11 write past its end there, and the process often abort."""
