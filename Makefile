@@ -2,7 +2,7 @@
 # into .venv once, and stamps it; a second call starts at once.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest faults lint docs fuzz lock licences clean distclean
+.PHONY: help demo test test-oldest test-newest rehearse faults lint docs fuzz lock licences clean distclean
 
 BIN := .venv/bin
 # More workers than this wait for memory, not for cores: each one imports torch.
@@ -10,6 +10,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 PYTEST ?= -q -n $(WORKERS) --dist worksteal
 DEMO ?=
 FAULTS ?=
+REHEARSE ?=
 SEED ?=
 MINUTES ?= 5
 
@@ -27,6 +28,9 @@ test-oldest: .venv-oldest/.ready-oldest  ## the suite against the oldest torch o
 
 test-newest: .venv-newest/.ready-newest  ## the suite against the newest torch there is, in an environment of its own
 	.venv-newest/bin/python -m pytest $(PYTEST)
+
+rehearse: .venv/.ready-test  ## the GPU's code under a fake GPU, where that tool is beside the project; options: REHEARSE='--ways values'
+	$(BIN)/python -m tests.rehearsal $(REHEARSE)
 
 faults: .venv/.ready-test  ## the fault campaign: kills, full disks, damaged files, ... with a table; options: FAULTS='--only disk' SEED=1
 	$(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(FAULTS)

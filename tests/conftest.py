@@ -11,6 +11,7 @@ for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_name, str(max(1, len(os.sched_getaffinity(0)) // _workers)))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REHEARSED = os.environ.get("STD_FAST_REHEARSAL", "")  # the way (tests/rehearsal/ways.py); empty on a real GPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,9 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
+    for item in marked:
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for marker in item.iter_markers("not_rehearsed") if REHEARSED else ():
+            if REHEARSED in marker.kwargs.get("ways", (REHEARSED,)):
+                item.add_marker(pytest.mark.skip(reason=f"not rehearsed: {marker.args[0]}"))
+
+
+@pytest.fixture(scope="session")
+def has_values() -> bool:
+    """Whether what kernels compute is true: on a real GPU, and in one way of the rehearsal."""
+    return REHEARSED in ("", "values")
 
 
 @pytest.fixture(scope="session")

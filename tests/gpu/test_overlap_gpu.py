@@ -14,6 +14,7 @@ from std_fast.training.build import build, build_teachers
 from std_fast.training.run import Stopped, train
 
 pytestmark = pytest.mark.gpu
+reads_losses = pytest.mark.not_rehearsed("a run reads its losses, and goes on by them", ways=("lazy",))
 
 SLOW = 20_000_000  # cycles, some 10 ms
 
@@ -22,21 +23,23 @@ def weights(recipe):
     return checkpoint.newest(checkpoint.Path(recipe.run.out) / "checkpoints")[1]
 
 
-def assert_same(one, two):
+def assert_same(one, two, has_values):
     assert one.keys() == two.keys()
-    for name, tensor in one.items():
+    for name, tensor in one.items() if has_values else ():
         assert torch.equal(tensor.nan_to_num(), two[name].nan_to_num()), name
 
 
+@reads_losses
 @pytest.mark.parametrize("mode", ["on", "auto"])
-def test_a_run_has_the_weights_of_a_serial_one(at, mode):
+def test_a_run_has_the_weights_of_a_serial_one(at, has_values, mode):
     serial, beside = at("serial"), at("beside", overlap=mode)
     train(serial, quiet=True)
     train(beside, quiet=True)
-    assert_same(weights(beside), weights(serial))
+    assert_same(weights(beside), weights(serial), has_values)
 
 
-def test_an_interrupted_run_goes_on_the_other_way(at):
+@reads_losses
+def test_an_interrupted_run_goes_on_the_other_way(at, has_values):
     serial, beside = at("serial"), at("beside", overlap="on")
 
     def ask(run):
@@ -46,9 +49,10 @@ def test_an_interrupted_run_goes_on_the_other_way(at):
     with pytest.raises(Stopped):
         train(beside, quiet=True, on_step=ask)
     train(at("beside", overlap="off"), resume=True, quiet=True)
-    assert_same(weights(beside), weights(serial))
+    assert_same(weights(beside), weights(serial), has_values)
 
 
+@pytest.mark.not_rehearsed("compares what kernels computed", ways=("lazy", "compiled"))
 @pytest.mark.parametrize("slow", ["teacher", "student", "neither"])
 def test_what_crosses_the_streams_is_whole(at, slow):
     """Whoever is late, the student reads what a serial pass gives, while everyone allocates and frees."""

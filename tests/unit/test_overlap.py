@@ -13,6 +13,7 @@ from pipelines.augment.device import Augment, TrainBatch
 from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from std_fast.method.losses import TeacherTargets
+from std_fast.runtime import speed
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words
 from std_fast.teachers.overlap import Overlap, Trial, tensors_of
@@ -214,6 +215,15 @@ def test_mfu_is_counted_arithmetic_over_the_ceiling():
     meter = SpeedMeter(CPU, Stopwatch(CPU), flops, 1e6)
     figures = meter.read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
     assert figures["mfu"] == pytest.approx(64 * flops / 1e6, rel=1e-3) and figures["data_wait"] == 0.1
+    small = SpeedMeter(CPU, Stopwatch(CPU), 1.0, 3e7).read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0)
+    assert small["mfu"] == 2.133e-06  # a small model's is not rounded away
+
+
+def test_others_on_the_machine_do_not_lower_the_ceiling(monkeypatch):
+    """By a clock that an hour passes on, each time it is read."""
+    hours = iter(range(1000))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 3600.0 * next(hours))
+    assert speed._ceiling.__wrapped__(CPU, torch.float32, torch.get_num_threads()) > 1e8
 
 
 def test_the_figures_of_speed_in_a_line():

@@ -1,0 +1,214 @@
+"""Complete commands on "cuda" under the fake GPU: train with each backend, in each order, compiled, stopped and
+resumed, and what comes before and after a training."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from benchmarks import fake_gpu, workload
+from benchmarks.harness import ROOT
+from std_fast.runtime import checkpoint
+
+VALUES, COMPILES = {"FAKE_GPU_VALUES": "1"}, {"FAKE_GPU_VALUES": "compile"}
+LIMIT = 400.0  # seconds that any command may take
+RECIPE = {
+    "data": {"train": "images", "val": "images", "image_size": 16, "threads": 1, "backend": "torch"},
+    "student": {
+        "name": "mixer", "drop_path": 0.2,
+        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
+    },
+    "distill": {"mode": "std", "teachers": [{"weights": "teacher"}] * 2, "mine": {"every": "2 steps"}},
+    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
+    "run": {
+        "batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "device": "cuda", "compile": "off",
+    },
+}  # fmt: skip
+
+
+class Ground:
+    """A folder in which the commands run one after the other, each under the tool."""
+
+    def __init__(self, folder: Path, tool: Path) -> None:
+        self.folder, self.tool = folder, tool
+        if not (folder / "images").is_dir():
+            workload.write_images(folder / "images", 3, 24, 48)
+        (folder / "std.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+        plain = {**RECIPE, "student": {"name": "test_resnet"}, "distill": {"mode": "none"}}
+        (folder / "plain.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+
+    def start(self, words: str, log: Path, settings: dict[str, str]) -> subprocess.Popen:
+        line = fake_gpu.command(["-m", "std_fast.cli", *shlex.split(words)], self.tool)
+        env = fake_gpu.environment(settings)
+        env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
+        with open(log, "w", encoding="utf-8") as file:
+            return subprocess.Popen(line, cwd=self.folder, env=env, stdout=file, stderr=file)
+
+    def run(self, words: str, settings: dict[str, str] = VALUES, code: int = 0) -> str:
+        """Its output. AssertionError, with the last lines, when it ends otherwise than with `code`."""
+        log = self.folder / "last.log"
+        process = self.start(words, log, settings)
+        try:
+            found = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            found = process.wait()
+        text = log.read_text(encoding="utf-8", errors="replace")
+        assert found == code, f"exit code {found}: " + " | ".join(text.strip().splitlines()[-3:])
+        return text
+
+    def weights(self, run: str) -> dict:
+        found = checkpoint.newest(self.folder / run / "checkpoints")
+        assert found is not None, f"{run} holds no complete checkpoint"
+        return found[1]
+
+    def same_weights(self, one: str, two: str) -> None:
+        first, second = self.weights(one), self.weights(two)
+        assert first.keys() == second.keys()
+        wrong = [name for name, tensor in first.items() if not tensor.nan_to_num().equal(second[name].nan_to_num())]
+        assert not wrong, f"{one} and {two} differ: {wrong[:3]}"
+
+
+def train(g: Ground, out: str, words: str = "", settings: dict[str, str] = VALUES, code: int = 0) -> str:
+    return g.run(f"train std.yaml --quiet --run.out {out} {words}", settings, code)
+
+
+def a_teacher(g: Ground) -> None:
+    g.run("train plain.yaml --quiet --run.out teacher --run.length '2 steps'")
+
+
+def in_turn(g: Ground) -> None:
+    train(g, "serial", "--run.overlap off")
+
+
+def beside(g: Ground) -> None:
+    train(g, "beside", "--run.overlap on")
+    g.same_weights("serial", "beside")
+
+
+def by_trial(g: Ground) -> None:
+    train(g, "auto", "--run.overlap auto")
+    g.same_weights("serial", "auto")
+
+
+def ffcv(g: Ground) -> None:
+    g.run("convert images images.beton")
+    data = "--data.train images.beton --data.val images.beton"
+    train(g, "ffcv", f"{data} --data.backend ffcv --run.overlap on")
+
+
+def resident(g: Ground) -> None:
+    data = "--data.train images.beton --data.val images.beton"
+    train(g, "resident", f"{data} --data.backend resident --run.overlap on")
+
+
+def compiled(g: Ground) -> None:
+    """What Triton's kernels write is whatever was there: steps may be not finite, and are skipped."""
+    skip = "--run.not_finite skip --run.not_finite_limit 1000"
+    train(g, "compiled", f"--run.compile inductor --run.overlap on {skip}", COMPILES)
+
+
+def stopped_and_resumed(g: Ground) -> None:
+    """SIGTERM after the first lines of the log: exit code 3, and the resumed run has the weights of the other."""
+    log = g.folder / "stopped.log"
+    process = g.start("train std.yaml --quiet --run.out stopped --run.overlap on --run.log_every 1", log, VALUES)
+    lines, until = g.folder / "stopped" / "metrics.jsonl", time.monotonic() + LIMIT
+    while process.poll() is None and time.monotonic() < until:
+        if lines.is_file() and lines.read_text(encoding="utf-8").count("\n") >= 2:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    code = process.wait(LIMIT)
+    assert code == 3, f"exit code {code}: {log.read_text(encoding='utf-8')[-300:]}"
+    train(g, "stopped", "--resume --run.overlap off")
+    g.same_weights("serial", "stopped")
+
+
+def evaluated(g: Ground) -> None:
+    assert "top" in g.run("eval serial images"), "no accuracy was printed"
+
+
+def taught(g: Ground) -> None:
+    g.run("teach std.yaml --distill.target_cache targets --run.out teach")
+    train(g, "cached", "--distill.target_cache targets --run.overlap on")
+
+
+def budgeted(g: Ground) -> None:
+    train(g, "hours", "--run.length '0.006 gpu-hours'")
+    text = (g.folder / "hours" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"gpu_hours"' in text
+
+
+def short_of_memory(g: Ground) -> None:
+    sizes = "--data.image_size 128 --run.batch 24 --student.options '{patch_size: 4, dim: 128, depth: 6}'"
+    text = train(g, "memory", sizes, {**VALUES, "FAKE_GPU_MEMORY": "600M"}, 2)
+    assert re.search(r"run\.batch: 24 does not fit", text), text.strip().splitlines()[-1]
+
+
+def planned(g: Ground) -> None:
+    g.run("plan std.yaml --run.length '0.1 gpu-hours'")
+
+
+def exported(g: Ground) -> None:
+    g.run("export serial exported")
+
+
+def reported(g: Ground) -> None:
+    g.run("report serial beside --out report")
+    assert (g.folder / "report" / "report.html").stat().st_size > 1000
+
+
+COMMANDS: dict[str, Callable[[Ground], None]] = {
+    "train, a teacher": a_teacher,
+    "train, torch, overlap off": in_turn,
+    "train, torch, overlap on: the weights of overlap off": beside,
+    "train, torch, overlap auto: the weights of overlap off": by_trial,
+    "convert, train, ffcv": ffcv,
+    "train, resident": resident,
+    "train, compiled by inductor": compiled,
+    "train, SIGTERM, --resume: the weights of the undisturbed run": stopped_and_resumed,
+    "eval": evaluated,
+    "teach, train with stored targets": taught,
+    "train by GPU-hours": budgeted,
+    "train, out of memory: exit code 2 and one line": short_of_memory,
+    "plan": planned,
+    "export": exported,
+    "report": reported,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    well: bool
+    reason: str
+    seconds: float
+
+
+def rehearse(tool: Path, folder: Path, only: str = "") -> list[Outcome]:
+    """Runs the commands whose names the pattern finds, in order; later ones use what earlier ones made."""
+    chosen = [name for name in COMMANDS if re.search(only, name)] if only != "-" else []
+    ground, found = Ground(folder, tool), []
+    for name in chosen:
+        began = time.monotonic()
+        try:
+            COMMANDS[name](ground)
+            found.append(Outcome(name, True, "", time.monotonic() - began))
+        except Exception as error:  # one that fails must not end the others
+            found.append(Outcome(name, False, f"{type(error).__name__}: {error}", time.monotonic() - began))
+        print(f"{name}: {'ok' if found[-1].well else found[-1].reason}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(found: list[Outcome]) -> str:
+    lines = ["| command | outcome | seconds |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {o.name} | {o.reason or 'as it should'} | {o.seconds:.0f} |" for o in found])

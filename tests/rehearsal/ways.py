@@ -1,0 +1,71 @@
+"""The ways in which the tests marked `gpu` are rehearsed under the fake GPU, and what came of them."""
+
+from __future__ import annotations
+
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import fake_gpu
+from benchmarks.harness import ROOT
+
+WAYS = {
+    "values": {"FAKE_GPU_VALUES": "1"},  # operations get their true values; nothing is compiled
+    "lazy": {"FAKE_GPU_LAZY": "1"},  # nothing is done before the host waits; no values
+    "compiled": {"FAKE_GPU_VALUES": "compile"},  # Triton's kernels are compiled and launched, and compute nothing
+}
+TESTS = ("tests/gpu", "tests/integration/test_out_of_memory.py")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    test: str
+    way: str
+    state: str
+    """passed, failed or skipped"""
+    reason: str
+
+
+def rehearse(way: str, tool: Path, folder: Path, tests: tuple[str, ...] = TESTS) -> list[Outcome]:
+    """Runs the tests in one way, in a process of its own; its output goes to FOLDER/WAY.log."""
+    report, log = folder / f"{way}.xml", folder / f"{way}.log"
+    words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    settings = {**WAYS[way], "STD_FAST_REHEARSAL": way}
+    with open(log, "w", encoding="utf-8") as file:
+        subprocess.run(
+            fake_gpu.command(words, tool), cwd=ROOT, env=fake_gpu.environment(settings), stdout=file, stderr=file
+        )
+    if not report.is_file():
+        return [Outcome("pytest", way, "failed", f"it wrote no report; see {log}")]
+    return [outcome_of(case, way) for case in ElementTree.parse(report).iter("testcase")]
+
+
+def outcome_of(case: ElementTree.Element, way: str) -> Outcome:
+    test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+    for state, tag in (("failed", "failure"), ("failed", "error"), ("skipped", "skipped")):
+        if (found := case.find(tag)) is not None:
+            return Outcome(
+                test, way, state, (found.get("message") or "").splitlines()[0] if found.get("message") else ""
+            )
+    return Outcome(test, way, "passed", "")
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line for each test, a column for each way; reasons of what was skipped or failed below."""
+    ways = list(dict.fromkeys(one.way for one in outcomes))
+    tests = list(dict.fromkeys(one.test for one in outcomes))
+    by = {(one.test, one.way): one for one in outcomes}
+    lines = [f"| test | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
+    for test in tests:
+        cells = [by[test, way].state if (test, way) in by else "-" for way in ways]
+        lines.append(f"| {test} | {' | '.join(cells)} |")
+    for state in ("failed", "skipped"):
+        reasons: dict[str, list[str]] = {}
+        for one in outcomes:
+            if one.state == state:
+                reasons.setdefault(one.reason, []).append(f"{one.test} ({one.way})")
+        lines += [f"{state}, {reason or 'no reason given'}: {len(which)}" for reason, which in reasons.items()]
+    counts = {state: sum(one.state == state for one in outcomes) for state in ("passed", "skipped", "failed")}
+    lines.append(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return "\n".join(lines)
