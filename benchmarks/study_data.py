@@ -20,6 +20,7 @@ from pipelines.convert.job import convert
 from pipelines.errors import UserError
 from std_fast.method.student import predict
 from std_fast.runtime.flops import count_macs
+from std_fast.teachers.classes import DataClasses
 from std_fast.teachers.classifiers import load_weights, read_run
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
@@ -64,7 +65,9 @@ def store_predictions(run: Path, beton: Path) -> None:
     student.to(device).eval()
     augment = Augment(recipe.augment, recipe.run.seed).to(device)
     cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-    loader = open_val_loader(recipe, device, str(beton))
+    loader = open_val_loader(
+        recipe, device, str(beton), classes=DataClasses.named(stored.num_classes, stored.class_names)
+    )
     assert loader is not None
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("labels", *HEADS)}
     epoch: Any = loader.epoch(0)

@@ -18,6 +18,7 @@ from pipelines.untrusted import read_json
 from std_fast.config.recipe import Recipe, read_saved
 from std_fast.method.student import predict
 from std_fast.runtime.metrics import read_jsonl
+from std_fast.teachers.classes import DataClasses
 from std_fast.teachers.teacher import autocast, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
 
@@ -108,7 +109,7 @@ def predictions(run: RunData, count: int) -> list[Sample]:
     data = replace(recipe.data, threads=1)
     recipe = replace(recipe, data=data, run=replace(recipe.run, eval_batch=max(4, min(64, recipe.run.batch))))
     device = pick_device(recipe.run.device)
-    loader = open_val_loader(recipe, device)
+    loader = open_val_loader(recipe, device, classes=DataClasses.named(stored.num_classes, stored.class_names))
     assert loader is not None
     with loader:
         student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)

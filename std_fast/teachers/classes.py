@@ -1,23 +1,29 @@
-"""Which classes of a teacher are those of the data: matched by name, or by WordNet id for ImageNet's classes.
+"""Which classes of a model are those of the data: matched by name, or by WordNet id for ImageNet's classes.
 
-A teacher of 1,000 classes can so teach any subset of them: its other logits are dropped before softmax and argmax.
+A teacher of 1,000 classes can so teach any subset of them: its other logits are dropped before softmax and argmax. A
+student is evaluated on any subset: the data's labels become the student's, which keeps all its logits.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipelines.convert.labels import read_classes
 from pipelines.errors import UserError
+from pipelines.read.base import Source
 
 IMAGENET = "imagenet-1k"
 SUBSET_OF = {1000: IMAGENET, 11221: "imagenet-21k-miil", 11821: "imagenet-12k", 21841: "imagenet-22k"}
 """timm's lists of ImageNet classes, by their number of classes; those of other orders have to be asked for by name"""
 WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
+log = logging.getLogger("std_fast")
 
 
 class DataClasses(NamedTuple):
@@ -25,6 +31,11 @@ class DataClasses(NamedTuple):
 
     number: int
     names: tuple[str, ...] | None = None
+
+    @classmethod
+    def named(cls, count: int, names: Sequence[str] | None) -> DataClasses:
+        """With whatever names there are."""
+        return cls(count, None if names is None or len(names) != count else tuple(names))
 
     @classmethod
     def of(cls, count: int, names: Sequence[str] | None) -> DataClasses:
@@ -70,21 +81,78 @@ def wrong_classes(where: str, found: int, needed: int) -> str:
     )
 
 
-def match(theirs: tuple[str, ...], ours: tuple[str, ...], where: str) -> tuple[int, ...]:
-    """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id."""
+def match(
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    where: str,
+    who: str = "the teacher",
+    fix: str = "take a teacher of these classes",
+) -> tuple[int, ...]:
+    """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id.
+
+    Raises:
+        UserError: `who`, whose names `theirs` are, lacks one of ours, or has one class for two of ours.
+    """
     place = {name: i for i, name in enumerate(theirs)}
     by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
     found = [place[name] if name in place else by_id.get(wordnet_id(name) or "") for name in ours]
     if None in found:
         missing = [name for name, at in zip(ours, found, strict=True) if at is None]
         raise UserError(
-            f"{where}: the teacher lacks the class {missing[0]!r} of the data ({len(missing)} of {len(ours)} "
-            f"such), it has {', '.join(map(repr, theirs[:3]))} ...; take a teacher of these classes"
+            f"{where}: {who} lacks the class {missing[0]!r} of the data ({len(missing)} of {len(ours)} "
+            f"such), it has {', '.join(map(repr, theirs[:3]))} ...; {fix}"
         )
     if len(set(found)) < len(found):
         twice = next(name for name, at in zip(ours, found, strict=True) if found.count(at) > 1)
-        raise UserError(f"{where}: {twice!r} and another class of the data mean one class of the teacher")
+        raise UserError(f"{where}: {twice!r} and another class of the data mean one class of {who}")
     return tuple(at for at in found if at is not None)
+
+
+def relabel(source: Source, model: DataClasses, where: str, who: str) -> None:
+    """Gives the images of `source`, in place, the labels of the model's classes, matched by name or WordNet id.
+
+    Classes named by numbers (0, 1, 10) mean the model's classes of these numbers, if it has none of these names. Labels
+    without names are the model's already, and so are those of as many classes as a model without names has. A class
+    without images need not be one of the model's.
+
+    Args:
+        who: whose classes `model` are, for messages.
+
+    Raises:
+        UserError: names a class that the model lacks, or says that one of the two has no names and another number.
+    """
+    number, theirs = model
+    ours = source.class_names
+    fix = "use data of its classes"
+    present = np.unique(source.labels).tolist()
+    wanted = [] if ours is None else [ours[label] for label in present]
+    values, numbers = class_numbers(wanted), class_numbers(theirs or ())
+    if values is not None and (numbers is not None or not set(wanted) & set(theirs or ())):
+        places = match([str(n) for n in numbers or range(number)], [str(n) for n in values], where, who, fix)
+    elif theirs is not None and wanted:
+        places = match(theirs, wanted, where, who, fix)
+    elif source.num_classes == number or (not wanted and source.num_classes < number):
+        return
+    else:
+        lacking = where if theirs is not None or not wanted else who
+        raise UserError(
+            f"{where}: has {source.num_classes} classes, {who} {number}, and {lacking} has no class names by which to "
+            f"match them; {fix}, or convert with class names"
+        )
+    table = np.zeros(source.num_classes, np.int64)
+    table[present] = places
+    if list(places) != present:
+        log.info("%s: its classes are matched by name with those of %s", where, who)
+    source.labels = table[source.labels]
+    source.num_classes, source.class_names = number, list(theirs) if theirs is not None else None
+
+
+def class_numbers(names: Sequence[str]) -> list[int] | None:
+    """The numbers that all names are, each another; None where they are names."""
+    if not names or not all(name.isascii() and name.isdecimal() for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if len(set(numbers)) == len(numbers) else None
 
 
 def class_names(asked: str, where: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipelines.augment.device import Augment
 from pipelines.augment.preview import contact_sheet
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader, LoaderSpec
+from pipelines.read.source import open_source
 from std_fast.config.files import filled_in
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.method.mine import MutualInformation
@@ -29,15 +30,11 @@ from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
+from std_fast.teachers.classes import DataClasses, relabel
 from std_fast.teachers.overlap import Overlap
 from std_fast.teachers.stream import BatchStream, CachedSource, NoTargets, TargetSource, TeacherSource
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
-from std_fast.teachers.teacher import (
-    Teachers,
-    autocast,
-    build_classifier,
-    build_teacher,
-)
+from std_fast.teachers.teacher import Teachers, autocast, build_classifier, build_teacher
 from std_fast.training.guard import Guard
 from std_fast.training.initial_weights import load_initial_weights
 from std_fast.training.optim import EMA, build_optimizer
@@ -106,12 +103,29 @@ def open_train_loader(
 
 
 def open_val_loader(
-    recipe: Recipe, device: torch.device, path: str = "", world: World = SINGLE_PROCESS
+    recipe: Recipe,
+    device: torch.device,
+    path: str = "",
+    world: World = SINGLE_PROCESS,
+    classes: DataClasses | None = None,
+    who: str = "the run",
 ) -> Loader | None:
-    """Every image of `path`, by default `data.val`, once and in order; None when there is none."""
+    """Every image of `path`, by default `data.val`, once and in order; None when there is none.
+
+    Args:
+        classes: of the model, whose labels the images get; None leaves them those of the data.
+        who: whose classes these are, for messages.
+
+    Raises:
+        UserError: data that cannot be read, or of other classes.
+    """
+    where = path or f"data.val ({recipe.data.val})"
     path = path or recipe.data.val
     if not path:
         return None
+    source = open_source(path)
+    if classes is not None:
+        relabel(source, classes, where, who)
     spec = LoaderSpec(
         path=path,
         global_batch=recipe.run.eval_batch or recipe.run.batch,
@@ -122,11 +136,14 @@ def open_val_loader(
         device=str(device),
         **recipe.data.shared(crop=recipe.data.eval_crop, resample=recipe.data.eval_resample),
     )
-    return pipelines.open_loader(spec, recipe.data.backend)
+    return pipelines.open_loader(spec, recipe.data.backend, source)
 
 
-def build_student(recipe: Recipe, num_classes: int) -> Student:
+def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] | None = None) -> Student:
     """The student of a recipe, on the CPU, with weights that only the seed decides.
+
+    Args:
+        class_names: of the data, to be matched with those of `student.weights`.
 
     Raises:
         UserError: an unknown name, options or taps that do not fit, weights that do not fit.
@@ -152,7 +169,7 @@ def build_student(recipe: Recipe, num_classes: int) -> Student:
         backbone, num_classes, modules, d.tokens, weight, mine.width, mine.ema, d.predict, d.token_mlp_ratio
     )
     if s.weights:
-        load_initial_weights(student, s)
+        load_initial_weights(student, s, class_names)
     return student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
@@ -234,11 +251,12 @@ def build(recipe: Recipe, world: World = SINGLE_PROCESS, ledger: Ledger | None =
         raise UserError(f"run.batch: {r.run.batch} over {world.size} processes must be a multiple of {4 * world.size}")
     with ExitStack() as closing:
         train_loader = closing.enter_context(open_train_loader(r, device, world))
-        val_loader = open_val_loader(r, device, world=world)
+        source = train_loader.source
+        classes = DataClasses.named(source.num_classes, source.class_names)
+        val_loader = open_val_loader(r, device, world=world, classes=classes, who="data.train")
         if val_loader is not None:
             closing.callback(val_loader.close)
-        check_same_classes(train_loader, val_loader)
-        student = build_student(r, train_loader.num_classes).to(device)
+        student = build_student(r, source.num_classes, source.class_names).to(device)
         check_options(r, student, world)
         rows = train_loader.steps_per_epoch * r.run.batch
         target_cache = open_target_cache(r, train_loader, precision, rows, world)
@@ -252,9 +270,9 @@ def build(recipe: Recipe, world: World = SINGLE_PROCESS, ledger: Ledger | None =
         backend = make_fast(r.run.compile, device, augment, teachers)
         watch = Stopwatch(device, ledger)
         trainer = build_trainer(r, student, device, precision, backend, watch, world)
-        source = target_source(teachers, target_cache, trainer.autocast)
+        targets = target_source(teachers, target_cache, trainer.autocast)
         overlap = Overlap(r.run.overlap, device)
-        stream = BatchStream(train_loader, augment, source, overlap, r.distill.views, watch, ledger)
+        stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
         closing.callback(stream.close)
         limit = ceiling(device, precision)
         log.info(
@@ -373,23 +391,6 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
     with open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device) as loader:
         mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
         contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)
-
-
-def check_same_classes(train: Loader, val: Loader | None) -> None:
-    """UserError when training and validation data name different classes."""
-    if val is None:
-        return
-    ours, theirs = train.source.class_names, val.source.class_names
-    if ours is not None and theirs is not None and list(ours) != list(theirs):
-        odd = sorted(set(ours) ^ set(theirs))
-        what = f"e.g. {odd[0]!r} is only in one of them" if odd else "the same names in another order"
-        raise UserError(
-            f"data.val: its classes are not those of data.train ({what}); convert both from the same classes"
-        )
-    if val.num_classes > train.num_classes:
-        raise UserError(
-            f"data.val: has {val.num_classes} classes, data.train {train.num_classes}; use data of the same classes"
-        )
 
 
 def resolved(recipe: Recipe) -> Recipe:

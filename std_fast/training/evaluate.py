@@ -20,6 +20,7 @@ from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
 from std_fast.method.student import Prediction, Student, StudentOutput, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.teachers.classes import DataClasses
 from std_fast.teachers.teacher import autocast, build_teacher, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of, teacher_dtype
 
@@ -101,8 +102,10 @@ def count_correct(
 def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:
     """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
 
+    The data may have some of the run's classes only, in any order: they are matched by name (see `relabel`).
+
     Raises:
-        UserError: the folder holds no run, the data cannot be read or has other classes.
+        UserError: the folder holds no run, the data cannot be read, or has a class that the run lacks.
     """
     stored = read_run(folder)
     recipe = stored.recipe
@@ -110,7 +113,8 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
         recipe = replace(recipe, data=replace(recipe.data, backend=backend))
     device = pick_device(recipe.run.device)
     try:
-        loader = open_val_loader(recipe, device, data)
+        classes = DataClasses.named(stored.num_classes, stored.class_names)
+        loader = open_val_loader(recipe, device, data, classes=classes)
     except UserError as error:
         if data:
             raise
@@ -118,10 +122,6 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
     if loader is None:
         raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
     with loader:
-        if loader.num_classes > stored.num_classes:
-            raise UserError(
-                f"{data}: has {loader.num_classes} classes, the model {stored.num_classes}; use data of its classes"
-            )
         student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
         load_weights(student, stored.state, str(folder))
         student.to(device)
