@@ -150,8 +150,8 @@ def add_preview(parser: Parser) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
+    from std_fast.commands.preview import preview as draw
     from std_fast.config import recipe as recipes
-    from std_fast.training.build import preview as draw
 
     draw(recipes.load(args.recipe, args.overrides), Path(args.out), args.epoch, args.images)
     print(args.out)

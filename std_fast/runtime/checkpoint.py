@@ -34,6 +34,7 @@ KEY = "std_fast"
 ALIGNED = 64  # bytes; where a tensor may begin in a buffer of many
 META_DEFAULTS: dict[str, Any] = {
     "class_names": None,
+    "content": {},
     "seconds": {},
     "best": {},
     "costs": {},
@@ -113,7 +114,7 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
     def is_steps(value: Any) -> bool:
         return isinstance(value, list) and len(value) <= 1 << 20 and all(type(x) is int and x >= 1 for x in value)
 
-    names = meta.get("class_names")
+    names, content = meta.get("class_names"), meta.get("content", {})
     sound = {
         "step": whole("step", 0, 1 << 53),
         "num_classes": whole("num_classes", 1, MAX_CLASSES),
@@ -123,6 +124,7 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
         "recipe": isinstance(meta.get("recipe"), str),
         "complete": isinstance(meta.get("complete", False), bool),
         "class_names": names is None or isinstance(names, list) and all(map(is_name, names)),
+        "content": isinstance(content, dict) and all(map(is_name, [*content, *content.values()])),
     }
     sound |= {
         key: isinstance(meta.get(key, {}), dict) and figures(meta.get(key, {})) for key in ("seconds", "best", "costs")

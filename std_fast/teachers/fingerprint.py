@@ -50,11 +50,16 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     }
     for i, teacher in enumerate(d.teachers):
         digest = weights_digest(teacher.weights, teacher.name)
-        names = teacher.classes
-        if Path(names).is_file():
-            names = hashlib.blake2b("\n".join(class_names(names, "")).encode(), digest_size=DIGEST_BYTES).hexdigest()
+        names = names_digest(teacher.classes)
         values |= _flat(f"distill.teachers.{i}", to_dict(teacher) | {"weights": digest, "classes": names})
     return values
+
+
+def names_digest(classes: str) -> str:
+    """Identity of a teacher's `classes`: digest of the names in a file, or the name of a list as it is."""
+    if not Path(classes).is_file():
+        return classes
+    return hashlib.blake2b("\n".join(class_names(classes, "")).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def _flat(prefix: str, values: dict) -> dict[str, Any]:
@@ -82,9 +87,14 @@ def weights_digest(weights: str, name: str) -> str | None:
     kinds = (".json", ".safetensors", ".bin", ".pth", ".pt")
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in kinds and f.is_file())
     for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                h.update(chunk)
+        try:
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 24):
+                    h.update(chunk)
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); restore it or change its permissions"
+            ) from None
     return h.hexdigest() if files else None
 
 

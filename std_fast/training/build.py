@@ -8,14 +8,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import pipelines
 from pipelines.augment.device import Augment
-from pipelines.augment.preview import contact_sheet
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.source import open_source
@@ -241,8 +239,17 @@ def make_fast(wanted: str, device: torch.device, augment: Augment, teachers: Tea
     return backend
 
 
-def build(recipe: Recipe, world: World = SINGLE_PROCESS, ledger: Ledger | None = None) -> Parts:
-    """Everything that a run of `recipe` needs. UserError for whatever the user can fix, before anything is trained."""
+def build(
+    recipe: Recipe,
+    world: World = SINGLE_PROCESS,
+    ledger: Ledger | None = None,
+    check_data: Callable[[Loader], None] = lambda loader: None,
+) -> Parts:
+    """Everything that a run of `recipe` needs. UserError for whatever the user can fix, before anything is trained.
+
+    Args:
+        check_data: called with the training data, before anything else is opened.
+    """
     # Memory of an earlier run of this process is freed first: its parts form cycles, and full collections are rare.
     gc.collect()
     r, device, ledger = recipe, pick_device(recipe.run.device), ledger or Ledger()
@@ -251,6 +258,7 @@ def build(recipe: Recipe, world: World = SINGLE_PROCESS, ledger: Ledger | None =
         raise UserError(f"run.batch: {r.run.batch} over {world.size} processes must be a multiple of {4 * world.size}")
     with ExitStack() as closing:
         train_loader = closing.enter_context(open_train_loader(r, device, world))
+        check_data(train_loader)
         source = train_loader.source
         classes = DataClasses.named(source.num_classes, source.class_names)
         val_loader = open_val_loader(r, device, world=world, classes=classes, who="data.train")
@@ -376,21 +384,6 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
             raise UserError(
                 f"student.early_size: {s.early_size} is not smaller than data.image_size {recipe.data.image_size}"
             )
-
-
-def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
-    """Draws the first images of an epoch, augmented as the student will see them, as a PNG.
-
-    Raises:
-        UserError: data that cannot be read, fewer than four images, or a PNG that cannot be written.
-    """
-    images = images // 4 * 4
-    if images < 4:
-        raise UserError("--images: must be 4 or more")
-    device = pick_device(recipe.run.device)
-    with open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device) as loader:
-        mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
-        contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)
 
 
 def resolved(recipe: Recipe) -> Recipe:

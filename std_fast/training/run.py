@@ -13,12 +13,14 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.files import write_atomic
+from pipelines.read.batch import Loader
 from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds, unkept_durations
 from std_fast.runtime.budget import Clock, Ledger, Pace, in_words, process_seconds
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
 from std_fast.training.build import build, resolved, uses_gpu
+from std_fast.training.content import content_of
 from std_fast.training.evaluate import Abandoned
 from std_fast.training.evaluator import Evaluator
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
@@ -82,19 +84,17 @@ class Run:
 
     def _build(self, quiet: bool) -> None:
         recipe, run, world = self.recipe, self.recipe.run, self.world
-        self.parts = parts = build(recipe, world, self.ledger)
+        self.parts = parts = build(self.folder.pinned(recipe), world, self.ledger, self._check_data)
+        parts.recipe = recipe
         self._closing.callback(parts.close)
         self.trainer, self.stream = parts.trainer, parts.stream
         self.per_epoch = parts.train_loader.steps_per_epoch
         self.clock = Clock(Duration.parse(run.length, "run.length"), self.per_epoch, run.batch, self.ledger)
         for line in unkept_durations(recipe, self.per_epoch) if world.main else ():
             log.warning(line)
-        meta: dict[str, Any] = {}
-        if self.folder.found is not None:
-            meta = self.folder.restore(parts.state)
-            self.step, self.clock.costs = meta["step"], dict(meta.get("costs", {}))
-            self.complete = meta.get("complete", False)
-            self.evaluation_pending = meta.get("evaluation_pending", False)
+        if parts.val_loader is not None:
+            self.content["data.val"] = world.broadcast(parts.val_loader.source.fingerprint() if world.main else "")
+        meta = self._restore() if self.folder.found is not None else {}
         self.schedule = build_schedule(recipe, self.clock, self.per_epoch, world)
         self.agreement = Agreement(world)
         self.pace = Pace() if parts.device.type == "cuda" and self.clock.hours else None
@@ -109,6 +109,24 @@ class Run:
         )
         if not self.clock.hours or "checkpoint" in self.clock.costs:  # else the first save of a budget is made early,
             self.schedule.saved_at = time.perf_counter()  # so that the cost of the last one is known
+
+    def _check_data(self, train: Loader) -> None:
+        """UserError where a run that is resumed was trained on something else."""
+        self.content = self.world.broadcast(content_of(self.recipe, train) if self.world.main else {})
+        self.folder.check(self.content, train.source)
+
+    def _restore(self) -> dict[str, Any]:
+        """Continues from the checkpoint that was found; returns its metadata."""
+        meta = self.folder.restore(self.parts.state)
+        self.step, self.clock.costs = meta["step"], dict(meta.get("costs", {}))
+        self.complete = meta.get("complete", False)
+        self.evaluation_pending = meta.get("evaluation_pending", False)
+        val = meta["content"].get("data.val")
+        if val is not None and val != self.content.get("data.val"):
+            log.info("data.val: is other data than before; the best accuracy so far does not count")
+            self.clock.costs.pop("evaluate", None)
+            meta = {**meta, "best": {}}
+        return meta
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> dict[str, float]:
         """Trains to the end; returns the last evaluation. `on_step` is called after each step."""
@@ -221,6 +239,7 @@ class Run:
             **self.monitor.meta(),
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
+            "content": self.content,
         }
         self.folder.save(self.step, self.parts.state, meta)
 

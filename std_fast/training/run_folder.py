@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.read.base import Source
 from std_fast import __version__
 from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.training.content import at_stored_paths, check_classes, check_content
 from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
@@ -42,6 +45,8 @@ RESUMABLE_CHANGES = (
     "data.threads",
     "data.ahead",
     "data.hw_decoder_load",
+    "data.val",
+    "run.eval_batch",
     "distill.target_cache",
     "summary",
     "name",
@@ -103,7 +108,9 @@ class RunFolder:
         """What to do where the folder holds a run: resume it if it is this one, else take another folder."""
         other = f"--run.out {unused_beside(self.path)}"
         try:
-            differing = changed_fields(self.recipe, read_saved(self.path))
+            saved = read_saved(self.path)
+            data = replace(self.recipe.data, train=saved.data.train)  # its content is compared when it is resumed
+            differing = changed_fields(replace(self.recipe, data=data), saved)
         except UserError:  # no recipe beside the checkpoints
             return f"start this one with {other}"
         if differing:
@@ -136,19 +143,38 @@ class RunFolder:
         length = Duration.parse(self.recipe.run.length)
         return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
 
-    def restore(self, state: TrainState) -> dict[str, Any]:
-        """Loads `found` into the state; returns its metadata.
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """The recipe as a resumed run builds it: without initial weights, and reading with the backend that it had."""
+        if self.found is None:
+            return recipe
+        backend = self.found.meta["content"].get("data.backend", "auto")
+        if recipe.data.backend == "auto" and backend != "resident":  # which `auto` takes for the same data again
+            recipe = replace(recipe, data=replace(recipe.data, backend=backend))
+        return replace(recipe, student=replace(recipe.student, weights=""))
 
-        Raises:
-            UserError: it was written by a recipe that computes something else.
+    def check(self, content: dict[str, str], train: Source) -> None:
+        """UserError where `found` was written by a recipe that computes something else, or on other data.
+
+        Args:
+            content: of the run, see `content_of`.
+            train: its training data.
         """
-        assert self.found is not None
-        path, tensors, meta = self.found
-        if other := changed_fields(self.recipe, loads(meta["recipe"])):
+        if self.found is None:
+            return
+        path, _, meta = self.found
+        saved = loads(meta["recipe"])
+        check_classes(meta, train.num_classes, train.class_names)
+        check_content(self.recipe, meta["content"], content)
+        if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):
             raise UserError(
                 f"{path}: was written by another recipe ({other[0]} differs); resume with {self.path}/recipe.yaml, or "
                 f"start a new run with --run.out {unused_beside(self.path)}"
             )
+
+    def restore(self, state: TrainState) -> dict[str, Any]:
+        """Loads `found` into the state; returns its metadata."""
+        assert self.found is not None
+        path, tensors, meta = self.found
         state.load(tensors)
         self._saved_step = meta["step"]
         log.info("resumed %s at step %d", path, self._saved_step)

@@ -1,0 +1,27 @@
+"""A contact sheet of a recipe's augmented images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipelines.augment.device import Augment
+from pipelines.augment.preview import contact_sheet
+from pipelines.errors import UserError
+from std_fast.config.recipe import Recipe
+from std_fast.training.build import open_train_loader, pick_device
+
+
+def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
+    """Draws the first images of an epoch, augmented as the student will see them, as a PNG.
+
+    Raises:
+        UserError: data that cannot be read, fewer than four images, or a PNG that cannot be written.
+    """
+    images = images // 4 * 4
+    if images < 4:
+        raise UserError("--images: must be 4 or more")
+    device = pick_device(recipe.run.device)
+    with open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device) as loader:
+        mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
+        contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)

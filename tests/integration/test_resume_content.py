@@ -1,0 +1,165 @@
+"""--resume compares content: the same bytes on other paths go on to the same bits, other bytes on one path do not."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.convert.job import ConvertSettings, convert
+from pipelines.errors import UserError
+from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict
+from std_fast.runtime import checkpoint
+from std_fast.training.run import Stopped, train
+
+OPTIONS = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
+STEPS = 4
+
+
+def make_recipe(base: Path, out: Path, **sections) -> Recipe:
+    """A student of one teacher, with the files of `base`."""
+    return from_dict(
+        Recipe,
+        {
+            "data": {
+                "train": str(base / "train.beton"),
+                "val": str(base / "val"),
+                "image_size": 16,
+                "threads": 1,
+                "backend": "torch",
+            },
+            "student": {"name": "mixer", "options": OPTIONS, "weights": str(base / "first")},
+            "distill": {"mode": "std", "teachers": [{"weights": str(base / "teacher")}]},
+            "optim": {"warmup": "1 steps", "ema": 0.9, "ema_batch": 8},
+            "run": {"batch": 8, "length": f"{STEPS} steps", "device": "cpu", "compile": "off", "out": str(out)},
+            **sections,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def base(image_folder, tmp_path_factory):
+    """A beton with its manifest, a validation folder, a teacher's run, and first weights."""
+    folder = tmp_path_factory.mktemp("content")
+    convert(str(image_folder), str(folder / "train.beton"), settings=ConvertSettings(size=None))
+    shutil.copytree(image_folder, folder / "val")
+    fresh = {"student": {"name": "mixer", "options": OPTIONS}}
+    for name, sections in (("teacher", {**fresh, "distill": {"mode": "none"}}), ("first", fresh)):
+        recipe = make_recipe(folder, folder / name, **sections)
+        train(replace(recipe, run=replace(recipe.run, length="1 steps")), quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(base):
+    train(make_recipe(base, base / "whole"), quiet=True)
+    return newest(base / "whole")[0]
+
+
+def newest(folder):
+    _, tensors, meta = checkpoint.newest(folder / "checkpoints")
+    return tensors, meta
+
+
+@pytest.fixture
+def here(base, tmp_path):
+    """Copies of the files, and of a run on those of `base` that was stopped after its second step."""
+    if not (base / "run").exists():
+        stop(make_recipe(base, base / "run"))
+    for name in ("train.beton", "train.beton.json"):
+        shutil.copy(base / name, tmp_path / name)
+    for name in ("val", "teacher", "first", "run"):
+        shutil.copytree(base / name, tmp_path / name)
+    return tmp_path
+
+
+def stop(recipe: Recipe) -> None:
+    def ask(run):
+        run.stop_wanted = run.step == 2
+
+    with pytest.raises(Stopped):
+        train(recipe, quiet=True, on_step=ask)
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(UserError) as caught:
+        train(recipe, resume=True, quiet=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_moved_files_and_other_ways_to_evaluate_are_no_other_training(here, expected):
+    """Data, teacher and first weights on another path; other validation data and batch; backend by `auto`."""
+    recipe = make_recipe(here, here / "run")
+    shutil.copytree(here / "val" / "ant", here / "some" / "ant")
+    moved = replace(
+        recipe,
+        data=replace(recipe.data, val=str(here / "some"), backend="auto"),
+        run=replace(recipe.run, eval_batch=4, device="auto" if not torch.cuda.is_available() else "cpu"),
+    )
+    summary = train(moved, resume=True, quiet=True)
+    got, meta = newest(here / "run")
+    assert got.keys() == expected.keys() and meta["step"] == STEPS
+    assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
+    assert summary["result"]["images"] == 8 and summary["best"]["step"] == STEPS  # not of the former data
+
+
+def test_an_image_folder_on_another_path(base, tmp_path):
+    recipe = make_recipe(
+        base, tmp_path / "run", distill={"mode": "none"}, student={"name": "mixer", "options": OPTIONS}
+    )
+    stop(replace(recipe, data=replace(recipe.data, train=str(base / "val"))))
+    shutil.copytree(base / "val", tmp_path / "elsewhere")
+    moved = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "elsewhere")))
+    assert train(moved, resume=True, quiet=True)["steps"] == STEPS
+    (tmp_path / "elsewhere/ant/00.jpg").unlink()
+    assert "elsewhere holds other data than this run was trained with" in refusal(moved)
+
+
+def test_other_data_on_the_same_path(here, base):
+    recipe = make_recipe(here, here / "run")
+    before = newest(here / "run")[1]
+    (here / "train.beton.json").unlink()
+    convert(str(base / "val"), str(here / "new.beton"), settings=ConvertSettings(size=None, seed=5))
+    (here / "new.beton").replace(here / "train.beton")
+    (here / "new.beton.json").replace(here / "train.beton.json")
+    assert refusal(recipe).startswith(f"data.train: {here}/train.beton holds other data than this run was trained with")
+    (here / "val" / "bee").rename(here / "val" / "wasp")
+    convert(str(here / "val"), str(here / "other.beton"), settings=ConvertSettings(size=None))
+    other = replace(recipe, data=replace(recipe.data, train=str(here / "other.beton")))
+    assert "data.train: class 1 is 'cat', and was 'bee' in the run" in refusal(other)
+    shutil.rmtree(here / "val" / "wasp")
+    fewer = replace(recipe, data=replace(recipe.data, train=str(here / "val")))
+    assert "data.train: has 2 classes, the run 3" in refusal(fewer)
+    assert newest(here / "run")[1] == before  # nothing was written
+
+
+def test_another_backend_and_other_weights_of_a_teacher(here, base):
+    recipe = make_recipe(here, here / "run")
+    resident = replace(recipe, data=replace(recipe.data, backend="resident"))
+    assert refusal(resident).endswith("differ by roundings; resume with --data.backend torch")
+    shutil.rmtree(here / "teacher")
+    again = make_recipe(base, here / "teacher", distill={"mode": "none"}, student={"name": "test_resnet"})
+    train(replace(again, run=replace(again.run, length="1 steps")), quiet=True)
+    assert f"distill.teachers.0.weights: {here}/teacher holds other weights" in refusal(recipe)
+
+
+def test_checkpoints_of_earlier_versions_compare_paths(here, base):
+    """They hold the class names, but no content. No resumed run needs its first weights."""
+    path = sorted((here / "run" / "checkpoints").iterdir())[-1]
+    tensors, meta = checkpoint.load(path)
+    checkpoint.save(path, tensors, {key: value for key, value in meta.items() if key not in ("digest", "content")})
+    assert "another recipe (data.train differs)" in refusal(make_recipe(here, here / "run"))
+    recipe, manifest = make_recipe(base, here / "run"), base / "train.beton.json"
+    text = manifest.read_text()
+    (base / "first").rename(base / "gone")
+    try:
+        manifest.write_text(text.replace('"bee"', '"wasp"'))
+        assert "data.train: class 1 is 'wasp', and was 'bee' in the run" in refusal(recipe)
+        manifest.write_text(text)
+        assert train(recipe, resume=True, quiet=True)["steps"] == STEPS
+    finally:
+        manifest.write_text(text)
+        (base / "gone").rename(base / "first")
