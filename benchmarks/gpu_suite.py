@@ -1,27 +1,34 @@
-"""Everything that needs a GPU, in one call: the tests marked `gpu` and every benchmark, part by part.
+"""Everything that needs a GPU, in pieces of at most three minutes: the tests marked `gpu` and every benchmark.
 
-Each part is a process of its own with a time limit, so that one that fails or hangs takes nothing with it. After each,
-`gpu_suite.json` in the folder of --out (by default $OUT) is written anew, with all that is known; `gpu_suite.log` holds
-what the parts said. A short table comes last. --smoke runs the benchmarks at tiny sizes on the CPU.
-
-    std-fast bench gpu_suite --out OUT                            # all, one after the other
-    std-fast bench gpu_suite --call 1 --out OUT                   # then 2 and 3: each under ten minutes
+    std-fast bench gpu_suite --minutes 11 --out OUT      # the next pieces that fit; call it again for the others
+    std-fast bench gpu_suite --out OUT                   # all that are left
     std-fast bench gpu_suite --only kernels "step mixer_s16" --out OUT
-    std-fast bench gpu_suite --split OUT/gpu_suite.json --out benchmarks/results   # a file for each benchmark
+    std-fast bench gpu_suite --split OUT/gpu_suite-....json --out benchmarks/results   # a file for each benchmark
 
-A machine that is lent for 25 minutes in calls of ten does all by the three --call: what is most worth knowing comes
-first, and what does not fit is named.
+What is most worth knowing comes first. Each piece is a process of its own with a time limit, so that one that fails or
+hangs takes nothing with it. After each, `gpu_suite-CARD-CODE.json` in the folder of --out (by default $OUT) is written
+anew; CODE is a digest of the project's Python files. A piece whose result is there, for this card and this code, is not
+taken again; one that failed or was cut off comes after those that have not been tried. --known FOLDER reads results
+from there too, where --out starts empty. `gpu_suite.log` holds the output of the pieces.
+
+--caches FOLDER keeps what inductor and Triton compile, so that a second call starts warm. A folder that a fake GPU
+filled for sm_90 serves a real one in part: Triton's kernels are found by their source and target, while inductor's
+graphs carry the name of the card in their key and are compiled anew. --smoke runs the benchmarks at tiny sizes, on the
+CPU or with --device cuda on whatever torch takes for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +42,15 @@ OTHERS = ("mixer_b16", "resmlp_s24", "resmlp_b24", "cyclemlp_b1", "cyclemlp_b2")
 
 @dataclass(frozen=True)
 class Part:
+    """A piece."""
+
     name: str
     words: tuple[str, ...]
     """after `python -m`"""
-    limit: float
-    """seconds"""
+    expected: float = 120
+    """seconds: it is begun where so many are left"""
+    limit: float = 180
+    """seconds after which it is ended"""
 
     @property
     def question(self) -> str | None:
@@ -47,88 +58,135 @@ class Part:
         return self.words[0].partition("benchmarks.")[2] or None
 
 
-def bench(question: str, *words: str, name: str = "", limit: float = 180) -> Part:
-    return Part(name or question, (f"benchmarks.{question}", *words), limit)
+def bench(question: str, *words: str, name: str = "", expected: float = 120) -> Part:
+    return Part(name or question, (f"benchmarks.{question}", *words), expected)
 
 
 def other(model: str) -> Part:
     """The step of another student; what its teachers are does not matter, so they are tiny."""
     tiny = ("--teachers", "test_resnet", "test_resnet")
-    return bench("step", "--model", model, "--batch", "512", "--profile", *tiny, name=f"step {model}", limit=200)
+    return bench("step", "--model", model, "--batch", "512", "--profile", *tiny, name=f"step {model}")
 
 
-CALLS = (
-    (
-        Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", "tests"), 240),
-        bench("step", "--profile", name="step mixer_s16", limit=240),
-        bench("kernels", limit=150),
-    ),
-    (
-        bench("peers", limit=240),
-        bench("overlap", limit=150),
-        bench("end_to_end", limit=150),
-        bench("roofline", "--compile", "inductor", limit=150),
-    ),
-    (
-        *(other(model) for model in OTHERS),
-        bench("teachers", "--teachers", "resnet50", "resnet101", "swin_base_patch4_window7_224", limit=200),
-        bench("options", name="options mixer_s16", limit=240),
-        bench("options", "--model", "cyclemlp_b1", "--batch", "512", name="options cyclemlp_b1", limit=240),
-        bench("compile", "--limit", "240", limit=600),
-        bench("mine_gaussians"),
-    ),
+PARTS = (
+    Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", "tests"), 90),
+    bench("step", "--profile", name="step mixer_s16", expected=150),
+    bench("peers", "--only", "compiled", name="peers compiled"),
+    bench("peers", "--only", "eager", name="peers eager", expected=60),
+    bench("overlap"),
+    bench("end_to_end"),
+    bench("kernels", expected=90),
+    *(other(model) for model in OTHERS),
+    bench("roofline", "--compile", "inductor"),
+    bench("teachers", "--teachers", "resnet50", "resnet101", "swin_base_patch4_window7_224"),
+    bench("options", name="options mixer_s16", expected=150),
+    bench("options", "--model", "cyclemlp_b1", "--batch", "512", name="options cyclemlp_b1", expected=150),
+    bench("compile", "--limit", "80", expected=150),
+    bench("mine_gaussians", expected=60),
 )
-PARTS = tuple(part for call in CALLS for part in call)
-SECONDS_OF_A_CALL = 480.0  # three of them and the machine's start fit into 25 minutes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 1 when a part failed or ran past its limit."""
-    parser = argparse.ArgumentParser(
-        "std-fast bench gpu_suite", description=__doc__.split("\n\n")[0] if __doc__ else ""
-    )
-    parser.add_argument("--out", default=os.environ.get("OUT", ""), help="folder of the results [$OUT]")
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=[p.name for p in PARTS], help="these parts")
-    parser.add_argument("--call", type=int, choices=range(1, len(CALLS) + 1), help="the parts of one call; see above")
-    parser.add_argument(
-        "--total", type=float, help=f"seconds for all of them [no limit; with --call {SECONDS_OF_A_CALL:.0f}]"
-    )
-    parser.add_argument("--split", metavar="FILE", help="only write each report of this gpu_suite.json to --out")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: whether it runs, not how fast")
-    args = parser.parse_args(argv)
-    if not args.out:
-        parser.error("--out: name a folder, or set $OUT")
+    """Exit code 1 when a piece failed or ran past its limit."""
+    args = parsed(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.split:
         for one in json.loads(Path(args.split).read_text(encoding="utf-8"))["parts"].values():
             if "report" in one:
                 print(harness.write(one["report"], Path(args.out)))
         return 0
-    if args.total is None:
-        args.total = SECONDS_OF_A_CALL if args.call else float("inf")
-    wanted = CALLS[args.call - 1] if args.call else PARTS
-    parts = [part for part in wanted if args.only is None or part.name in args.only]
+    device, parts = args.device, [part for part in PARTS if args.only is None or part.name in args.only]
     if args.smoke:
         seen: dict[str, Part] = {p.question: p for p in reversed(parts) if p.question}  # one of each
-        parts = [Part(name, (part.words[0], "--smoke"), part.limit) for name, part in reversed(seen.items())]
+        words = ("--smoke", *(("--device", device) if device != "auto" else ()))
+        parts = [Part(name, (part.words[0], *words), part.expected) for name, part in reversed(seen.items())]
+    keep_caches(args.caches)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_suite.log").write_text("", encoding="utf-8")
-    began = time.monotonic()
-    found: dict[str, dict[str, Any]] = {}
+    path = folder / f"gpu_suite-{card()}-{code()}{'-smoke' if args.smoke else ''}.json"
+    found = results(path) or results(Path(args.known or folder) / path.name)
+    run(next_parts(parts, found), found, path, args.minutes, harness.cores() if args.smoke and device != "cuda" else 1)
+    print(table(found))
+    tried = [found[part.name] for part in parts if part.name in found]
+    return 0 if all(one["state"] == "ok" for one in tried) else 1
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "std-fast bench gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default=os.environ.get("OUT", ""), help="folder of the results [$OUT]")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for all pieces of this call [no limit]")
+    parser.add_argument("--only", nargs="+", metavar="PIECE", choices=[p.name for p in PARTS], help="these pieces")
+    parser.add_argument("--known", metavar="FOLDER", help="results are looked for there, if --out has none")
+    parser.add_argument("--caches", metavar="FOLDER", help="what is compiled stays there [where torch keeps it]")
+    parser.add_argument("--split", metavar="FILE", help="only write each report of this file to --out")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: whether it runs, not how fast")
+    parser.add_argument("--device", choices=("auto", "cuda"), default="auto", help="of --smoke [the CPU]")
+    args = parser.parse_args(argv)
+    if not args.out:
+        parser.error("--out: name a folder, or set $OUT")
+    return args
+
+
+def next_parts(parts: Sequence[Part], found: Mapping[str, dict[str, Any]]) -> list[Part]:
+    """Without those whose results are there; those that have not been tried first."""
+    left = [part for part in parts if found.get(part.name, {}).get("state") != "ok"]
+    return sorted(left, key=lambda part: part.name in found)
+
+
+def run(parts: Sequence[Part], found: dict[str, dict[str, Any]], path: Path, minutes: float, beside: int = 1) -> None:
+    """Takes the pieces that fit into so many minutes, in order, and writes what is known after each.
+
+    Args:
+        beside: so many at once, where no time is taken.
+    """
+    until = time.monotonic() + 60 * minutes
 
     def go(part: Part) -> None:
-        if time.monotonic() - began > args.total:
-            found[part.name] = {"state": "not begun: --total is used up"}
-        else:
-            found[part.name] = attempt(part, min(part.limit, args.total - (time.monotonic() - began)), folder)
-        save(folder, found, args.smoke)
+        left = until - time.monotonic()
+        if left < part.expected:
+            harness.progress(f"{part.name}: does not fit into the {max(left, 0):.0f} s that are left")
+            return
+        found[part.name] = attempt(part, min(part.limit if beside == 1 else 600, left), path.parent)
+        save(path, found)
         harness.progress(f"{part.name}: {found[part.name]['state']}")
 
-    # tiny sizes are for seeing whether it runs: there, all cores may work at once
-    with ThreadPoolExecutor(harness.cores() if args.smoke else 1) as pool:
+    if beside == 1:  # in this thread, where a signal ends the piece too
+        for part in parts:
+            go(part)
+        return
+    with ThreadPoolExecutor(beside) as pool:
         list(pool.map(go, parts))
-    print(table(found))
-    return 0 if all(one["state"] == "ok" for one in found.values()) else 1
+
+
+def card() -> str:
+    """The GPU as it stands in a file's name."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def code() -> str:
+    """A digest of the project's Python files: results of other code are not those of this one."""
+    digest = hashlib.sha256()
+    for package in ("std_fast", "pipelines", "benchmarks"):
+        for path in sorted((harness.ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def keep_caches(folder: str | None) -> None:
+    """Of what the pieces compile."""
+    if folder:
+        place = Path(folder).resolve()
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(place), "TRITON_CACHE_DIR": str(place / "triton")}
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier call wrote; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
 
 
 def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
@@ -145,6 +203,9 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
         out, said = process.communicate()
         state = f"ran past its limit of {limit:.0f} s"
+    except BaseException:  # this call is ended: so is the piece, which leaves no result
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     with open(folder / "gpu_suite.log", "a", encoding="utf-8") as file:
         file.write(f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
@@ -154,12 +215,12 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     return {"state": state, **result, "said": f"{said}\n{out}".strip().splitlines()[-5:]}
 
 
-def save(folder: Path, found: dict[str, dict[str, Any]], smoke: bool) -> None:
-    """Writes what is known, whole or not at all."""
-    write_atomic(folder / "gpu_suite.json", json.dumps({"smoke": smoke, "parts": found}, indent=1) + "\n")
+def save(path: Path, found: Mapping[str, dict[str, Any]]) -> None:
+    """Writes what is known, complete or not at all."""
+    write_atomic(path, json.dumps({"parts": found}, indent=1) + "\n")
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: Mapping[str, dict[str, Any]]) -> str:
     """A line for each part, and one for each of its rows and ratios."""
     lines = []
     for name, one in found.items():

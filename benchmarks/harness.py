@@ -257,7 +257,11 @@ def hardware(found: Report) -> str:
 def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
     """What every benchmark takes."""
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: whether it runs, not how fast")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="tiny sizes, on the CPU unless --device says else: whether it runs, not how fast",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="also write QUESTION-HARDWARE-DATE.json (and the plot) there")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds [{repeats}]")
@@ -318,7 +322,8 @@ def complete(question: str, run: Callable[[argparse.Namespace], Report], args: a
     import torch
 
     if args.smoke:
-        args.device, args.threads, args.repeats, args.turn_seconds = "cpu", 1, 2, 0.0
+        args.device = "cpu" if args.device == "auto" else args.device
+        args.threads, args.repeats, args.turn_seconds = 1, 2, 0.0
     if args.repeats < 1:
         raise UserError("--repeats: must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():

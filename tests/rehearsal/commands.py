@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import fake_gpu, workload
+from benchmarks import fake_gpu, gpu_suite, workload
 from benchmarks.harness import ROOT
 from std_fast.runtime import checkpoint
 
@@ -167,6 +167,27 @@ def reported(g: Ground) -> None:
     assert (g.folder / "report" / "report.html").stat().st_size > 1000
 
 
+def suite_stopped_and_resumed(g: Ground) -> None:
+    """Every benchmark of the suite at tiny sizes; SIGTERM once the first has its result, then the others."""
+    words = ["-m", "benchmarks.gpu_suite", "--smoke", "--device", "cuda", "--out", str(g.folder / "suite")]
+    line, env = fake_gpu.command(words, g.tool), fake_gpu.environment(COMPILES)
+    with open(g.folder / "suite.log", "w", encoding="utf-8") as log:
+        first = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+        until = time.monotonic() + LIMIT
+        while first.poll() is None and time.monotonic() < until and not list(g.folder.glob("suite/*.json")):
+            time.sleep(0.1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(LIMIT) == 143, f"exit code {first.returncode}"
+        (path,) = g.folder.glob("suite/*.json")
+        before = gpu_suite.results(path)
+        code = subprocess.run(line, cwd=ROOT, env=env, stdout=log, stderr=log, timeout=4 * LIMIT).returncode
+    after = gpu_suite.results(path)
+    wrong = {name: one.get("said", [""])[-1] for name, one in after.items() if one["state"] != "ok"}
+    assert code == 0 and not wrong, wrong
+    assert all(after[name] == one for name, one in before.items()), "a result that was there was taken again"
+    assert set(after) == {part.question for part in gpu_suite.PARTS if part.question}
+
+
 COMMANDS: dict[str, Callable[[Ground], None]] = {
     "train, a teacher": a_teacher,
     "train, torch, overlap off": in_turn,
@@ -183,6 +204,7 @@ COMMANDS: dict[str, Callable[[Ground], None]] = {
     "plan": planned,
     "export": exported,
     "report": reported,
+    "bench gpu_suite, tiny sizes, SIGTERM, again": suite_stopped_and_resumed,
 }
 
 

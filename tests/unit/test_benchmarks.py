@@ -255,29 +255,73 @@ def test_images_are_as_large_as_photographs(tmp_path):
 
 
 def test_a_part_that_hangs_or_fails_takes_nothing_with_it(tmp_path):
-    hangs = gpu_suite.Part("hangs", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), 1.5)
-    fails = gpu_suite.Part("fails", ("timeit", "1/0"), 20)
+    hangs = gpu_suite.Part("hangs", ("timeit", "-n1", "-r1", "import time; time.sleep(60)"), limit=1.5)
+    fails = gpu_suite.Part("fails", ("timeit", "1/0"), limit=20)
     found = {part.name: gpu_suite.attempt(part, part.limit, tmp_path) for part in (hangs, fails)}
     assert found["hangs"]["state"] == "ran past its limit of 2 s" and found["hangs"]["seconds"] < 10
     assert found["fails"]["state"] == "exit code 1" and "ZeroDivisionError" in found["fails"]["said"][-1]
-    gpu_suite.save(tmp_path, found, smoke=True)
-    assert json.loads((tmp_path / "gpu_suite.json").read_text())["parts"] == found
+    gpu_suite.save(tmp_path / "found.json", found)
+    assert gpu_suite.results(tmp_path / "found.json") == found
     assert "hangs: ran past" in gpu_suite.table(found)
 
 
 def test_the_suites_reports_become_files_of_their_own(tmp_path, capsys):
     conditions = {"gpu": {"name": "NVIDIA H200"}, "date": "2026-01-02T03:04:05+00:00"}
     report = {"question": "step", "variant": "resmlp_s24", "conditions": conditions, "rows": []}
-    gpu_suite.save(tmp_path, {"step resmlp_s24": {"state": "ok", "report": report}, "tests": {"state": "ok"}}, False)
-    assert gpu_suite.main(["--split", str(tmp_path / "gpu_suite.json"), "--out", str(tmp_path / "results")]) == 0
+    path = tmp_path / "found.json"
+    gpu_suite.save(path, {"step resmlp_s24": {"state": "ok", "report": report}, "tests": {"state": "ok"}})
+    assert gpu_suite.main(["--split", str(path), "--out", str(tmp_path / "results")]) == 0
     (file,) = (tmp_path / "results").iterdir()
     assert file.name == "step-resmlp_s24-nvidia-h200-2026-01-02.json" and json.loads(file.read_text()) == report
     assert capsys.readouterr().out.strip() == str(file)
 
 
+def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """What is there is not taken again; what failed comes last; another code's results are not this one's."""
+    calls = []
+
+    def attempt(part, limit, folder):
+        calls.append(part.name)
+        if part.name == "b" and calls.count("b") == 1:
+            return {"state": "exit code 1", "seconds": 1.0}
+        if part.name == "c" and calls.count("c") == 1:
+            raise KeyboardInterrupt
+        return {"state": "ok", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_suite, "PARTS", tuple(gpu_suite.Part(name, ("timeit",), 60) for name in "abcd"))
+    monkeypatch.setattr(gpu_suite, "attempt", attempt)
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    words = ["--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.main(words)
+    assert calls == ["a", "b", "c"]
+    assert gpu_suite.main(words) == 0 and calls[3:] == ["c", "d", "b"]
+    assert gpu_suite.main(words) == 0 and len(calls) == 6
+    assert gpu_suite.main(["--out", str(tmp_path / "empty"), "--known", str(tmp_path)]) == 0 and len(calls) == 6
+    monkeypatch.setattr(gpu_suite, "code", lambda: "another")
+    assert gpu_suite.main(words) == 0 and calls[6:] == ["a", "b", "c", "d"]
+
+
+def test_pieces_are_begun_only_where_they_fit(tmp_path, monkeypatch):
+    now, taken = [0.0], []
+
+    def attempt(part, limit, folder):
+        taken.append((part.name, limit))
+        now[0] += 100
+        return {"state": "ok", "seconds": 100.0}
+
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_suite, "attempt", attempt)
+    seconds = {"a": 90, "b": 150, "c": 150, "d": 30}
+    parts = [gpu_suite.Part(name, ("timeit",), expected) for name, expected in seconds.items()]
+    gpu_suite.run(parts, {}, tmp_path / "found.json", minutes=4)
+    assert taken == [("a", 180), ("d", 140)]
+
+
 def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
     names = [part.name for part in gpu_suite.PARTS]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) and names[:3] == ["tests", "step mixer_s16", "peers compiled"]
+    assert all(part.expected <= part.limit <= 180 for part in gpu_suite.PARTS)
     wanted = {
         "roofline",
         "kernels",
