@@ -20,7 +20,7 @@ help:  ## this list
 demo: .venv/.ready-demo  ## distil a small vision MLP on this machine, 3 minutes; options: DEMO='--json'
 	$(BIN)/std-fast demo $(DEMO)
 
-test: .venv/.ready-test  ## the whole test suite; options: PYTEST='-x -k order'
+test: .venv/.ready-test  ## the full test suite; options: PYTEST='-x -k order'
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-oldest: .venv-oldest/.ready-oldest  ## the suite against the oldest torch of pyproject.toml, in an environment of its own

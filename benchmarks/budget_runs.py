@@ -146,9 +146,9 @@ def main(argv: list[str] | None = None) -> int:
         subprocess.run([sys.executable, "-m", "std_fast.cli", *teacher, "--run.length", "20 steps"], check=True)
         for name in args.cases:
             case = CASES[name]
-            taught = ["--distill.teachers.0.weights", f"{folder}/teacher"] if case.recipe == "digits_std" else []
+            teacher = ["--distill.teachers.0.weights", f"{folder}/teacher"] if case.recipe == "digits_std" else []
             out, before = Path(folder) / name.replace(" ", "_"), os.getloadavg()[0]
-            row = rows[name] = run_case(case, args.hours or case.hours, out, [*common, *taught], args.throttle)
+            row = rows[name] = run_case(case, args.hours or case.hours, out, [*common, *teacher], args.throttle)
             row["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
             print(
                 f"{name:<18}{row['hours']:.3f} h  {100 * row['share_of_budget']:.1f} % of it, ledger/wall "

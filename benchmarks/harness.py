@@ -159,15 +159,15 @@ def significant(value: float, digits: int = 4) -> float:
 
 def row(name: str, times: Times, batch: int = 0, **more: Any) -> Report:
     """A contestant's row: milliseconds a call, and images per second where a call takes a batch of images."""
-    figures: Report = {"name": name, "milliseconds": spread([1e3 * t for t in times.turns])}
+    record: Report = {"name": name, "milliseconds": spread([1e3 * t for t in times.turns])}
     if times.processor:
-        figures["cpu_milliseconds"] = spread([1e3 * t for t in times.processor])
+        record["cpu_milliseconds"] = spread([1e3 * t for t in times.processor])
     if batch:
-        figures["images_per_second"] = significant(batch / times.seconds)
-    figures["first_call_seconds"] = significant(times.first, 3)
+        record["images_per_second"] = significant(batch / times.seconds)
+    record["first_call_seconds"] = significant(times.first, 3)
     if times.peak_memory is not None:
-        figures["peak_memory_mib"] = round(times.peak_memory)
-    return figures | more | {"turns_ms": [significant(1e3 * t) for t in times.turns]}
+        record["peak_memory_mib"] = round(times.peak_memory)
+    return record | more | {"turns_ms": [significant(1e3 * t) for t in times.turns]}
 
 
 def ratio(what: str, of: Times, over: Times) -> Report:

@@ -2,7 +2,7 @@
 
 Every contestant lives in a process of its own and is asked for one epoch after the other, in turns, so that all meet
 the same weather on the machine; between its turns it does nothing. All read the same encoded images: the rivals that
-want files get the beton's JPEGs, written to a temporary folder. A turn's figures: images per second (from asking for
+want files get the beton's JPEGs, written to a temporary folder. A turn gives: images per second (from asking for
 the epoch to its last batch) and CPU time per image (the process and its children). Once: seconds from opening (imports
 of the library included, of torch not) to the first batch, the most memory beyond what the process held before, and the
 images per second when the files have to be read from the disk.
@@ -181,7 +181,7 @@ def _timm_loader(s: Settings) -> Epoch:
 
 
 def _decoding(s: Settings) -> Epoch:
-    """Decoding alone: whole images by libturbojpeg, exact DCT, in threads; no reading order, no crop, no resizing."""
+    """Decoding alone: full images by libturbojpeg, exact DCT, in threads; no reading order, no crop, no resizing."""
     from pipelines.read.decode import decode_rgb
     from pipelines.read.source import open_source
 
@@ -298,7 +298,7 @@ def _memory() -> float:
 
 
 def _serve(connection: Any, name: str, settings: Settings) -> None:
-    """A contestant's process: answers each epoch number with its figures."""
+    """A contestant's process: takes epoch numbers, returns the measurements of each."""
     import torch
 
     try:
@@ -443,12 +443,12 @@ def main(
         pixels = differences(settings, [name for name in backends if name not in missing])
     rows = []
     for name in names:
-        figures = {key: [turn[key] for turn in turns[name][1:]] for key in ("images_per_second", "cpu_us_per_image")}
+        values_of = {key: [turn[key] for turn in turns[name][1:]] for key in ("images_per_second", "cpu_us_per_image")}
         rows.append(
             {
                 "name": name,
-                **{key: _summary(values) for key, values in figures.items()},
-                "turns": [round(value, 1) for value in figures["images_per_second"]],
+                **{key: _summary(values) for key, values in values_of.items()},
+                "turns": [round(value, 1) for value in values_of["images_per_second"]],
                 "first_batch_seconds": turns[name][0]["first_batch_seconds"],
                 "memory_mib": max(turn["memory_mib"] for turn in turns[name]),
                 "cold_images_per_second": cold_rows.get(name),
@@ -478,7 +478,7 @@ def _installed(module: str) -> bool:
 def _alternate(
     names: list[str], settings: Settings, repeats: int, say: Callable[[str], None]
 ) -> dict[str, list[dict[str, float]]]:
-    """Figures of each contestant's turns, the first to warm up."""
+    """Measurements of each contestant's turns, the first to warm up."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     contestants: list[_Contestant] = []
     try:

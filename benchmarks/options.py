@@ -65,13 +65,13 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     if getattr(base.trainer.student.backbone, "any_size", False):
         for side in (5 * args.image_size // 7, 4 * args.image_size // 7):
             contestants[f"images of {side} px"] = functools.partial(steppers[BASE], given, image_size=side)
-    asked = {"teachers, whole": base, f"teachers, {5 * args.image_size // 7} px": cheap}
+    asked = {"teachers, full size": base, f"teachers, {5 * args.image_size // 7} px": cheap}
     for name, parts in asked.items():
         contestants[name] = asking(parts, given)
     times = harness.measure(contestants, args)
     for step in steppers.values():
         step.check()
-    whole, other = asked
+    full_size, other = asked
     ratios = [
         harness.ratio(f"{name} over {BASE}", times[name], times[BASE])
         for name in contestants
@@ -80,7 +80,7 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     return {
         "variant": workload.variant(args),
         "rows": [harness.row(name, one, args.batch) for name, one in times.items()],
-        "ratios": [*ratios, harness.ratio(f"{other} over {whole}", times[other], times[whole])],
+        "ratios": [*ratios, harness.ratio(f"{other} over {full_size}", times[other], times[full_size])],
         "precision": str(workload.compute_dtype(base)).removeprefix("torch."),
     }
 

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         many += [str(args.processes), "-m", "std_fast.cli"]
         length = ["--run.length", f"{steps} steps"]
         call([*alone, "train", "digits_teacher", *data, *length, "--run.out", f"{name}/teacher"])
-        taught = ["train", "digits_std", *data, *length, "--distill.teachers.0.weights", f"{name}/teacher"]
-        call([*alone, *taught, "--run.out", f"{name}/one"])
-        call([*many, *taught, "--run.out", f"{name}/many"])
+        std = ["train", "digits_std", *data, *length, "--distill.teachers.0.weights", f"{name}/teacher"]
+        call([*alone, *std, "--run.out", f"{name}/one"])
+        call([*many, *std, "--run.out", f"{name}/many"])
         return compare(folder / "one", folder / "many", args.processes)
 
 

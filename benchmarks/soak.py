@@ -40,10 +40,10 @@ ABANDON_EVERY = 20  # steps between abandoned epochs of the validation loader
 RUN_SECONDS = 40.0  # between a stop in the middle of an epoch and the next one
 
 
-# -- looking at a process ---------------------------------------------------------------------------------------------
+# -- what a process holds ---------------------------------------------------------------------------------------------
 
 
-def look(pid: int) -> dict[str, float]:
+def process_use(pid: int) -> dict[str, float]:
     """What a process holds at the moment. Raises OSError when it has ended."""
     proc = Path("/proc") / str(pid)
     memory = {}
@@ -100,39 +100,42 @@ def work(backend: str, data: Path, out: Path, seconds: float) -> None:
     import torch
 
     torch.set_num_threads(1)
-    told = {"phase": "warming up", "steps": 0, "epochs": 0.0, "runs": 0, "abandoned": 0}
-    run_for(backend, data, out / "first", 0.0, told)  # libraries' own pools of threads are there from now on
+    progress = {"phase": "warming up", "steps": 0, "epochs": 0.0, "runs": 0, "abandoned": 0}
+    run_for(backend, data, out / "first", 0.0, progress)  # libraries' own pools of threads are there from now on
     before = {thread.name for thread in threading.enumerate()}
-    native = look(os.getpid())["threads"]
-    told |= {"phase": "training", "steps": 0, "epochs": 0.0, "runs": 0, "abandoned": 0}
-    say(told)
+    native = process_use(os.getpid())["threads"]
+    progress |= {"phase": "training", "steps": 0, "epochs": 0.0, "runs": 0, "abandoned": 0}
+    show(progress)
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        run_for(backend, data, out / "run", min(left, RUN_SECONDS), told)
+        run_for(backend, data, out / "run", min(left, RUN_SECONDS), progress)
     left_over = sorted({thread.name for thread in threading.enumerate()} - before)
-    say(told | {"phase": "done", "left_threads": left_over, "more_threads": look(os.getpid())["threads"] - native})
+    show(
+        progress
+        | {"phase": "done", "left_threads": left_over, "more_threads": process_use(os.getpid())["threads"] - native}
+    )
 
 
-def say(told: dict[str, Any]) -> None:
-    print(json.dumps(told), flush=True)
+def show(progress: dict[str, Any]) -> None:
+    print(json.dumps(progress), flush=True)
 
 
-def run_for(backend: str, data: Path, out: Path, seconds: float, told: dict[str, Any]) -> None:
+def run_for(backend: str, data: Path, out: Path, seconds: float, progress: dict[str, Any]) -> None:
     """A run into `out`, from its last checkpoint on, stopped in the middle of an epoch after so many seconds."""
     from std_fast.training.run import Run, Stopped, train
 
-    began, at_start = time.monotonic(), told["steps"]
+    began, at_start = time.monotonic(), progress["steps"]
     first: list[int] = []
 
     def on_step(run: Run) -> None:
         first[:] = first or [run.step - 1]
-        told["steps"] = at_start + run.step - first[0]
-        told["epochs"] = told["steps"] / run.per_epoch
+        progress["steps"] = at_start + run.step - first[0]
+        progress["epochs"] = progress["steps"] / run.per_epoch
         if run.step % ABANDON_EVERY == 0 and run.parts.val_loader is not None:
             epoch: Any = run.parts.val_loader.epoch(0)
             next(epoch)
             epoch.close()
-            told["abandoned"] += 1
+            progress["abandoned"] += 1
         if time.monotonic() - began >= seconds and run.step % run.per_epoch == 2:
             run.stop_wanted = True
 
@@ -140,9 +143,9 @@ def run_for(backend: str, data: Path, out: Path, seconds: float, told: dict[str,
         train(recipe_of(backend, data, out), resume=True, quiet=True, on_step=on_step)
     except Stopped:
         pass
-    told["runs"] += 1
-    told["abandoned"] += 1
-    say(told)
+    progress["runs"] += 1
+    progress["abandoned"] += 1
+    show(progress)
 
 
 def recipe_of(backend: str, data: Path, out: Path) -> Any:
@@ -206,23 +209,23 @@ def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
         with open(folder / "errors", "wb") as errors:
             worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True)
         known = set(children(os.getpid())) - {worker.pid}
-        told: dict[str, Any] = {}
+        progress: dict[str, Any] = {}
         curve: list[dict[str, float]] = []
 
         def listen() -> None:
             assert worker.stdout is not None
             for line in worker.stdout:
-                told.update(json.loads(line))
+                progress.update(json.loads(line))
 
         listener = threading.Thread(target=listen)
         listener.start()
         began = None
         try:
             while worker.poll() is None:
-                if told.get("phase") == "training":
+                if progress.get("phase") == "training":
                     began = began or time.monotonic()
                     try:
-                        curve.append({"seconds": round(time.monotonic() - began, 1), **look(worker.pid)})
+                        curve.append({"seconds": round(time.monotonic() - began, 1), **process_use(worker.pid)})
                     except (OSError, KeyError):  # it has just ended: a process on its way out has no memory
                         break
                 time.sleep(every if began else 0.2)
@@ -238,10 +241,10 @@ def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
     row = {
         "name": backend,
         "minutes": round(curve[-1]["seconds"] / 60, 2),
-        **{key: round(told[key], 2) for key in ("epochs", "steps", "runs", "abandoned")},
+        **{key: round(progress[key], 2) for key in ("epochs", "steps", "runs", "abandoned")},
         **verdict(curve),
-        "left_threads": told["left_threads"],
-        "more_threads": told["more_threads"],
+        "left_threads": progress["left_threads"],
+        "more_threads": progress["more_threads"],
         "left_processes": len(left),
         "curve": thinned(curve),
     }
@@ -263,7 +266,7 @@ def verdict(curve: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def thinned(curve: list[dict[str, float]], most: int = 240) -> list[dict[str, float]]:
-    """Every so-many-th look, so that a result is small enough to keep."""
+    """Every so-many-th measurement, so that a result is small enough to keep."""
     return curve[:: -(-len(curve) // most)]
 
 

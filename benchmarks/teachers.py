@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     device = pick_device(recipe.run.device)
     images, classes = batches(recipe, device, args.batches)
     calls: dict[str, Callable[[], object]] = {}
-    figures: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     failed = []
     for number, spec in enumerate(recipe.distill.teachers):
         exact = None
@@ -81,13 +81,13 @@ def compare(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
             exact = exact or (labels, confidence)
             if precision in args.precisions:
                 calls[name] = lambda ask=ask: ask(images[0])  # type: ignore[misc]
-                figures[name] = {
+                numbers[name] = {
                     "agree_percent": round(100 * (labels == exact[0]).float().mean().item(), 3),
                     "confidence_off": harness.significant((confidence - exact[1]).abs().mean().item(), 3),
                 }
     times = harness.measure(calls, args)
     return {
-        "rows": [harness.row(name, one, args.batch, **figures[name]) for name, one in times.items()] + failed,
+        "rows": [harness.row(name, one, args.batch, **numbers[name]) for name, one in times.items()] + failed,
         "images": sum(len(one) for one in images),
         "weights": "the recipe's" if args.recipe else "random",
     }

@@ -1,4 +1,4 @@
-"""STD in a training loop of your own: any backbone that yields features [B, P, C] can be taught.
+"""STD in a training loop of your own: any backbone that yields features [B, P, C] can be distilled into.
 
 `distil` is the example. The rest gives it something to do: scikit-learn's handwritten digits, a backbone of two
 convolutions in plain PyTorch, and a teacher that learns the digits first. Takes seconds: `python examples/own_loop.py`

@@ -2,7 +2,7 @@
 
 Every random number of a sample is a pure function of (seed, epoch, position in the epoch's order, purpose, draw): no
 state, no stream, hence exact resume, any sharding, and the same crops from every backend. The function is Philox4x32-10
-(Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), checked against the known answers
+(Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), checked against the known values
 of Random123.
 
 Layout, on which stored targets depend and which therefore never changes:

@@ -1,4 +1,4 @@
-"""A web server on the loopback that gives files of a folder, whole or in parts, and fails when it is told to."""
+"""A web server on the loopback that gives files of a folder, complete or in parts, and fails on request."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The children are forked from a server that has imported torch and this project, 
 second instead of several; nothing else is shared with them. Each counts as started by `Child` and ended by the kernel:
 its exit code is what a shell would see, a signal as a negative number.
 
-A moment is random in time, not at a step: over the whole life of an undisturbed process, its start and end included.
+A moment is random in time, not at a step: over the entire life of an undisturbed process, its start and end included.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def kill_again_and_again(
     start: Callable[[], Child],
     finished: Callable[[], None],
     kills: int,
-    whole: float,
+    duration: float,
     random: np.random.Generator,
     killed: Callable[[], None] = lambda: None,
 ) -> Kills:
@@ -155,14 +155,14 @@ def kill_again_and_again(
     Args:
         start: starts the task, which goes on where it was.
         finished: looks at the finished work, and removes it, so that the next start begins anew.
-        whole: seconds that an undisturbed process takes; a moment is uniform in them.
+        duration: seconds that an undisturbed process takes; a moment is uniform in them.
         killed: looks at what a kill has left.
     """
     seen = Kills()
     while True:
         with start() as child:
             if len(seen.moments) < kills:
-                moment = float(random.uniform(0, whole))
+                moment = float(random.uniform(0, duration))
                 child.sleep(moment)
                 child.send(signal.SIGKILL)
             code = child.wait()

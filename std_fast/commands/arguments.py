@@ -1,6 +1,6 @@
 """What the verbs of `std-fast` share: the parser, a recipe's fields on the command line, JSON output, exit codes.
 
-Imports nothing heavy, as all modules `*_verbs.py`: `std-fast --help` answers at once.
+Imports nothing heavy, as all modules `*_verbs.py`: `std-fast --help` starts at once.
 """
 
 from __future__ import annotations

@@ -106,11 +106,11 @@ def add_inspect(parser: Parser) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from pipelines.convert.verify import inspect as look
+    from pipelines.convert.verify import inspect as contents
     from pipelines.convert.verify import sample_sheet
 
     path = _on_disk(args.path)
-    data = look(path)
+    data = contents(path)
     if args.sheet:
         sample_sheet(path, args.sheet)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))

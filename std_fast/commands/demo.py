@@ -49,7 +49,7 @@ def write_digits(folder: Path) -> None:
 
 
 def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
-    """Makes the data, trains a teacher and both students for each seed; returns all figures and the text to print.
+    """Makes the data, trains a teacher and both students for each seed; returns all metrics and the text to print.
 
     Raises:
         UserError: fewer than one seed, or the folder holds something else.
@@ -70,19 +70,19 @@ def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
     rows: dict[str, list[dict]] = {"teacher": [], "plain": [], "STD": []}
     workers = max(1, min(len(os.sched_getaffinity(0)), 2 * seeds))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=one_thread) as pool:
-        rows["teacher"].append(told("teacher", pool.submit(one_run, "digits_teacher", out / "teacher", 0, data)))
+        rows["teacher"].append(logged("teacher", pool.submit(one_run, "digits_teacher", out / "teacher", 0, data)))
         students = []
         for seed in range(seeds):
             for name, recipe in STUDENTS.items():
                 own = data + ([("distill.teachers.0.weights", str(out / "teacher"))] if name == "STD" else [])
                 students.append((name, pool.submit(one_run, recipe, out / f"{name.lower()}-{seed}", seed, own)))
         for name, future in students:
-            rows[name].append(told(name, future))
+            rows[name].append(logged(name, future))
     plot(rows, out / "curves.png")
-    figures: dict[str, Any] = {"rows": {name: [run["summary"] for run in runs] for name, runs in rows.items()}}
-    figures["seconds"] = round(time.perf_counter() - began, 1)
-    (out / "demo.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    return figures, text(rows, out, figures["seconds"])
+    metrics: dict[str, Any] = {"rows": {name: [run["summary"] for run in runs] for name, runs in rows.items()}}
+    metrics["seconds"] = round(time.perf_counter() - began, 1)
+    (out / "demo.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    return metrics, text(rows, out, metrics["seconds"])
 
 
 def one_thread() -> None:
@@ -92,7 +92,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def told(name: str, future: Future) -> dict:
+def logged(name: str, future: Future) -> dict:
     """Waits for a run and says how it went, on standard error."""
     run = future.result()
     summary = run["summary"]

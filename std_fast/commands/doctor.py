@@ -1,4 +1,4 @@
-"""What is installed, what is missing or broken, and the exact command that mends it: `std-fast doctor`.
+"""What is installed, what is missing or broken, and the exact command that repairs it: `std-fast doctor`.
 
 Every probe imports the package or asks the machine; what is broken becomes a line of the report and never ends it.
 """
@@ -34,13 +34,13 @@ APEX_SOURCE = "git+https://github.com/NVIDIA/apex"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `mend` maps a package manager ("debian", "conda", "pip") or "note" to what to do."""
+    """One line of the report. `fix` maps a package manager ("debian", "conda", "pip") or "note" to what to do."""
 
     name: str
     ok: bool
     version: str = ""
     detail: str = ""
-    mend: dict[str, str] = field(default_factory=dict)
+    fix: dict[str, str] = field(default_factory=dict)
     required: bool = False
 
     @property
@@ -69,14 +69,14 @@ def exit_code(results: list[Check]) -> int:
 
 
 def as_json(results: list[Check] | None = None) -> str:
-    """One JSON document: `{"ok": bool, "checks": [{name, status, ok, required, version, detail, mend}, ...]}`."""
+    """One JSON document: `{"ok": bool, "checks": [{name, status, ok, required, version, detail, fix}, ...]}`."""
     results = checks() if results is None else results
     rows = [{"status": check.status, **asdict(check)} for check in results]
     return json.dumps({"ok": exit_code(results) == 0, "checks": rows}, indent=2)
 
 
 def report(results: list[Check] | None = None) -> int:
-    """Prints the report as a table, then the commands that mend what is not in order. Returns `exit_code`."""
+    """Prints the report as a table, then the commands that fix what is not in order. Returns `exit_code`."""
     results = checks() if results is None else results
     try:
         from rich.console import Console
@@ -93,9 +93,9 @@ def report(results: list[Check] | None = None) -> int:
         table.add_row(Text(check.status, styles[check.status]), check.name, Text(check.version), Text(check.detail))
     console.print(table)
     for check in results:
-        if not check.ok and check.mend:
+        if not check.ok and check.fix:
             console.print(Text(f"\n{check.name}:", "bold"))
-            for manager, command in check.mend.items():
+            for manager, command in check.fix.items():
                 # soft_wrap: a command must survive being copied from a narrow terminal
                 console.print(Text(f"  {manager:<7} {command}"), soft_wrap=True)
     return exit_code(results)
@@ -147,8 +147,8 @@ def _probes() -> Iterator[Callable[[], Check]]:
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 10)
-    mend = {"debian": "sudo apt-get install -y python3 python3-venv", "conda": "conda install python=3.11"}
-    return Check("python", ok, platform.python_version(), sys.executable, {} if ok else mend, required=True)
+    fix = {"debian": "sudo apt-get install -y python3 python3-venv", "conda": "conda install python=3.11"}
+    return Check("python", ok, platform.python_version(), sys.executable, {} if ok else fix, required=True)
 
 
 def _package(
@@ -159,7 +159,7 @@ def _package(
     conda: str | None = "",
     required: bool = False,
     describe: Callable[[ModuleType], str] = lambda _: "",
-    mend: dict[str, str] | None = None,
+    fix: dict[str, str] | None = None,
 ) -> Check:
     """Imports `module` (default: as the distribution). `conda`: its name on conda-forge, "" = the same, None = none."""
     name, module = name or distribution, module or distribution
@@ -170,11 +170,11 @@ def _package(
         return Check(name, True, version, describe(imported), required=required)
     except Exception as error:  # a broken package may throw anything while it is imported
         detail = f"does not load: {_one_line(error)}" if version else "not installed"
-    if mend is None:
+    if fix is None:
         # An installed package that does not load is not helped by a command that finds it installed.
-        mend = {"conda": f"conda install -c conda-forge {conda or distribution}"} if conda is not None else {}
-        mend["pip"] = _pip_install(distribution, again=bool(version))
-    return Check(name, False, version, detail, mend, required)
+        fix = {"conda": f"conda install -c conda-forge {conda or distribution}"} if conda is not None else {}
+        fix["pip"] = _pip_install(distribution, again=bool(version))
+    return Check(name, False, version, detail, fix, required)
 
 
 def _torch_build(torch: ModuleType) -> str:
@@ -190,8 +190,8 @@ def _ffcv() -> Check:
 
     broken = _version("ffcv") != ""
     pip = _pip_install("ffcv", again=broken)
-    mend = {"debian": f"{FFCV_DEBIAN} && {pip}", "conda": f"{FFCV_CONDA} && {pip}", "pip": pip}
-    return _package("ffcv", "ffcv.libffcv", describe=linked, mend=mend)
+    fix = {"debian": f"{FFCV_DEBIAN} && {pip}", "conda": f"{FFCV_CONDA} && {pip}", "pip": pip}
+    return _package("ffcv", "ffcv.libffcv", describe=linked, fix=fix)
 
 
 def _linked_library(path: str, stem: str) -> str:
@@ -208,26 +208,26 @@ def _turbojpeg_version(library: str) -> str:
 
 def _apex() -> Check:
     """NVIDIA's apex, and not the package of that name on PyPI, which is another project."""
-    mend = {
+    fix = {
         "conda": "conda install -c conda-forge nvidia-apex",
         "pip": f"{APEX_BUILD} {shlex.quote(sys.executable)} -m pip install --no-build-isolation {APEX_SOURCE}",
     }
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Check("apex", False, detail="not installed: optim.name lamb and apex_adam need it", mend=mend)
+        return Check("apex", False, detail="not installed: optim.name lamb and apex_adam need it", fix=fix)
     version = _version("apex")
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if not any((place / "optimizers").is_dir() for place in places):
         remove = f"{shlex.quote(sys.executable)} -m pip uninstall -y apex"
-        mend = {"note": f"remove it first: {remove}", **mend}
-        return Check("apex", False, version, "not NVIDIA's: PyPI's apex is another project", mend)
+        fix = {"note": f"remove it first: {remove}", **fix}
+        return Check("apex", False, version, "not NVIDIA's: PyPI's apex is another project", fix)
     try:
         importlib.import_module("apex.optimizers")
         importlib.import_module(
             "amp_C"
         )  # the kernels behind FusedLAMB: a build without them imports, and fails at the first step
     except Exception as error:
-        return Check("apex", False, version, f"built without its CUDA kernels: {_one_line(error)}", mend)
+        return Check("apex", False, version, f"built without its CUDA kernels: {_one_line(error)}", fix)
     return Check("apex", True, version, "NVIDIA's, with its CUDA kernels")
 
 
@@ -245,12 +245,12 @@ def _cuda_device() -> Check:
         return Check(name, True, f"driver {driver}" if driver else "", "; ".join(devices))
     if not driver:
         return Check(name, False, detail="no NVIDIA GPU or driver seen: everything runs on the CPU")
-    mend = {"conda": "conda install -c conda-forge pytorch-gpu", "pip": _pip_install("torch", again=True)}
+    fix = {"conda": "conda install -c conda-forge pytorch-gpu", "pip": _pip_install("torch", again=True)}
     detail = "there is a GPU, but torch is built for the CPU only"
     if torch.version.cuda is not None:
-        mend = {"note": f"update the NVIDIA driver to one that runs CUDA {torch.version.cuda}"}
+        fix = {"note": f"update the NVIDIA driver to one that runs CUDA {torch.version.cuda}"}
         detail = f"there is a GPU, but torch (CUDA {torch.version.cuda}) cannot use it with this driver"
-    return Check(name, False, f"driver {driver}", detail, mend)
+    return Check(name, False, f"driver {driver}", detail, fix)
 
 
 def _nvjpeg_engine() -> Check:
@@ -267,7 +267,7 @@ def _nvjpeg_engine() -> Check:
             name,
             False,
             detail="no libnvjpeg here: it comes with DALI",
-            mend={"pip": _pip_install("nvidia-dali-cuda120")},
+            fix={"pip": _pip_install("nvidia-dali-cuda120")},
         )
     torch.cuda.init()
     nvjpeg = ctypes.CDLL(str(libraries[0]))
@@ -277,7 +277,7 @@ def _nvjpeg_engine() -> Check:
         code = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
         nvjpeg.nvjpegDestroy(handle)
     if code != 0:
-        return Check(name, False, detail=f"nvJPEG answers with error {code}")
+        return Check(name, False, detail=f"nvJPEG returns error {code}")
     if engines.value == 0:
         return Check(name, False, detail="this GPU has none: DALI decodes on its CUDA cores")
     return Check(name, True, detail=f"{engines.value} engine(s) of {cores.value} core(s)")
@@ -287,38 +287,36 @@ def _nvjpeg_engine() -> Check:
 
 
 def _compiler() -> Check:
-    mend = {"debian": "sudo apt-get install -y g++", "conda": "conda install -c conda-forge compilers"}
+    fix = {"debian": "sudo apt-get install -y g++", "conda": "conda install -c conda-forge compilers"}
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     version = _output(*shlex.split(found), "--version").split("\n")[0] if found else ""
     ok = bool(version)
-    return Check(
-        "C++ compiler", ok, _number(version), version or "needed by torch.compile and FFCV", {} if ok else mend
-    )
+    return Check("C++ compiler", ok, _number(version), version or "needed by torch.compile and FFCV", {} if ok else fix)
 
 
 def _python_headers() -> Check:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     ok = header.exists()
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    mend = {} if ok else {"debian": f"sudo apt-get install -y {package}"}
-    return Check("Python headers", ok, detail=str(header) if ok else "needed by torch.compile and FFCV", mend=mend)
+    fix = {} if ok else {"debian": f"sudo apt-get install -y {package}"}
+    return Check("Python headers", ok, detail=str(header) if ok else "needed by torch.compile and FFCV", fix=fix)
 
 
 def _pkg_config() -> Check:
     version = _output("pkg-config", "--version").strip()
-    mend = {"debian": "sudo apt-get install -y pkg-config", "conda": "conda install -c conda-forge pkg-config"}
+    fix = {"debian": "sudo apt-get install -y pkg-config", "conda": "conda install -c conda-forge pkg-config"}
     ok = version != ""
-    return Check("pkg-config", ok, version, "" if ok else "needed to build FFCV", {} if ok else mend)
+    return Check("pkg-config", ok, version, "" if ok else "needed to build FFCV", {} if ok else fix)
 
 
 def _headers(name: str, module: str, debian: str, conda: str) -> Check:
     version = _output("pkg-config", "--modversion", module).strip()
     ok = version != ""
-    mend = {
+    fix = {
         "debian": f"sudo apt-get install -y --no-install-recommends {debian}",
         "conda": f"conda install -c conda-forge {conda}",
     }
-    return Check(name, ok, version, "" if ok else "needed to build FFCV", {} if ok else mend)
+    return Check(name, ok, version, "" if ok else "needed to build FFCV", {} if ok else fix)
 
 
 # The machine
@@ -336,26 +334,26 @@ def _memory() -> Check:
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     total = min(sizes["MemTotal"], int(limit)) if limit.isdigit() else sizes["MemTotal"]
     ok = total >= 4 * GIB
-    mend = {} if ok else {"note": "4 GiB at least: smaller batches and fewer loader threads lower the need"}
-    return Check("memory", ok, f"{total / GIB:.1f} GiB", f"{sizes['MemAvailable'] / GIB:.1f} GiB available", mend)
+    fix = {} if ok else {"note": "4 GiB at least: smaller batches and fewer loader threads lower the need"}
+    return Check("memory", ok, f"{total / GIB:.1f} GiB", f"{sizes['MemAvailable'] / GIB:.1f} GiB available", fix)
 
 
 def _shared_memory() -> Check:
     size = shutil.disk_usage("/dev/shm")
     ok = size.total >= GIB
-    mend = (
+    fix = (
         {}
         if ok
         else {"note": "NCCL and FFCV's writer use it; in Docker: docker run --shm-size=8g (its default is 64 MB)"}
     )
-    return Check("/dev/shm", ok, f"{size.total / GIB:.1f} GiB", f"{size.free / GIB:.1f} GiB free", mend)
+    return Check("/dev/shm", ok, f"{size.total / GIB:.1f} GiB", f"{size.free / GIB:.1f} GiB free", fix)
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     ok = free >= 5 * GIB
-    mend = {} if ok else {"note": "ImageNet as a beton takes 22 to 65 GB, a run with its checkpoints about 1 GB"}
-    return Check("disk", ok, f"{free / GIB:.1f} GiB", f"free in {Path.cwd()}", mend)
+    fix = {} if ok else {"note": "ImageNet as a beton takes 22 to 65 GB, a run with its checkpoints about 1 GB"}
+    return Check("disk", ok, f"{free / GIB:.1f} GiB", f"free in {Path.cwd()}", fix)
 
 
 # Small helpers

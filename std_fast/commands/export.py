@@ -131,7 +131,7 @@ def write_programs(draft: Path, chosen: list[str], model: Deployed, images: Tens
     return differences
 
 
-class Trained(NamedTuple):
+class LoadedStudent(NamedTuple):
     """A run's student and what is stored with it."""
 
     recipe: Recipe
@@ -140,7 +140,7 @@ class Trained(NamedTuple):
     class_names: list[str] | None
 
 
-def trained_student(run: Path, predict: str) -> Trained:
+def trained_student(run: Path, predict: str) -> LoadedStudent:
     """From the newest complete checkpoint of a run, the moving average where it has one."""
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
@@ -162,7 +162,7 @@ def trained_student(run: Path, predict: str) -> Trained:
     if predict:
         student.predict = predict  # type: ignore[assignment]
     names = names if names and len(names) == num_classes else None
-    return Trained(recipe, student.eval().requires_grad_(False), meta["step"], names)
+    return LoadedStudent(recipe, student.eval().requires_grad_(False), meta["step"], names)
 
 
 def reasons(complete: TimmModel | None, head: TimmModel | None, student: Student) -> dict[str, str]:

@@ -42,7 +42,7 @@ def readme(report: dict, recipe: Recipe, chosen: list[str]) -> str:
     """The model card: what it is, how images are prepared, how each file is used."""
     p, d, name = preprocessing(recipe), recipe.distill, recipe.student.name
     size, classes, differences = report["image_size"], report["classes"], report["differences"]
-    taught = f", distilled from {len(d.teachers)} teacher(s) by STD (tokens: {d.tokens})" if d.mode == "std" else ""
+    distilled = f", distilled from {len(d.teachers)} teacher(s) by STD (tokens: {d.tokens})" if d.mode == "std" else ""
     ours = (
         "import std_fast.registry  # registers the architecture\n"
         if (report["architecture"] or "").startswith("std_")
@@ -62,7 +62,7 @@ tags: [image-classification, timm, std_fast]
 ---
 # {name}, {classes} classes, {size} px
 
-Recipe `{recipe.name}`, step {report["step"]}{taught}. Prediction by: {report["predict"]}. By std_fast {__version__}.
+Recipe `{recipe.name}`, step {report["step"]}{distilled}. Prediction by: {report["predict"]}. By std_fast {__version__}.
 
 Input: RGB float32 `[B, 3, {size}, {size}]`, pixels from 0 to 1 less mean {p["mean"]}, over deviation {p["std"]};
 crop as timm's `crop_mode` {p["crop_mode"]!r} with `crop_pct` {p["crop_pct"]}. Output: logits `[B, {classes}]`.

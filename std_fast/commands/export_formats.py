@@ -47,7 +47,7 @@ class Deployed(nn.Module):
 
 
 def timm_models(recipe: Recipe, student: Student) -> tuple[TimmModel | None, TimmModel | None]:
-    """The whole student, and its class head alone in an architecture of timm's; None where timm has no such model."""
+    """The student, and its class head alone in an architecture of timm's; None where timm has no such model."""
     from std_fast.registry import architecture
 
     d, backbone = recipe.distill, student.backbone

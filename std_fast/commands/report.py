@@ -47,7 +47,7 @@ figure img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; } td.n, th.n { text-align: right; }
-th, td:first-child code, .whole { white-space: nowrap; }
+th, td:first-child code, .nowrap { white-space: nowrap; }
 td:first-child { min-width: 150px; }
 td code { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 8px; }
@@ -92,7 +92,7 @@ def overview(runs: list[RunData]) -> str:
         rows.append([
             f"{swatch(t)}{html.escape(t.name)}<br><small>{html.escape(r.summary)}</small>",
             f"{html.escape(r.student.name)}<br><small>{html.escape(how)}</small>",
-            f'<span class="whole">{html.escape(r.run.length)}</span>{"" if s else unfinished}',
+            f'<span class="nowrap">{html.escape(r.run.length)}</span>{"" if s else unfinished}',
             shown(t.last("top1"), ".2f"),
             shown(best, ".2f"),
             shown(s.get("epochs", t.last("epoch")), ".1f"),
@@ -208,7 +208,7 @@ def page(runs: list[RunData], plots: Plots, images: int) -> str:
 
 
 def write_report(folders: Sequence[Path], out: Path, images: int = 12) -> dict[str, Any]:
-    """Writes `report.html` and the plots into the folder `out`; returns the files and the runs' main figures.
+    """Writes `report.html` and the plots into the folder `out`; returns the files and the runs' main metrics.
 
     Args:
         images: validation images whose predictions are shown of each run; 0: none.

@@ -78,7 +78,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def points(records: list[Record], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Both figures of the records that have both."""
+    """Both values of the records that have both."""
     pairs = [(r[x], r[y]) for r in records if number(r.get(x)) and number(r.get(y))]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -98,7 +98,7 @@ def predictions(run: RunData, count: int) -> list[Sample]:
     """What the run's newest weights say about `count` images, spread evenly over its validation data.
 
     Raises:
-        UserError: the run has no whole checkpoint, or its validation data is not there.
+        UserError: the run has no complete checkpoint, or its validation data is not there.
     """
     from PIL import Image
 

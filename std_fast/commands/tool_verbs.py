@@ -57,9 +57,9 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from std_fast.commands import doctor as look
+    from std_fast.commands import doctor
 
-    return look.main(args.json)
+    return doctor.main(args.json)
 
 
 VERBS = {

@@ -61,7 +61,7 @@ class StudentSpec:
     )
     early_size: int = opt(
         0,
-        "side of the smaller images that the student alone sees early, the teachers the whole ones; CycleMLP; 0: never",
+        "side of the smaller images that the student sees early, the teachers full-size ones; CycleMLP; 0: never",
     )
     early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
@@ -125,7 +125,7 @@ class MineSpec:
         require(
             every.unit in ("steps", "epochs") and every.amount >= 1 and every.amount == int(every.amount),
             "distill.mine.every",
-            "must be a whole number of steps or epochs",
+            "must be an integer number of steps or epochs",
         )
 
 

@@ -226,11 +226,11 @@ def to_dict(recipe: Any) -> dict:
 
 
 def merge(under: dict, over: dict) -> dict:
-    """`over` on top of `under`, section by section; everything else is replaced whole."""
+    """`over` on top of `under`, section by section; everything else is replaced."""
     out = dict(under)
     for key, value in over.items():
-        whole = key == "options" or not (isinstance(value, dict) and isinstance(out.get(key), dict))
-        out[key] = value if whole else merge(out[key], value)
+        replaced = key == "options" or not (isinstance(value, dict) and isinstance(out.get(key), dict))
+        out[key] = value if replaced else merge(out[key], value)
     return out
 
 

@@ -87,7 +87,7 @@ class _ChannelMlp(torch.autograd.Function):
         work_NH, dx_ND = hidden_BPH.new_empty(images * P, H), hidden_BPH.new_empty(images * P, D)
         for start in range(0, B, images):
             part = slice(start, start + images)
-            x, hidden, grad = (whole[part].flatten(0, 1) for whole in (x_BPD, hidden_BPH, grad_BPM))
+            x, hidden, grad = (full[part].flatten(0, 1) for full in (x_BPD, hidden_BPH, grad_BPM))
             work, dx = work_NH[: len(x)], dx_ND[: len(x)]
             torch.ops.aten.gelu.out(hidden, out=work)
             d2_MH += grad.T @ work

@@ -93,7 +93,7 @@ def across_ranks(joint_mean: Tensor, log_mean_exp: Tensor, gather: Callable[[Ten
     """Both terms of the bound over the batches of all ranks, which are equally large.
 
     The gradients are such that their mean over the ranks, as DistributedDataParallel takes it, is that of one process
-    with the whole batch: the mean's is the local mean's; that of log-mean-exp is the local one, scaled by the share
+    with the full batch: the mean's is the local mean's; that of log-mean-exp is the local one, scaled by the share
     that this rank has in the mean of exp (W times its part of the sum). Nothing is sent on the way back.
 
     Args:

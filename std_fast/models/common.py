@@ -243,7 +243,7 @@ class PatchStem(nn.Module):
         if x.shape[2:] != (self.image_size, self.image_size):
             found = "x".join(map(str, x.shape[2:]))
             raise UserError(f"image_size: the model was built for {self.image_size} px, the images are {found}")
-        # One product over whole patches instead of a convolution: with channels-last images the gather below moves runs
+        # One product over full patches instead of a convolution: with channels-last images the gather below moves runs
         # of 3 * patch_size values, and the weight gradient is a plain product too (3 channels suit no convolution).
         size, weight = self.patch_size, self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         x = x.permute(0, 2, 3, 1).reshape(-1, self.grid, size, self.grid, size * 3).transpose(2, 3)

@@ -19,7 +19,7 @@ from std_fast.models.common import Backbone, DropPathMask, Mlp, add_branch, chec
 def cycle_shift(x_BHWC: Tensor, dim: int) -> Tensor:
     """Channel c reads its neighbour at ((c + 1) mod 3) - 1 along dimension `dim` (1 rows, 2 columns), zero outside.
 
-    Written with whole-array shifts and a choice by channel: `torch.compile` makes one kernel of it, each way.
+    Written with shifts of entire arrays and a choice by channel: `torch.compile` makes one kernel of it, each way.
     """
     step_C = (torch.arange(x_BHWC.shape[-1], device=x_BHWC.device) + 1) % 3
     length, ahead = x_BHWC.shape[dim], (0, 0) * (3 - dim)

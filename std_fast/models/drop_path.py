@@ -34,7 +34,7 @@ def kept_rows(drop_rates: Sequence[float]) -> Callable[..., list[Tensor | None]]
     batch that it is computed for, ascending, and None where that is all.
 
     Of each GROUP consecutive images the same number is left out, the rate to the nearest of 1 / GROUP: every step has
-    the same shapes, and any number of processes whose shares are whole groups draws alike.
+    the same shapes, and any number of processes whose shares are complete groups draws alike.
     """
     left_out = [min(GROUP - 1, round(GROUP * rate)) for rate in drop_rates]
 

@@ -114,7 +114,7 @@ class Heartbeat:
     """Keeps on disk how long a run has been held, by a thread: what is known of it after a `kill -9`.
 
     The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
-    It is replaced whole and not flushed: it outlives the process, and of a machine that loses power the last seconds
+    It is replaced at once and not flushed: it outlives the process, and of a machine that loses power the last seconds
     may be missing. A process that is killed before its first beat, while it imports torch, is not counted.
     """
 
@@ -174,7 +174,7 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
 class Pace:
     """Keeps the host at most two steps ahead of the GPU, so that a budget's clock is the device's.
 
-    The device always has a whole step left to do while the host waits.
+    The device always has a full step left to do while the host waits.
     """
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ def digest(tensors: dict[str, Tensor], meta: dict) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Writes the file under another name, flushes it to the disk, then renames it: it is there whole or not at all.
+    """Writes the file under another name, flushes it to the disk, then renames it: it is there complete or not at all.
 
     Raises:
         OSError: the disk is full or cannot be written; nothing is left behind under either name.
@@ -86,7 +86,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(KEY, "null"))
     except Exception as error:  # besides its own, safetensors raises torch's for types that torch lacks
-        raise UserError(f"{path}: is no whole checkpoint ({error}); use an older one of the run") from None
+        raise UserError(f"{path}: is no complete checkpoint ({error}); use an older one of the run") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else "another program's"
         raise UserError(f"{path}: checkpoint format {found}, not {FORMAT}; use the version of std-fast that wrote it")
@@ -101,10 +101,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
     """What is wrong with an intact file: a digest is no signature, and what is read here is used as it is."""
 
-    def whole(key: str, low: int, high: int) -> bool:
+    def integer(key: str, low: int, high: int) -> bool:
         return type(meta.get(key)) is int and low <= meta[key] <= high
 
-    def figures(value: Any) -> bool:
+    def numbers(value: Any) -> bool:
         is_number = (isinstance(x, (int, float)) and math.isfinite(x) for x in value.values())
         return all(isinstance(key, str) for key in value) and all(is_number)
 
@@ -116,10 +116,10 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
 
     names, content = meta.get("class_names"), meta.get("content", {})
     sound = {
-        "step": whole("step", 0, 1 << 53),
-        "num_classes": whole("num_classes", 1, MAX_CLASSES),
-        "devices": "devices" not in meta or whole("devices", 1, 1 << 20),
-        "snapshot_step": "snapshot_step" not in meta or whole("snapshot_step", 0, 1 << 53),
+        "step": integer("step", 0, 1 << 53),
+        "num_classes": integer("num_classes", 1, MAX_CLASSES),
+        "devices": "devices" not in meta or integer("devices", 1, 1 << 20),
+        "snapshot_step": "snapshot_step" not in meta or integer("snapshot_step", 0, 1 << 53),
         "bad_steps": is_steps(meta.get("bad_steps", [])),
         "recipe": isinstance(meta.get("recipe"), str),
         "complete": isinstance(meta.get("complete", False), bool),
@@ -127,7 +127,7 @@ def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
         "content": isinstance(content, dict) and all(map(is_name, [*content, *content.values()])),
     }
     sound |= {
-        key: isinstance(meta.get(key, {}), dict) and figures(meta.get(key, {})) for key in ("seconds", "best", "costs")
+        key: isinstance(meta.get(key, {}), dict) and numbers(meta.get(key, {})) for key in ("seconds", "best", "costs")
     }
     for key, good in sound.items():
         if not good:
@@ -156,11 +156,11 @@ def set_aside(folder: Path, step: int) -> None:
     for path in listed(folder):
         if int(path.stem.removeprefix("step-")) > step:
             path.rename(path.with_name(f"{path.name}.not-read"))
-            log.warning("%s: set aside as %s.not-read", path, path.name)
+            log.warning("%s: renamed to %s.not-read", path, path.name)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
-    """The newest checkpoint of a run that is whole; damaged ones are named in the log and passed over."""
+    """The newest complete checkpoint of a run; damaged ones are named in the log and passed over."""
     for path in reversed(listed(folder)):
         try:
             return path, *load(path)

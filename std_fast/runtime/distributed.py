@@ -154,7 +154,7 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
 
 
 class Agreement:
-    """What all ranks must know alike at each step: whether any was asked to stop, and figures that rank 0 decides.
+    """What all ranks must know alike at each step: whether any was asked to stop, and numbers that rank 0 decides.
 
     The hosts exchange it while a step runs and use it in the next, so that nobody waits: all stop after the same step,
     one later than the first that was asked.
@@ -164,14 +164,14 @@ class Agreement:
         self.world = world
         self._sent: tuple[Any, Tensor] | None = None
 
-    def __call__(self, stop: bool, *figures: float) -> tuple:
-        """This rank's own stop flag and figures -> whether any is to stop, and rank 0's figures; as of the call before.
+    def __call__(self, stop: bool, *numbers: float) -> tuple:
+        """This rank's own stop flag and numbers -> whether any is to stop, and rank 0's numbers; as of the call before.
 
         With one process, of this call.
         """
         if self.world.size == 1:
-            return stop, *figures
-        values = torch.tensor([stop, *(figures if self.world.main else [0.0] * len(figures))], dtype=torch.float64)
+            return stop, *numbers
+        values = torch.tensor([stop, *(numbers if self.world.main else [0.0] * len(numbers))], dtype=torch.float64)
         before, self._sent = self._sent, (dist.all_reduce(values, group=self.world.host, async_op=True), values)
         work, agreed = before or self._sent
         work.wait()

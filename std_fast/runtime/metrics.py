@@ -59,7 +59,7 @@ class Meters:
 
 class Board:
     """Scalars in TensorBoard's file format, by its own record writer. Its SummaryWriter would write in a thread, where
-    a full disk ends in a traceback, and the figures in nothing.
+    a full disk ends in a traceback, and the metrics in nothing.
 
     Raises ImportError without TensorBoard, OSError when the file cannot be written.
     """
@@ -110,14 +110,14 @@ class Journal:
             log.warning("TensorBoard is not installed, metrics go to %s only: pip install tensorboard", self.path)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """`record` needs `step`; figures also go to TensorBoard as `kind/name`."""
+        """`record` needs `step`; metrics also go to TensorBoard as `kind/name`."""
         record = {"kind": kind, "time": round(time.time(), 3), **record}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
             numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            figures = {f"{kind}/{name}": value for name, value in numbers.items() if name not in ("step", "time")}
-            self._board.add(figures, record["step"])
+            named = {f"{kind}/{name}": value for name, value in numbers.items() if name not in ("step", "time")}
+            self._board.add(named, record["step"])
 
     def close(self) -> None:
         self._file.close()

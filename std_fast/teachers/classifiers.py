@@ -57,7 +57,7 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
         else:
             return use_small_stem(model, name) if small_stem else model
     reason = " ".join(str(refused).split())
-    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); mend its options")
+    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); fix its options")
 
 
 def timm_config(name: str) -> Any:

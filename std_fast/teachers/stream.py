@@ -153,7 +153,7 @@ class BatchStream:
         self.overlap, self.views = overlap or self._serial, views
         self.ledger = ledger or Ledger()
         self.watch = watch or Stopwatch(torch.device("cpu"), self.ledger)
-        self._place = 0  # of the next batch to be prepared, in the whole training
+        self._place = 0  # of the next batch to be prepared, in the entire training
         self._epoch: Iterator[Batch] | None = None
         self._next: Prepared | None = None
 

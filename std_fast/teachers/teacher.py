@@ -110,7 +110,7 @@ class Teachers(nn.Module):
             return targets_from_logits(logits, self.temperature, self.top_k)
 
 
-class Trained(NamedTuple):
+class LoadedModel(NamedTuple):
     """A classifier as it was found, and what is known of its training."""
 
     model: nn.Module
@@ -211,7 +211,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: s
 # -- where teachers come from -----------------------------------------------------------------------------------------
 
 
-def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
+def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """timm's pretrained weights. UserError says which file to put where when they cannot be had."""
     import timm
 
@@ -238,10 +238,10 @@ def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) 
             f"{where}.weights: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine "
             f"with a network, put it here as {here}, and set {where}.weights to {here}"
         ) from None
-    return Trained(model, name, config.mean, config.std, fixed, classes)
+    return LoadedModel(model, name, config.mean, config.std, fixed, classes)
 
 
-def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
+def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """A file of weights for the model that the recipe names: a backbone of this project, or timm's."""
     if not spec.name:
         raise UserError(f"{where}.name: is needed, because {spec.weights!r} is not a folder that says what it holds")
@@ -255,10 +255,10 @@ def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int,
     if count != data.number:
         model = build_classifier(spec.name, count, size, **spec.options)
     load_weights(model, state, f"{where}.weights ({path})")
-    return Trained(model, spec.name, image_size=size, classes=classes)
+    return LoadedModel(model, spec.name, image_size=size, classes=classes)
 
 
-def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
+def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
     hub = read_hub_folder(path)
     files = [path / "model.safetensors", path / "pytorch_model.bin"]
@@ -269,8 +269,8 @@ def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: in
     return found._replace(mean=hub.mean or found.mean, std=hub.std or found.std)
 
 
-def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> Trained:
-    """The newest whole checkpoint of a plain run of this project."""
+def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
+    """The newest complete checkpoint of a plain run of this project."""
     recipe, state, count, names = read_run(path)
     if recipe.distill.mode != "none":
         raise UserError(f"{where}.weights: {path} is a distilled student; a teacher is a plain run (distill: none)")
@@ -279,7 +279,7 @@ def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, 
     size = recipe.data.image_size
     model = build_classifier(recipe.student.name, count, size, **recipe.student.options)
     load_weights(model, state, f"{where}.weights ({path})")
-    return Trained(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, size, classes)
+    return LoadedModel(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, size, classes)
 
 
 def load_timm(
@@ -291,7 +291,7 @@ def load_timm(
     where: str,
     count: int | None = None,
     names: Sequence[str] | None = None,
-) -> Trained:
+) -> LoadedModel:
     """timm's `spec.name` with the weights of a file, of `count` classes if that is known, called `names`."""
     name, place = spec.name, f"{where}.weights ({file})"
     config = timm_config(name)
@@ -312,7 +312,7 @@ def load_timm(
         model = converted(name, state, fixed or image_size, found, spec.options)
         if model is None:
             raise
-    return Trained(model, name, config.mean, config.std, fixed, classes)
+    return LoadedModel(model, name, config.mean, config.std, fixed, classes)
 
 
 def converted(name: str, state: dict[str, Tensor], image_size: int, num_classes: int, options: dict) -> Any:

@@ -84,7 +84,7 @@ def precision_of(chosen: str, device: torch.device) -> str:
 def open_train_loader(
     recipe: Recipe, device: torch.device, world: World = SINGLE_PROCESS, drop_last: bool = True
 ) -> Loader:
-    """Shuffled, endlessly many epochs; with `drop_last` whole batches only."""
+    """Shuffled, endlessly many epochs; with `drop_last` full batches only."""
     if not recipe.data.train:
         raise UserError("data.train: is empty; give a .beton or an image folder, e.g. --data.train imagenet.beton")
     spec = LoaderSpec(

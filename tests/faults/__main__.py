@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--json", default="", metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     seed = args.seed if args.seed is not None else int(time.time())
-    tell(f"seed {seed}")
+    show(f"seed {seed}")
     chosen = [fault for fault in FAULTS if re.search(args.only, fault.name)]
     table, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="std_fast-faults-") as name:
@@ -66,7 +66,7 @@ def main() -> int:
     return 0 if well == len(table) else 1
 
 
-def tell(text: str) -> None:
+def show(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -99,9 +99,9 @@ class Ground:
 
     # -- recipes and runs ---------------------------------------------------------------------------------------------
 
-    def recipe(self, on: Path | None = None, name: str = "run", taught: bool = False, **sections: dict) -> Recipe:
-        """See `kills.small_recipe`; on: the data; taught: by two teachers, with MINE."""
-        if taught:
+    def recipe(self, on: Path | None = None, name: str = "run", std: bool = False, **sections: dict) -> Recipe:
+        """See `kills.small_recipe`; on: the data; std: by two teachers, with MINE."""
+        if std:
             teachers = {
                 "mode": "std",
                 "teachers": [{"weights": str(self.teacher)}] * 2,

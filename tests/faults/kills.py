@@ -44,7 +44,7 @@ def write_recipe(recipe: Recipe, path: Path) -> str:
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Everything in a run's newest checkpoint: weights, averages, the optimizer's state, MINE's."""
     found = checkpoint.newest(run / "checkpoints")
-    assert found is not None, f"{run} holds no whole checkpoint"
+    assert found is not None, f"{run} holds no complete checkpoint"
     return found[1]
 
 
@@ -63,7 +63,7 @@ class KilledTraining:
     folder: Path
 
     def run(self, kills: int, random: np.random.Generator) -> Kills:
-        """Kills it; raises AssertionError unless each end has the bits of the undisturbed one, and a whole record."""
+        """Kills it; raises AssertionError unless each end has the bits of the undisturbed run and a complete record."""
         out = Path(self.recipe.run.out)
         path = write_recipe(self.recipe, self.folder / "killed.yaml")
 
@@ -74,7 +74,7 @@ class KilledTraining:
         began = time.monotonic()
         with start() as child:
             assert child.wait() == 0, child.text
-        whole = time.monotonic() - began
+        duration = time.monotonic() - began
         expected = final_tensors(out)
         steps = [record["step"] for record in read_jsonl(out / "metrics.jsonl") if record["kind"] == "train"]
         shutil.rmtree(out)
@@ -87,4 +87,4 @@ class KilledTraining:
             assert not litter, f"drafts were left behind: {litter}"
             shutil.rmtree(out)
 
-        return kill_again_and_again(start, finished, kills, whole, random)
+        return kill_again_and_again(start, finished, kills, duration, random)

@@ -39,12 +39,12 @@ def _(ground: Ground) -> Seen:
 def _(ground: Ground) -> Seen:
     kills = 4 * ground.scale
     targets = {"target_cache": str(ground.folder / "targets"), "views": 2}
-    recipe = ground.recipe(taught=True, distill=targets, run={"length": "6 epochs"})
+    recipe = ground.recipe(std=True, distill=targets, run={"length": "6 epochs"})
     seen = KilledTraining(recipe, ground.folder).run(kills, ground.random)
     return Seen(f"{seen.finished} runs to their ends, the same bits", kills, lost=SINCE_THE_SAVE)
 
 
-@fault("train: kill -9 while a checkpoint is written", "the one before is whole, the draft goes, same bits in the end")
+@fault("train: kill -9 while a checkpoint is written", "the one before is used, the draft goes, same bits in the end")
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe(run={"save_every": "0 seconds"})
     run, kills = Path(recipe.run.out), 4 * ground.scale
@@ -55,15 +55,15 @@ def _(ground: Ground) -> Seen:
             child.until(lambda saved=saved: steps_saved(run) > saved and list((run / "checkpoints").glob(".*")))
             child.send(signal.SIGKILL)
             assert child.wait() in (-signal.SIGKILL, 0)
-        assert checkpoint.newest(run / "checkpoints") is not None, f"kill {number}: no whole checkpoint"
+        assert checkpoint.newest(run / "checkpoints") is not None, f"kill {number}: no complete checkpoint"
     ground.resumed(recipe, expected)
     assert not list((run / "checkpoints").glob(".*")), "a draft is left"
-    return Seen("always a whole checkpoint, the same bits", kills, lost="the save under way")
+    return Seen("always a complete checkpoint, the same bits", kills, lost="the save under way")
 
 
 @fault("teach: kill -9 at random moments", "what is stored is right; started again it goes on, to the same bytes")
 def _(ground: Ground) -> Seen:
-    recipe = ground.recipe(taught=True, run={"length": "12 epochs"})
+    recipe = ground.recipe(std=True, run={"length": "12 epochs"})
 
     def folder_of(name: str) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (ground.folder / name).glob("epoch-*.targets")}
@@ -71,7 +71,7 @@ def _(ground: Ground) -> Seen:
     path, kills = ground.write(recipe), 4 * ground.scale
     began = time.monotonic()
     ground.finish(["teach", path, "--quiet", "--distill.target-cache", str(ground.folder / "undisturbed")])
-    whole, expected = time.monotonic() - began, folder_of("undisturbed")
+    duration, expected = time.monotonic() - began, folder_of("undisturbed")
 
     def finished() -> None:
         assert folder_of("killed") == expected, "stored targets differ"
@@ -80,7 +80,7 @@ def _(ground: Ground) -> Seen:
     def start() -> Child:
         return ground.start(["teach", path, "--quiet", "--distill.target-cache", str(ground.folder / "killed")])
 
-    seen = kill_again_and_again(start, finished, kills, whole, ground.random)
+    seen = kill_again_and_again(start, finished, kills, duration, ground.random)
     return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="batches since the last write")
 
 
@@ -91,7 +91,7 @@ def _(ground: Ground) -> Seen:
     words = ["--size", "100", "--workers", "2"]
     began = time.monotonic()
     ground.finish(["convert", str(ground.many_images), str(reference), *words])
-    whole = time.monotonic() - began
+    duration = time.monotonic() - began
 
     def finished() -> None:
         assert killed.read_bytes() == reference.read_bytes(), "the betons differ"
@@ -105,23 +105,23 @@ def _(ground: Ground) -> Seen:
     def check() -> None:
         assert not killed.exists() or Path(f"{killed}.json").exists()
 
-    seen = kill_again_and_again(start, finished, kills, whole, ground.random, check)
+    seen = kill_again_and_again(start, finished, kills, duration, ground.random, check)
     return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="the last second of converting")
 
 
-@fault("export: kill -9 at random moments", "the folder is whole or not there; a later export leaves nothing else")
+@fault("export: kill -9 at random moments", "the folder is complete or not there; a later export leaves nothing else")
 def _(ground: Ground) -> Seen:
     kills, out = 4 * ground.scale, ground.folder / "exported"
     words = ["--formats", "timm"]
     began = time.monotonic()
     ground.finish(["export", str(ground.teacher), str(out), *words])
-    whole = time.monotonic() - began
+    duration = time.monotonic() - began
     expected = {file.name for file in out.iterdir()}
     shutil.rmtree(out)
 
     def check() -> None:
         assert not out.exists() or {file.name for file in out.iterdir()} == expected, "half an export"
-        if out.exists():  # whole, just before the kill
+        if out.exists():  # complete, just before the kill
             shutil.rmtree(out)
 
     def finished() -> None:
@@ -132,8 +132,8 @@ def _(ground: Ground) -> Seen:
     def start() -> Child:
         return ground.start(["export", str(ground.teacher), str(out), *words])
 
-    kill_again_and_again(start, finished, kills, whole, ground.random, check)
-    return Seen("whole or not there, no draft left", kills)
+    kill_again_and_again(start, finished, kills, duration, ground.random, check)
+    return Seen("complete or not there, no draft left", kills)
 
 
 # -- disks ----------------------------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def _(ground: Ground) -> Seen:
             _, line = ends(child, 2, r"(was not saved|cannot be written).*(No space|space)")
         notice = time.monotonic() - began
         found = steps_saved(disk / "run")
-        assert found and checkpoint.newest(disk / "run" / "checkpoints"), "no whole checkpoint is left"
+        assert found and checkpoint.newest(disk / "run" / "checkpoints"), "no complete checkpoint is left"
         enlarge(disk, 64_000)
         ground.resumed(recipe, expected)
-    return Seen(f"stopped behind a whole checkpoint: {line[10:90]}", notice=notice, lost=SINCE_THE_SAVE)
+    return Seen(f"stopped behind a complete checkpoint: {line[10:90]}", notice=notice, lost=SINCE_THE_SAVE)
 
 
 @fault("train: disk full at the log, not at a checkpoint", "exit 2 with one line, or it goes on and says so")
@@ -199,7 +199,7 @@ def fill(path: Path) -> None:
 
 @fault("teach: disk full", "exit 2 with one line; with room made it goes on")
 def _(ground: Ground) -> Seen:
-    recipe = ground.recipe(taught=True, run={"length": "150 epochs"})
+    recipe = ground.recipe(std=True, run={"length": "150 epochs"})
     with small_disk(ground.folder / "disk", 80) as disk:
         words = ["teach", ground.write(recipe), "--quiet", "--distill.target-cache", str(disk / "targets")]
         with ground.start(words) as child:
@@ -224,7 +224,7 @@ def _(ground: Ground) -> Seen:
     return Seen(line[10:110], notice=seconds)
 
 
-@fault("train: limit on the size of files (RLIMIT_FSIZE)", "exit 2 with one line, behind a whole record")
+@fault("train: limit on the size of files (RLIMIT_FSIZE)", "exit 2 with one line, behind a complete record")
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe()
     with ground.train(recipe, before=small_files) as child:
@@ -298,7 +298,7 @@ def _(ground: Ground) -> Seen:
 def _(ground: Ground) -> Seen:
     targets = ground.folder / "targets"
     recipe = ground.recipe(
-        taught=True,
+        std=True,
         distill={"target_cache": str(targets), "views": 1},
         run={"length": "90 steps", "eval_every": "0 steps"},
     )
@@ -563,7 +563,7 @@ def not_finite(kind: str, should: str) -> None:
 
 not_finite("stop", "exit 4, one line, saved as of the step before")
 not_finite("skip", "these steps change nothing and are counted")
-not_finite("rollback", "back to the state put aside, on behind the batch, counted")
+not_finite("rollback", "back to the snapshot, on behind the batch, counted")
 
 
 def poison() -> None:
@@ -625,7 +625,7 @@ def interrupted(ground: Ground, **run: object):
 
 
 def damaged(name: str, harm) -> None:
-    @fault(f"the newest checkpoint {name}", "it is named and set aside, the one before serves, same bits in the end")
+    @fault(f"the newest checkpoint {name}", "it is named and renamed, the one before is used, same bits in the end")
     def _(ground: Ground) -> Seen:
         recipe, expected, there = interrupted(ground)
         assert len(there) >= 2, "too few checkpoints"
@@ -634,7 +634,7 @@ def damaged(name: str, harm) -> None:
             assert child.wait() == 0, child.text[-1500:]
         assert f"passed over a checkpoint: {there[-1]}" in child.text, child.text[-800:]
         assert_same_bits(final_tensors(ground.folder / "run"), expected)
-        return Seen("named, set aside, the same bits", lost="steps since the checkpoint before it")
+        return Seen("named, renamed, the same bits", lost="steps since the checkpoint before it")
 
 
 def flip(path: Path, ground: Ground) -> None:

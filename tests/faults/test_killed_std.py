@@ -1,4 +1,4 @@
-"""A whole STD training (teachers, MINE, moving average, targets stored on the way and read again) that is killed, or
+"""A complete STD training (teachers, MINE, moving average, targets stored on the way and read again) that is killed, or
 asked to stop, at random moments of its life: nothing that was done is lost, the end has the undisturbed run's bits.
 
     STD_FAST_KILLS=50 python -m pytest -s tests/faults/test_killed_std.py
@@ -52,11 +52,11 @@ def undisturbed(recipe):
     began = time.monotonic()
     with Child(["train", path, "--quiet", "--resume"], out.parent / "log") as child:
         assert child.wait() == 0, child.text
-    whole = time.monotonic() - began
+    duration = time.monotonic() - began
     left = leavings(out)
     assert len(left[1]) == 2 and len(left[2]) == 9 and any(".psi." in name for name in left[0])
     shutil.rmtree(out)
-    return path, whole, left
+    return path, duration, left
 
 
 def leavings(out):
@@ -65,7 +65,7 @@ def leavings(out):
     return final_tensors(out), targets, [r["step"] for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == "train"]
 
 
-def look(out, expected):
+def check_end(out, expected):
     tensors, targets, steps = leavings(out)
     assert_same_bits(tensors, expected[0])
     assert targets == expected[1] and steps == expected[2]
@@ -73,7 +73,7 @@ def look(out, expected):
 
 
 def test_killed_at_random_moments(recipe, undisturbed):
-    path, whole, expected = undisturbed
+    path, duration, expected = undisturbed
     out = Path(recipe.run.out)
     reached = []
 
@@ -85,10 +85,11 @@ def test_killed_at_random_moments(recipe, undisturbed):
         return Child(["train", path, "--quiet", "--resume"], out.parent / "log")
 
     random = np.random.default_rng(SEED)
-    seen = kill_again_and_again(start, lambda: look(out, expected), KILLS, whole, random, killed)
+    seen = kill_again_and_again(start, lambda: check_end(out, expected), KILLS, duration, random, killed)
     first, last = min(seen.moments), max(seen.moments)
     print(
-        f"\nseed {SEED}: {KILLS} kills, {first:.2f} to {last:.2f} s after the start of a process (whole: {whole:.2f} s)"
+        f"\nseed {SEED}: {KILLS} kills, {first:.2f} to {last:.2f} s after the start of a process "
+        f"({duration:.2f} s undisturbed)"
     )
     print(f"newest checkpoint then: step {reached}; {seen.finished} runs came to their end, all with the same bits")
     assert len(seen.moments) == KILLS and seen.finished >= 1
@@ -106,7 +107,7 @@ def note_steps(path):
 
 
 def test_asked_to_stop_at_random_moments(recipe, undisturbed):
-    path, whole, expected = undisturbed
+    path, duration, expected = undisturbed
     out = Path(recipe.run.out)
     noted, random, codes = out.parent / "noted", np.random.default_rng(SEED), []
     done = 0
@@ -114,7 +115,7 @@ def test_asked_to_stop_at_random_moments(recipe, undisturbed):
         before = functools.partial(note_steps, str(noted))
         with Child(["train", path, "--quiet", "--resume"], out.parent / "log", before=before) as child:
             if len(codes) < KILLS:
-                child.sleep(float(random.uniform(0, whole)))
+                child.sleep(float(random.uniform(0, duration)))
                 child.send(signal.SIGTERM if random.random() < 0.5 else signal.SIGUSR1)
             codes.append(child.wait())
         earlier, done = done, int(noted.read_text() or 0) if noted.exists() else 0
@@ -123,7 +124,7 @@ def test_asked_to_stop_at_random_moments(recipe, undisturbed):
         if codes[-1] not in (0, STOPPED):  # no handler yet, and nothing done; or none any more, and all done
             assert codes[-1] in (-signal.SIGTERM, -signal.SIGUSR1) and done in (earlier, STEPS), child.text
         if codes[-1] == 0:
-            look(out, expected)
+            check_end(out, expected)
             noted.unlink()
             done = 0
     print(f"\nseed {SEED}: exit codes {codes}")

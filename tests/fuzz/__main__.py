@@ -3,7 +3,7 @@
 Each target has its share of the time, which is the processor's, in processes of its own (worker.py), and starts from
 its seeds, tests/fuzz/corpus and what earlier runs found worth keeping in --out. Findings are named on standard
 output, with the file that causes each; the exit code is 1 if there are any. Put such a file into
-tests/fuzz/corpus/TARGET, mend the reader, and tests/fuzz/test_corpus.py replays it from then on.
+tests/fuzz/corpus/TARGET, fix the reader, and tests/fuzz/test_corpus.py replays it from then on.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Loading(Beton):
         from pipelines.read.batch import LoaderSpec
         from pipelines.read.crops import CropSpec
 
-        crop = CropSpec("full")  # the whole image, so that damage anywhere in it is seen by all
+        crop = CropSpec("full")  # the full image, so that damage anywhere in it is seen by all
         return LoaderSpec(path, 64, image_size=8, shuffle=False, drop_last=False, crop=crop, threads=1, ahead=1)
 
     def _first(self, path: str, backend: str) -> float:
@@ -251,13 +251,13 @@ class Manifest(Target):
 
     def seeds(self) -> list[bytes]:
         sha256 = hashlib.sha256(self.beton.read_bytes()).hexdigest()
-        whole = {
+        record = {
             "format": 1, "samples": 3, "bytes": self.beton.stat().st_size, "sha256": sha256, "shard": [0, 1],
             "source": {"kind": "folder", "sha256": sha256}, "counts": {"samples": 3, "faults": 1}, "ignored": [],
             "faults": [{"name": "a.jpg", "reason": "empty"}], "settings": {"size": 256}, "versions": {"pillow": "1"},
             "request": sha256, "samples_per_class": [1, 1, 1], "classes": ["ant", "bee", "cät"],
         }  # fmt: skip
-        return [json.dumps(whole, indent=1).encode(), b'{"classes": ["a", "b", "\\ud800"]}', b"[[]]", b"a\nb\nc\n"]
+        return [json.dumps(record, indent=1).encode(), b'{"classes": ["a", "b", "\\ud800"]}', b"[[]]", b"a\nb\nc\n"]
 
     def read(self, data: bytes) -> None:
         from pipelines.convert.labels import read_classes
@@ -360,9 +360,9 @@ class Labels(Target):
         path.write_bytes(data)
         with contextlib.suppress(UserError):
             _encodable(read_classes(str(path)))
-        self.look(path)
+        self.examine(path)
 
-    def look(self, path: Path) -> None:
+    def examine(self, path: Path) -> None:
         from pipelines.convert.labels import read_labels
 
         labels, _ = read_labels(str(path), list(self.NAMES))
@@ -388,7 +388,7 @@ class Devkit(Labels):
     def read(self, data: bytes) -> None:
         path = self.folder / "devkit.tar.gz"
         path.write_bytes(gzip.compress(sealed_tar(data), 1))
-        self.look(path)
+        self.examine(path)
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
@@ -723,7 +723,7 @@ class Checkpoint(Target):
         (self.folder / "checkpoints" / "step-00000003.safetensors").write_bytes(content)
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
-            raise UserError("no whole checkpoint")
+            raise UserError("no complete checkpoint")
         path, tensors, meta = found
         if meta["recipe"] != self.recipe:  # another model, which may be a large one
             read_run(self.folder)
@@ -831,13 +831,13 @@ class RunFolder(Target):
         return ["\0".join((recipe, lines, json.dumps(summary))).encode()]
 
     def read(self, data: bytes) -> None:
-        from std_fast.commands.report import read_told
+        from std_fast.commands.report_data import read_runs
 
         parts = [*data.split(b"\0"), b"", b""]
         for name, content in zip(("recipe.yaml", "metrics.jsonl", "summary.json"), parts, strict=False):
             (self.folder / name).write_bytes(content)
-        (told,) = read_told([self.folder])
-        told.seconds, told.last("loss")
+        (run,) = read_runs([self.folder])
+        run.seconds, run.last("loss")
 
 
 TARGETS: dict[str, type[Target]] = {

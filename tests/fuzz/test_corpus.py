@@ -1,4 +1,4 @@
-"""What the fuzzers found stays mended: each input of the corpus, and each valid one, is read again."""
+"""What the fuzzers found stays fixed: each input of the corpus, and each valid one, is read again."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ class Loud(Target):
         return [b"x"]
 
     def read(self, data: bytes) -> None:
-        raise {b"u": UserError("x: mend it"), b"v": ValueError(), b"f": Finding("odd")}[data]
+        raise {b"u": UserError("x: fix it"), b"v": ValueError(), b"f": Finding("odd")}[data]
 
 
 def test_only_a_user_error_of_one_printable_line_is_no_finding(tmp_path, monkeypatch):

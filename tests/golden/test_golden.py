@@ -36,7 +36,7 @@ STEPS, B, K, SIZE = 5, 8, 5, 16
 def losses(name: str) -> list[list[float]]:
     """Loss, distillation loss, MINE's bound and gradient norm of five steps on noise, from the seed alone.
 
-    Adam's epsilon is large, or it would make whole steps of gradients that are nothing but rounding (a bias before a
+    Adam's epsilon is large, or it would make full steps of gradients that are nothing but rounding (a bias before a
     norm), and the processor's rounding would decide the losses.
     """
     recipe = from_dict(Recipe, {
@@ -60,8 +60,8 @@ def losses(name: str) -> list[list[float]]:
         batch = Batch(images.to(memory_format=torch.channels_last), labels, positions, positions.numpy(), 0, step)
         targets = targets_from_logits(torch.randn(B, 2, K, generator=g))
         trainer.step(replace(augment(batch), targets=targets), StepSettings(step + 1, 1e-2, 1e-2, with_mine=True))
-        figures = trainer.meters.read()
-        rows.append([figures[key] for key in ("loss", "loss_distill", "information", "grad_norm")])
+        metrics = trainer.meters.read()
+        rows.append([metrics[key] for key in ("loss", "loss_distill", "information", "grad_norm")])
     return rows
 
 

@@ -77,7 +77,7 @@ def test_resident_rounds_once_and_the_others_twice(beton):
 
 @needs_ffcv
 def test_ffcv_s_own_area_filter_is_under_2_of_255_away(beton):
-    """INTER_AREA averages whole pixels where the antialiased triangle looks a little farther: the filter is the cause,
+    """INTER_AREA averages entire pixels where the antialiased triangle looks a little farther: the filter is the cause,
     since both decode exactly. (Magnified crops are bilinear in both.)"""
     mean, _ = difference(one_epoch(beton, "ffcv", resample="area"), one_epoch(beton, "torch"))
     assert 0.1 < mean < 2

@@ -16,7 +16,7 @@ CODE = """
 import sys
 from pipelines.convert import journal as convert_journal
 from pipelines.convert.job import ConvertSettings, convert
-convert_journal.COMMIT_SECONDS = 0.05  # small steps, since the whole takes a few seconds
+convert_journal.COMMIT_SECONDS = 0.05  # small steps, since the conversion takes a few seconds
 convert(sys.argv[1], sys.argv[2], settings=ConvertSettings(size=100, seed=None), workers=2)
 """
 ROOT = Path(__file__).resolve().parents[2]

@@ -58,7 +58,7 @@ def run(name, on_step=None, **sections):
         outcome = "done"
     except (Stopped, NotFinite, PeerLost) as error:
         outcome = f"{type(error).__name__}: {error}"
-    os.write(1, f"OUTCOME {json.dumps([rank, name, outcome])}\\n".encode())  # whole: the ranks share the pipe
+    os.write(1, f"OUTCOME {json.dumps([rank, name, outcome])}\\n".encode())  # at once: the ranks share the pipe
 
 recipe, folder = recipes.load(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -96,7 +96,7 @@ def batch_norms(now):
         one, other = now.world.gather(buffers[None])
         assert torch.equal(one, other) == (now.step == 3)  # after which was evaluated
 
-run("whole")
+run("complete")
 run("stopped", stop)
 run("evaluating", stop_evaluating)
 run("poisoned", poison)
@@ -108,7 +108,7 @@ run("written", distill=targets)
 run("read", lambda now: now.parts.teachers and sys.exit("teachers were built"), distill=targets)
 run("batch_norms", batch_norms, student={"name": "test_resnet", "options": {}, "drop_path": 0.0},
     distill={"mode": "none", "teachers": ()}, optim={"ema": 0.0}, run={"length": "3 steps"})
-cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.target-cache", f"{folder}/taught"])
+cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.target-cache", f"{folder}/targets"])
 run("left", lambda now: now.step == 3 and rank == 1 and os._exit(0))
 os._exit(0)
 """
@@ -183,21 +183,21 @@ def together(recipe, tmp_path_factory):
 LEARNED = re.compile(r"step|samples|lr|loss.*|grad_norm|information|teacher_weight_.|top.*|images")
 
 
-def figures(folder, kind):
+def metrics(folder, kind):
     """What a run's records say of the learning; the rest is about speed."""
     records = [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == kind]
     return [{name: value for name, value in r.items() if LEARNED.fullmatch(name)} for r in records]
 
 
 def assert_close(folder, other, kinds=("train", "eval")):
-    """Figures of every step and evaluation, weights, their averages, and the optimizer's first moments.
+    """Metrics of every step and evaluation, weights, their averages, and the optimizer's first moments.
 
     Not the weights of psi: Adam divides by the gradient's size, so where a gradient is zero but for rounding (shifting
     all scores changes no bound), its steps are rounding too. Its moments are compared, but for those of that shift, and
     not the running mean of the scores, which moves with it.
     """
     for kind in kinds:
-        one, two = figures(folder, kind), figures(other, kind)
+        one, two = metrics(folder, kind), metrics(other, kind)
         assert len(one) == len(two) > 0
         for a, b in zip(one, two, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-4), a["step"]
@@ -212,12 +212,12 @@ def assert_close(folder, other, kinds=("train", "eval")):
 
 def test_two_processes_learn_what_one_learns(alone, together):
     folder, outcomes = together
-    assert outcomes[0, "whole"] == outcomes[1, "whole"] == "done"
-    assert_close(folder / "whole", alone)
-    assert [r["step"] for r in figures(alone, "train") if "information" in r] == [1, 3, 5, 7, 9]
-    assert figures(folder / "whole", "eval")[-1]["images"] == 24
-    assert not list((folder / "whole").glob("**/*.partial"))
-    summary = json.loads((folder / "whole" / "summary.json").read_text())
+    assert outcomes[0, "complete"] == outcomes[1, "complete"] == "done"
+    assert_close(folder / "complete", alone)
+    assert [r["step"] for r in metrics(alone, "train") if "information" in r] == [1, 3, 5, 7, 9]
+    assert metrics(folder / "complete", "eval")[-1]["images"] == 24
+    assert not list((folder / "complete").glob("**/*.partial"))
+    summary = json.loads((folder / "complete" / "summary.json").read_text())
     assert summary["gpu_hours"] * 3600 == pytest.approx(2 * sum(summary["seconds"].values()), rel=0.01)
 
 
@@ -237,7 +237,7 @@ def test_one_rank_is_asked_to_stop_while_all_evaluate(recipe, alone, together):
     folder, outcomes = together
     for rank in (0, 1):
         assert outcomes[rank, "evaluating"].startswith("Stopped: stopped at step 3")
-    assert not figures(folder / "evaluating", "eval")
+    assert not metrics(folder / "evaluating", "eval")
     train(at(recipe, folder / "evaluating"), resume=True, quiet=True)
     assert_close(folder / "evaluating", alone)
 
@@ -266,7 +266,7 @@ def test_a_budget_is_spent_by_one_clock(together):
     """Ranks whose clocks differ would take different numbers of steps, and so hang."""
     folder, outcomes = together
     assert outcomes[0, "budget"] == outcomes[1, "budget"] == "done"
-    last = figures(folder / "budget", "train")[-1]
+    last = metrics(folder / "budget", "train")[-1]
     assert last["lr"] == pytest.approx(1e-5)
 
 
@@ -284,7 +284,7 @@ def test_two_teach_what_one_teaches(recipe, together, tmp_path):
     assert outcomes[0, "asked"] == 24  # one document, of rank 0
     store = replace(recipe.distill, target_cache=str(tmp_path), views=1)
     teach(replace(recipe, distill=store), quiet=True)
-    files = [path / "epoch-00000.targets" for path in (tmp_path, folder / "taught")]
+    files = [path / "epoch-00000.targets" for path in (tmp_path, folder / "targets")]
     one, two = (np.fromfile(file, "<u2", 24 * 4).reshape(-1, 2) for file in files)
     assert (one[:, 0] == two[:, 0]).all()
     confidence = [words[:, 1].copy().view(np.float16).astype(np.float32) for words in (one, two)]
@@ -295,7 +295,7 @@ def test_batch_norms_are_evaluated_with_the_statistics_of_rank_0(together):
     """The driver compares them, before and after the evaluation."""
     folder, outcomes = together
     assert outcomes[0, "batch_norms"] == outcomes[1, "batch_norms"] == "done"
-    assert figures(folder / "batch_norms", "eval")[-1]["images"] == 24
+    assert metrics(folder / "batch_norms", "eval")[-1]["images"] == 24
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(together):
@@ -347,9 +347,9 @@ def test_what_a_user_gets_wrong(recipe, monkeypatch):
 def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_whole_batch(ranks, scale, seed):
     torch.manual_seed(seed)
     joint, marginal = torch.randn(2, ranks, 6, dtype=torch.float64) * scale
-    whole = [x.clone().requires_grad_() for x in (joint, marginal)]
-    value = donsker_varadhan(*whole)
-    expected = torch.autograd.grad(value, whole)
+    full = [x.clone().requires_grad_() for x in (joint, marginal)]
+    value = donsker_varadhan(*full)
+    expected = torch.autograd.grad(value, full)
     local = [[joint[r].clone().requires_grad_(), marginal[r].clone().requires_grad_()] for r in range(ranks)]
     terms = [(j.mean(), log_mean_exp(m)) for j, m in local]
     everyone = torch.stack([torch.stack(t).detach() for t in terms])

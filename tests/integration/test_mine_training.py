@@ -66,16 +66,16 @@ def test_the_estimate_falls_when_the_regulariser_is_on(digits, tmp_path):
 @pytest.mark.parametrize("every, wanted", [("1 epoch", {1, 4, 7}), ("2 steps", {1, 3, 5, 7})])
 def test_the_statistics_network_learns_in_the_first_step_of_each_period(digits, tmp_path, every, wanted):
     """So that all that a run will ever compile, and all the memory that it takes, is met in its first two steps."""
-    psi, learned = {}, set()
+    psi, trained = {}, set()
 
-    def look(training):
+    def on_step(training):
         now = [p.detach().clone() for p in training.parts.trainer.psi_parameters]
         if any(not torch.equal(a, b) for a, b in zip(now, psi.get("before", now), strict=True)):
-            learned.add(training.step)
+            trained.add(training.step)
         psi["before"] = now
 
     teacher = tmp_path / "teacher"
     run("digits_teacher", digits, teacher, 1, **{"student.options": "{}"})
     fields = {"distill.teachers.0.weights": str(teacher), "distill.mine.every": every, "optim.warmup": "0 steps"}
-    run("digits_std", digits, tmp_path / "run", 8, look, **fields, **{"run.batch": "256"})
-    assert learned == wanted - {1}  # the first look has nothing to compare with
+    run("digits_std", digits, tmp_path / "run", 8, on_step, **fields, **{"run.batch": "256"})
+    assert trained == wanted - {1}  # the first step has nothing to compare with

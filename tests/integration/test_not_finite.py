@@ -116,8 +116,8 @@ def test_rolled_back_steps_are_as_if_never_taken(recipe, tmp_path, steps, bad, v
 @pytest.mark.parametrize("kind", ["skip", "rollback"])
 def test_interrupted_at_any_step_the_end_is_the_same(recipe, tmp_path, steps, kind):
     steps(bad=(2, 5))
-    train(under(recipe, tmp_path / "whole", kind, rollback_every="3 steps"), quiet=True)
-    expected, meta = final(tmp_path / "whole")
+    train(under(recipe, tmp_path / "complete", kind, rollback_every="3 steps"), quiet=True)
+    expected, meta = final(tmp_path / "complete")
     assert meta["bad_steps"] == [2, 5]
     for stop_at in (4, 5):
 
@@ -158,7 +158,7 @@ def test_stopped_before_the_bad_step_to_the_bit(recipe, tmp_path, steps):
     with pytest.raises(NotFinite):
         train(under(recipe, tmp_path / "run", "stop"), quiet=True)
     steps()
-    train(under(recipe, tmp_path / "run", "stop"), quiet=True, resume=True)  # the batch was to blame, and was mended
+    train(under(recipe, tmp_path / "run", "stop"), quiet=True, resume=True)  # the batch was to blame, and was fixed
     assert_same(final(tmp_path / "run")[0], final(tmp_path / "long")[0])
 
 

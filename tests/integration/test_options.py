@@ -73,9 +73,9 @@ def test_it_goes_on_to_the_bit_and_reads_what_others_stored(recipe, tmp_path):
             train(part, quiet=True, on_step=ask)
         train(part, quiet=True, resume=True)
         assert_same_bits(final_tensors(tmp_path / str(stop_at)), expected)
-    # targets stored by a run that always sees whole images
+    # targets stored by a run that always sees full-size images
     store = replace(recipe, distill=replace(recipe.distill, target_cache=str(tmp_path / "store")))
-    train(at(replace(store, student=replace(store.student, early_size=0)), tmp_path / "whole"), quiet=True)
+    train(at(replace(store, student=replace(store.student, early_size=0)), tmp_path / "full-size"), quiet=True)
     train(at(store, tmp_path / "stored"), quiet=True, on_step=no_teachers)
     assert_same_bits(final_tensors(tmp_path / "stored"), expected)
 
@@ -111,15 +111,15 @@ def test_plan_measures_both_sizes(recipe, tmp_path, capsys):
     stored = tmp_path / "measured.json"
     assert cli.main(["plan", path, "--seconds", "0.4", "--save", str(stored), "--json"]) == 0
     capsys.readouterr()
-    figures = json.loads(stored.read_text())
+    metrics = json.loads(stored.read_text())
     for mode in ("running", "stored", "none"):
-        assert figures["modes"][mode]["early_images_per_second"] > 0
-    for mode in figures["modes"].values():
+        assert metrics["modes"][mode]["early_images_per_second"] > 0
+    for mode in metrics["modes"].values():
         mode |= {"images_per_second": 100.0, "early_images_per_second": 300.0}
 
     def rate(share, length):
         changed = replace(recipe, student=replace(recipe.student, early_share=share))
-        return plan.buy(figures, at(changed, "", length=length)).rows[0].images_per_second
+        return plan.buy(metrics, at(changed, "", length=length)).rows[0].images_per_second
 
     assert rate(0.5, "8 gpu-hours") == 200.0  # half of the hours each
     assert rate(0.5, "8 epochs") == 150.0  # half of the images each
@@ -164,7 +164,7 @@ def test_features_of_smaller_images_fit_the_modules(side):
     images = torch.randn(2, 3, side, side)
     taps = model.forward_taps(images, (1, 2))
     assert [z.shape for z in taps.features] == [(2, model.patches, model.dim)] * 2 and taps.logits.shape == (2, 3)
-    whole = model._stages(images, (2,), None)[1][2].flatten(1, 2)
+    full_size = model._stages(images, (2,), None)[1][2].flatten(1, 2)
     if side == 24:
-        assert torch.equal(taps.features[1], whole)
-    torch.testing.assert_close(taps.features[1].mean(), whole.mean(), rtol=0.2, atol=0.02)
+        assert torch.equal(taps.features[1], full_size)
+    torch.testing.assert_close(taps.features[1].mean(), full_size.mean(), rtol=0.2, atol=0.02)

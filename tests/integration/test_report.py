@@ -45,15 +45,15 @@ def runs(image_folder, tmp_path_factory):
 
     teacher = recipe("teacher", student={"name": "test_resnet"}, summary=NASTY, name=NASTY)
     train(teacher, quiet=True)
-    taught = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2}
-    train(recipe("taught", distill=taught), quiet=True)
+    std = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2}
+    train(recipe("std", distill=std), quiet=True)
 
     def stop(run):
         run.stop_wanted = run.step == 2
 
     with pytest.raises(Stopped):
         train(recipe("stopped"), quiet=True, on_step=stop)
-    return [folder / name for name in ("teacher", "taught", "stopped")]
+    return [folder / name for name in ("teacher", "std", "stopped")]
 
 
 class Page(HTMLParser):
@@ -82,8 +82,8 @@ class Page(HTMLParser):
 def test_the_page_and_its_plots(runs, tmp_path, capsys):
     out = tmp_path / "report"
     assert cli.main(["report", *map(str, runs), "--out", str(out), "--images", "4", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [told["runs"][name]["finished"] for name in ("teacher", "taught", "stopped")] == [True, True, False]
+    shown = json.loads(capsys.readouterr().out)
+    assert [shown["runs"][name]["finished"] for name in ("teacher", "std", "stopped")] == [True, True, False]
     text = (out / "report.html").read_text()
     page = Page(text)
     assert re.findall("<h2>(.*?)</h2>", text) == [
@@ -114,10 +114,10 @@ def test_the_page_and_its_plots(runs, tmp_path, capsys):
 
 
 def test_predictions_are_those_of_evaluation(runs):
-    told = report_data.read_runs(runs)[1]
-    samples = report_data.predictions(told, 24)  # all images
+    run = report_data.read_runs(runs)[1]
+    samples = report_data.predictions(run, 24)  # all images
     right = sum(s.truth == s.guess for s in samples)
-    assert 100 * right / 24 == pytest.approx(told.summary["result"]["top1"])
+    assert 100 * right / 24 == pytest.approx(run.summary["result"]["top1"])
     assert [s.truth for s in samples] == ["ant"] * 8 + ["bee"] * 8 + ["cat"] * 8
     assert all(1 / 3 <= s.confidence <= 1 for s in samples)
 
@@ -172,11 +172,11 @@ def test_names_that_matplotlib_would_read(tmp_path):
 
 
 def test_two_runs_of_the_same_name(runs, tmp_path):
-    copy = tmp_path / "taught"
+    copy = tmp_path / "std"
     shutil.copytree(runs[1], copy)
-    told = report_data.read_runs([runs[1], copy])
-    assert [t.name for t in told] == ["taught", str(copy)]
-    assert report.differences(told).startswith('<p class="none">None')
-    changed = replace(told[1], recipe=replace(told[1].recipe, optim=replace(told[1].recipe.optim, lr=0.5)))
-    rows = re.findall(r"<td><code>(.*?)</code></td>", report.differences([told[0], changed]))
+    read = report_data.read_runs([runs[1], copy])
+    assert [t.name for t in read] == ["std", str(copy)]
+    assert report.differences(read).startswith('<p class="none">None')
+    changed = replace(read[1], recipe=replace(read[1].recipe, optim=replace(read[1].recipe.optim, lr=0.5)))
+    rows = re.findall(r"<td><code>(.*?)</code></td>", report.differences([read[0], changed]))
     assert rows == ["optim.lr", "0.0005", "0.5"]

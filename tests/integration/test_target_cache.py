@@ -76,16 +76,16 @@ def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, t
     store = str(tmp_path / "written")
     train(into(recipe, tmp_path / "first", target_cache=store), quiet=True)  # write-through
     assert_same(weights(tmp_path / "first"), expected)
-    taught = teach(into(recipe, "", target_cache=str(tmp_path / "taught")), quiet=True)
-    assert taught["epochs"] == 2 and taught["asked"] == 48
-    assert taught["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
+    targets = teach(into(recipe, "", target_cache=str(tmp_path / "targets")), quiet=True)
+    assert targets["epochs"] == 2 and targets["asked"] == 48
+    assert targets["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
 
     def no_teachers(run):
         assert run.parts.teachers is None
 
     away = teachers.rename(teachers.with_name("away"))
     try:
-        for name in ("written", "taught"):
+        for name in ("written", "targets"):
             stored = into(recipe, tmp_path / f"from_{name}", target_cache=str(tmp_path / name))
             train(stored, quiet=True, on_step=no_teachers)
             assert_same(weights(tmp_path / f"from_{name}"), expected)
@@ -93,7 +93,7 @@ def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, t
         away.rename(teachers)
     # other runs use them too: another student and optimizer, another batch, hard labels from a store of soft ones
     other = into(
-        recipe, tmp_path / "other", target_cache=str(tmp_path / "taught"), labels="hard", temperature=1.0, top_k=0
+        recipe, tmp_path / "other", target_cache=str(tmp_path / "targets"), labels="hard", temperature=1.0, top_k=0
     )
     other = changed(other, optim={"lr": 2e-3}, student={"drop_path": 0.0}, run={"batch": 12})
     train(other, quiet=True, on_step=no_teachers)
@@ -110,10 +110,10 @@ def test_an_interrupted_run_leaves_whole_epochs(recipe, tmp_path):
         train(first, quiet=True, on_step=ask)
     assert not list((tmp_path / "written").glob("*.targets"))
     train(first, resume=True, quiet=True)
-    teach(into(recipe, "", target_cache=str(tmp_path / "taught")), quiet=True)
+    teach(into(recipe, "", target_cache=str(tmp_path / "targets")), quiet=True)
     for epoch in (0, 1):
         name = f"epoch-{epoch:05d}.targets"
-        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "taught" / name).read_bytes()
+        assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "targets" / name).read_bytes()
 
 
 def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, monkeypatch):
@@ -134,12 +134,12 @@ def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, 
     assert teach(recipe, quiet=True)["asked"] == 0
 
     path = tmp_path / "store" / "epoch-00001.targets"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + b"x")
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-1] + b"x")
     with pytest.raises(UserError, match="epoch-00001.targets: its digest does not match"):
         train(recipe, quiet=True)
     assert teach(recipe, quiet=True)["asked"] == 24
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
 def fifteen(image_folder, to):
@@ -226,7 +226,7 @@ def test_a_mismatch_is_refused_with_the_field(recipe, store_of, change, named):
 
 @pytest.fixture(scope="module")
 def store_of(teachers, image_folder, tmp_path_factory):
-    """Answers of one epoch of `recipe`."""
+    """Targets of one epoch of `recipe`."""
     folder = tmp_path_factory.mktemp("store") / "targets"
     distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
     recipe = changed(from_dict(Recipe, {**SMALL, "distill": distill}), data={"train": str(image_folder)})

@@ -1,4 +1,4 @@
-"""The whole run on real files: resume to the bit, exact evaluation, stopping, and what a user gets wrong."""
+"""A complete run on real files: resume to the bit, exact evaluation, stopping, and what a user gets wrong."""
 
 import contextlib
 import json
@@ -60,9 +60,9 @@ def weights(folder):
 
 
 def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_path):
-    whole = train(at(recipe, tmp_path / "whole", recipe.data.train), quiet=True)
-    expected, _ = weights(tmp_path / "whole")
-    assert whole["steps"] == 9 and whole["samples"] == 72
+    complete = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)
+    expected, _ = weights(tmp_path / "complete")
+    assert complete["steps"] == 9 and complete["samples"] == 72
     assert any(name.startswith("ema.") for name in expected) and any(name.endswith("exp_avg_sq") for name in expected)
     for stop_at in (1, 4, 6):  # within an epoch and at its end, before and after a step with MINE
         part = at(recipe, tmp_path / f"part{stop_at}", recipe.data.train)
@@ -73,7 +73,7 @@ def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_pat
         with pytest.raises(Stopped, match=f"step {stop_at}"):
             train(part, quiet=True, on_step=ask)
         again = train(part, resume=True, quiet=True)
-        assert again["result"] == whole["result"]
+        assert again["result"] == complete["result"]
         got, _ = weights(tmp_path / f"part{stop_at}")
         assert got.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -86,7 +86,7 @@ def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_pat
 def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
     """Which a scheduler's grace may be too short for; it is made up for when the run goes on."""
     recipe = at(recipe, tmp_path / "part", recipe.data.train, eval_batch=8)
-    whole = train(at(recipe, tmp_path / "whole", recipe.data.train), quiet=True)
+    complete = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)
     shown = []
 
     def ask(run):
@@ -109,13 +109,13 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
     with pytest.raises(Stopped, match="in an evaluation; continue"):  # and once more
         with stopping_at_once():
             train(recipe, resume=True, quiet=True)
-    assert train(recipe, resume=True, quiet=True)["result"] == whole["result"]
-    expected, got = (weights(tmp_path / name)[0] for name in ("whole", "part"))
+    assert train(recipe, resume=True, quiet=True)["result"] == complete["result"]
+    expected, got = (weights(tmp_path / name)[0] for name in ("complete", "part"))
     assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
     kept = ("step", "top1", "loss")
     evaluations = [
         [{key: r[key] for key in kept} for r in read_jsonl(tmp_path / name / "metrics.jsonl") if r["kind"] == "eval"]
-        for name in ("whole", "part")
+        for name in ("complete", "part")
     ]
     assert evaluations[0] == evaluations[1]
 

@@ -126,11 +126,11 @@ def test_agrees_with_a_per_image_reference(changes, shape):
 
 def test_a_sample_does_not_depend_on_the_rest_of_the_batch():
     augment = Augment(AugmentSpec(shift=2, erase=0.5), SEED)
-    whole = make_batch(16)
-    both = augment(whole)
+    batch = make_batch(16)
+    both = augment(batch)
     for rows in (slice(0, 4), slice(4, 16)):
         part = Batch(
-            whole.images[rows], whole.labels[rows], whole.positions[rows], whole.indices[rows], whole.epoch, whole.step
+            batch.images[rows], batch.labels[rows], batch.positions[rows], batch.indices[rows], batch.epoch, batch.step
         )
         piece = augment(part)
         assert torch.equal(piece.images, both.images[rows]) and torch.equal(piece.lam, both.lam[rows])

@@ -244,7 +244,7 @@ def test_a_budget_is_spent_and_the_learning_rate_lands(clock_time, hours, step, 
     ).run()  # fmt: skip
     assert 0.97 <= run.share <= 1.0
     assert run.rates[-1] == pytest.approx(0.01)
-    assert max(run.rates) > 0.99  # the warm-up was whole: a long start does not skip it
+    assert max(run.rates) > 0.99  # the warm-up was complete: a long start does not skip it
     peak = run.rates.index(max(run.rates))
     assert 0.02 < peak / len(run.rates) < 0.09
     assert run.rates[:peak] == sorted(run.rates[:peak]) and run.rates[peak:] == sorted(run.rates[peak:], reverse=True)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and say when they are damaged."""
+"""Checkpoints are complete or not there, and damage is reported."""
 
 import logging
 
@@ -45,7 +45,7 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
         assert meta["step"] == 7 and all(torch.equal(tensors[n], v) for n, v in TENSORS.items()), at
     for size in (0, 1, 9, len(data) // 2, len(data) - 1):
         bad.write_bytes(data[:size])
-        with pytest.raises(UserError, match="no whole checkpoint"):
+        with pytest.raises(UserError, match="no complete checkpoint"):
             checkpoint.load(bad)
 
 
@@ -53,7 +53,7 @@ def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(UserError, match="another program's"):
         checkpoint.load(tmp_path / "foreign")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.load(tmp_path / "nothing")
 
 

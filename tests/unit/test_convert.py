@@ -284,12 +284,12 @@ def test_shards_hold_every_image_once(images: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}.beton") for i in range(3)]
     for i, path in enumerate(paths):
         convert(str(images), path, settings=KEEP, shard=(i, 3))
-    whole = str(tmp_path / "whole.beton")
-    convert(str(images), whole, settings=KEEP)
-    joined, source = open_source(paths), BetonSource(whole)
-    assert joined.num_samples == 130
-    assert sorted(joined.read(i).tobytes() for i in range(130)) == sorted(source.read(i).tobytes() for i in range(130))
-    assert np.bincount(joined.labels).tolist() == [50, 50, 30]
+    single = str(tmp_path / "single.beton")
+    convert(str(images), single, settings=KEEP)
+    parts, source = open_source(paths), BetonSource(single)
+    assert parts.num_samples == 130
+    assert sorted(parts.read(i).tobytes() for i in range(130)) == sorted(source.read(i).tobytes() for i in range(130))
+    assert np.bincount(parts.labels).tolist() == [50, 50, 30]
 
 
 # interruption

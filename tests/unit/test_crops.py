@@ -48,7 +48,7 @@ def test_equal_to_torchvision_given_the_same_numbers(sizes, first, scale):
 
 @pytest.mark.parametrize(("height", "width"), [(20, 20000), (20000, 20), (300, 100), (101, 333), (1, 7)])
 def test_fallback_is_torchvisions_own(height, width):
-    """Asked for the whole area and a ratio that the image lacks, every try fails and the answer is certain."""
+    """Asked for the full area and a ratio that the image lacks, every try fails and the answer is certain."""
     expected = RandomResizedCrop.get_params(torch.zeros(1).expand(3, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
     box = random_resized_crop(np.array([height]), np.array([width]), 0, 0, np.array([0]), scale=(1.0, 1.0))
     assert tuple(box[0].tolist()) == expected

@@ -61,8 +61,8 @@ def test_the_same_number_of_every_group_is_kept_and_any_split_of_the_batch_draws
         assert torch.bincount(kept // GROUP, minlength=4).tolist() == [left] * 4
     half = 2 * GROUP
     first, second = rows_of(rates, positions[:half]), rows_of(rates, positions[half:])
-    for whole, one, other in zip(rows[1:], first[1:], second[1:], strict=True):
-        assert torch.equal(whole, torch.cat([one, other + half]))
+    for full, one, other in zip(rows[1:], first[1:], second[1:], strict=True):
+        assert torch.equal(full, torch.cat([one, other + half]))
     again = rows_of(rates, positions, EPOCH + 1)
     assert torch.equal(rows_of(rates, positions)[2], rows[2]) and not torch.equal(again[2], rows[2])
 

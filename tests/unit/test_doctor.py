@@ -59,7 +59,7 @@ def test_this_machine_is_in_order(here):
 def test_every_finding_comes_with_its_mend(here):
     for check in here.values():
         if not check.ok and check.detail not in ("no CUDA device", "this GPU has none: DALI decodes on its CUDA cores"):
-            assert check.mend or check.name == "CUDA device", check
+            assert check.fix or check.name == "CUDA device", check
 
 
 def test_ffcv_names_the_libjpeg_turbo_that_it_decodes_with(here):
@@ -75,7 +75,7 @@ def test_a_missing_required_package_is_shown_and_fails(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "")
     check = by_name("tensorboard")
     assert not check.ok and check.status == "MISSING" and check.detail == "not installed"
-    assert check.mend["conda"].endswith("tensorboard") and check.mend["pip"].endswith("tensorboard")
+    assert check.fix["conda"].endswith("tensorboard") and check.fix["pip"].endswith("tensorboard")
     assert doctor.exit_code([check]) == 1
 
 
@@ -89,9 +89,9 @@ def test_a_broken_optional_package_is_shown_with_its_reason(monkeypatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     check = by_name("ffcv")
     assert not check.ok and check.status == "optional" and reason in check.detail and check.version == "1.0.2"
-    assert "libopencv-dev libturbojpeg0-dev" in check.mend["debian"]
-    assert "libjpeg-turbo" in check.mend["conda"]
-    assert "--force-reinstall" in check.mend["pip"] and check.mend["pip"].endswith("ffcv")
+    assert "libopencv-dev libturbojpeg0-dev" in check.fix["debian"]
+    assert "libjpeg-turbo" in check.fix["conda"]
+    assert "--force-reinstall" in check.fix["pip"] and check.fix["pip"].endswith("ffcv")
     assert doctor.exit_code([check]) == 0
 
 
@@ -103,7 +103,7 @@ def test_the_wrong_apex_is_told_from_the_right_one(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     wrong = by_name("apex")
     assert not wrong.ok and "another project" in wrong.detail
-    assert "pip uninstall -y apex" in wrong.mend["note"] and "nvidia-apex" in wrong.mend["conda"]
+    assert "pip uninstall -y apex" in wrong.fix["note"] and "nvidia-apex" in wrong.fix["conda"]
 
     (package / "optimizers").mkdir()
     (package / "optimizers" / "__init__.py").write_text("")
@@ -142,7 +142,7 @@ def test_json_is_one_document(capsys, here):
     assert document["ok"] is True
     rows = {row["name"]: row for row in document["checks"]}
     assert set(rows) == set(here)
-    assert set(rows["torch"]) == {"name", "status", "ok", "required", "version", "detail", "mend"}
+    assert set(rows["torch"]) == {"name", "status", "ok", "required", "version", "detail", "fix"}
     assert doctor.main(json_document=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in printed["checks"]] == [row["name"] for row in document["checks"]]

@@ -90,11 +90,11 @@ def test_a_batch_is_what_the_plan_and_the_boxes_say(beton, backend):
         boxes = spec.crop.boxes(*source.sizes(batch.indices), spec.seed, 2, positions)
         for image, index, (top, left, height, width) in zip(batch.images, batch.indices, boxes.tolist(), strict=True):
             if source.is_jpeg(index):
-                whole = Image.open(io.BytesIO(source.read(index).tobytes()))
+                full = Image.open(io.BytesIO(source.read(index).tobytes()))
             else:
                 (h,), (w,) = source.sizes(np.array([index]))
-                whole = Image.fromarray(source.read(index).reshape(h, w, 3))
-            crop = whole.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+                full = Image.fromarray(source.read(index).reshape(h, w, 3))
+            crop = full.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(crop))
             assert difference.max() <= 1
 
@@ -109,11 +109,11 @@ def test_the_number_of_threads_changes_nothing(beton, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_resumes_at_any_step(beton, backend):
     with open_loader(training(beton), backend) as loader:
-        whole = list(loader.epoch(3))
-        for step in range(1, len(whole)):
-            assert_same(list(loader.epoch(3, step)), whole[step:])
-        assert list(loader.epoch(3, len(whole))) == []
-        for step in (-1, len(whole) + 1):
+        full = list(loader.epoch(3))
+        for step in range(1, len(full)):
+            assert_same(list(loader.epoch(3, step)), full[step:])
+        assert list(loader.epoch(3, len(full))) == []
+        for step in (-1, len(full) + 1):
             with pytest.raises(UserError, match="start_step"):
                 loader.epoch(3, step)
 
@@ -544,7 +544,7 @@ def test_a_resident_batch_takes_few_operations(tmp_path):
 @pytest.mark.parametrize("options", [{"subsampling": s} for s in (0, 1, 2)] + [{"progressive": True}, {"grey": True}])
 @pytest.mark.parametrize("height", [48, 61])
 def test_decoding_only_the_needed_rows_changes_no_pixel(options, height):
-    """Against PIL's decoding of the whole image, for every last row."""
+    """Against PIL's decoding of the full image, for every last row."""
     from pipelines.loaders import ffcv as ffcv_backend
     from pipelines.loaders import native
 
@@ -553,7 +553,7 @@ def test_decoding_only_the_needed_rows_changes_no_pixel(options, height):
     if options.pop("grey", False):
         image = image.convert("L")
     data = np.frombuffer(encoded(np.asarray(image), quality=90, **options), np.uint8)
-    whole = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+    full = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
     native.load(ffcv_backend.library())
     for bottom in range(1, height + 1):
         out = np.empty((1, bottom, 3 * bottom), np.uint8)  # a box of the output's size: nothing to resize
@@ -564,9 +564,9 @@ def test_decoding_only_the_needed_rows_changes_no_pixel(options, height):
         known = (np.array([height]), np.array([37]), box, out, rows, np.empty(data.size, np.uint8), native.BILINEAR)
         where = np.array([data.ctypes.data], np.uint64), np.array([data.size]), np.array([True]), np.array([True])
         assert native.decode_samples(*where, *known) == (1, native.OK)
-        assert np.array_equal(rows.reshape(height, 37, 3)[:bottom], whole[:bottom])
+        assert np.array_equal(rows.reshape(height, 37, 3)[:bottom], full[:bottom])
         if bottom <= 37:
-            assert np.array_equal(out.reshape(bottom, bottom, 3), whole[:bottom, :bottom])
+            assert np.array_equal(out.reshape(bottom, bottom, 3), full[:bottom, :bottom])
 
 
 @needs_ffcv
@@ -585,9 +585,9 @@ def test_area_is_ffcv_s_own_resize(beton):
         boxes = spec.crop.boxes(*source.sizes(batch.indices), spec.seed, 0, batch.positions.numpy())
         for image, index, (top, left, height, width) in zip(batch.images, batch.indices, boxes.tolist(), strict=True):
             out = np.empty((SIZE, SIZE, 3), np.uint8)
-            whole = np.ascontiguousarray(decode_rgb(source, int(index)))
+            full = np.ascontiguousarray(decode_rgb(source, int(index)))
             box = top, top + height, left, left + width
-            resize(0, whole.ctypes.data, *whole.shape[:2], *box, out.ctypes.data, SIZE, SIZE)
+            resize(0, full.ctypes.data, *full.shape[:2], *box, out.ctypes.data, SIZE, SIZE)
             assert np.array_equal(image.permute(1, 2, 0).numpy(), out)
 
 

@@ -37,12 +37,12 @@ def test_split_first_layer_equals_the_network_on_concatenated_pairs():
     joint, marginal = psi(ts, tc)
     weight = torch.cat([psi.fc1_s.weight, psi.fc1_c.weight], 1)
 
-    def whole(s, c):
+    def full(s, c):
         hidden = F.gelu(F.linear(torch.cat([s, c], -1), weight, psi.fc1_s.bias))
         return psi.fc3(F.gelu(psi.fc2(hidden))).squeeze(-1)
 
-    torch.testing.assert_close(joint, whole(ts, tc), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(marginal, whole(ts, tc[torch.arange(8) ^ 2]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(joint, full(ts, tc), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(marginal, full(ts, tc[torch.arange(8) ^ 2]), rtol=1e-12, atol=1e-12)
     expected = joint.mean() - marginal.exp().mean().log()
     torch.testing.assert_close(donsker_varadhan(joint, marginal), expected, rtol=1e-12, atol=1e-12)
 

@@ -154,11 +154,11 @@ def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
     def ask(run):
         run.stop_wanted = run.step == 2
 
-    train(at("whole"), quiet=True)
+    train(at("one"), quiet=True)
     with pytest.raises(Stopped):
         train(at("parts"), quiet=True, on_step=ask)
     train(at("parts"), resume=True, quiet=True)
-    one, two = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "parts"))
+    one, two = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("one", "parts"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 

@@ -213,8 +213,8 @@ def test_mfu_is_counted_arithmetic_over_the_ceiling():
     limit = ceiling(CPU, "float32")
     assert limit == ceiling(CPU, "bfloat16") > 1e8  # measured once, in float32 on a CPU
     meter = SpeedMeter(CPU, Stopwatch(CPU), flops, 1e6)
-    figures = meter.read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
-    assert figures["mfu"] == pytest.approx(64 * flops / 1e6, rel=1e-3) and figures["data_wait"] == 0.1
+    metrics = meter.read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0.05)
+    assert metrics["mfu"] == pytest.approx(64 * flops / 1e6, rel=1e-3) and metrics["data_wait"] == 0.1
     small = SpeedMeter(CPU, Stopwatch(CPU), 1.0, 3e7).read(step=1, images=32, seconds=0.5, step_seconds=0.1, waited=0)
     assert small["mfu"] == 2.133e-06  # a small model's is not rounded away
 
@@ -227,9 +227,9 @@ def test_others_on_the_machine_do_not_lower_the_ceiling(monkeypatch):
 
 
 def test_the_figures_of_speed_in_a_line():
-    figures = {"data_wait": 0.021, "peak_memory_gib": 12.345, "share_teacher": 0.304, "share_student": 0.6}
-    assert speed_in_words(figures) == "data 2 %  teacher 30 %  student 60 %  12.35 GiB"
-    assert speed_in_words(figures | {"mfu": 0.414}).startswith("MFU 41 %  data 2 %")
+    metrics = {"data_wait": 0.021, "peak_memory_gib": 12.345, "share_teacher": 0.304, "share_student": 0.6}
+    assert speed_in_words(metrics) == "data 2 %  teacher 30 %  student 60 %  12.35 GiB"
+    assert speed_in_words(metrics | {"mfu": 0.414}).startswith("MFU 41 %  data 2 %")
 
 
 def test_a_model_that_cannot_be_counted_is_named_and_not_fatal(caplog):

@@ -1,4 +1,4 @@
-"""What a budget buys, from figures whose answer is known; and the measurement itself on a tiny run."""
+"""What a budget buys, from a measurement whose result is known; and the measurement itself on a tiny run."""
 
 import copy
 import json
@@ -20,10 +20,10 @@ PLAIN = {
     "data": {"image_size": 16, "threads": 1},
     "run": {"batch": 8, "length": "1 gpu-hours", "eval_every": "5 epochs", "device": "cpu"},
 }
-TAUGHT = {**PLAIN, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}, {"name": "test_vit"}]}}
+STD = {**PLAIN, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}, {"name": "test_vit"}]}}
 
 
-def recipe_of(data=TAUGHT, **run):
+def recipe_of(data=STD, **run):
     return from_dict(Recipe, {**data, "run": {**data["run"], **run}})
 
 
@@ -48,12 +48,12 @@ FIGURES = {
 
 
 @pytest.fixture
-def figures():
+def measured():
     return {**copy.deepcopy(FIGURES), "recipe": recipes.dump(recipe_of())}
 
 
-def test_epochs_of_each_mode(figures):
-    bought = plan.buy(figures, recipe_of(length="8 gpu-hours"), datetime(2026, 1, 1, 12).astimezone())
+def test_epochs_of_each_mode(measured):
+    bought = plan.buy(measured, recipe_of(length="8 gpu-hours"), datetime(2026, 1, 1, 12).astimezone())
     rows = {row.mode: row for row in bought.rows}
     reserve = 1.25 * 12 + plan.CLOSING
     assert bought.reserve_seconds == pytest.approx(reserve, abs=0.1)
@@ -84,46 +84,46 @@ def test_epochs_of_each_mode(figures):
     assert json.loads(json.dumps(plan.as_dict(bought)))["rows"][0]["mode"] == "running"
 
 
-def test_without_a_budget_the_length_is_priced(figures):
-    cost = {row.mode: row.gpu_hours for row in plan.buy(figures, recipe_of(length="300 epochs")).rows}
+def test_without_a_budget_the_length_is_priced(measured):
+    cost = {row.mode: row.gpu_hours for row in plan.buy(measured, recipe_of(length="300 epochs")).rows}
     assert cost["running"] == pytest.approx((300 * 102 + 60 + 15 + plan.CLOSING) / 3600, rel=1e-3)
     assert cost["none"] < cost["stored"] < cost["views"] < cost["running"]
-    budget = plan.buy(figures, recipe_of(length=f"{cost['stored'] + 10 / 3600} gpu-hours"))
+    budget = plan.buy(measured, recipe_of(length=f"{cost['stored'] + 10 / 3600} gpu-hours"))
     assert {row.mode: row.epochs for row in budget.rows}["stored"] == pytest.approx(300, rel=1e-3)  # the way back
 
 
-def test_what_is_recommended(figures):
-    figures["modes"]["stored"]["images_per_second"] = 10_500.0
-    bought = plan.buy(figures, recipe_of(length="8 gpu-hours"))
+def test_what_is_recommended(measured):
+    measured["modes"]["stored"]["images_per_second"] = 10_500.0
+    bought = plan.buy(measured, recipe_of(length="8 gpu-hours"))
     assert bought.options == () and "they cost 5 %" in bought.recommended
-    figures["modes"]["stored"]["images_per_second"] = 20_000.0
-    few = plan.buy(figures, recipe_of(length="0.2 gpu-hours"))  # no epoch would come a second time
+    measured["modes"]["stored"]["images_per_second"] = 20_000.0
+    few = plan.buy(measured, recipe_of(length="0.2 gpu-hours"))  # no epoch would come a second time
     assert "views" not in {row.mode for row in few.rows}
     assert few.options[:2] == ("--distill.target-cache", "targets/run") and "few" in few.notes[0]
-    short = plan.buy(figures, recipe_of(length="8 gpu-hours", eval_every="1 epoch"))
+    short = plan.buy(measured, recipe_of(length="8 gpu-hours", eval_every="1 epoch"))
     assert short.options[-2:] == ("--run.eval-every", "4 epochs")  # 10 s after each 100 s
-    figures["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2}
-    told = " ".join(plan.buy(figures, recipe_of(length="8 gpu-hours")).notes)
-    assert "40 % of the time is waiting" in told and "fewer than 5 steps" in told
-    figures["modes"] = {"none": mode(100.0)}
-    assert plan.buy(figures, recipe_of(PLAIN)).recommended.startswith("a plain training")
+    measured["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2}
+    notes = " ".join(plan.buy(measured, recipe_of(length="8 gpu-hours")).notes)
+    assert "40 % of the time is waiting" in notes and "fewer than 5 steps" in notes
+    measured["modes"] = {"none": mode(100.0)}
+    assert plan.buy(measured, recipe_of(PLAIN)).recommended.startswith("a plain training")
 
 
-def test_a_budget_smaller_than_its_start(figures):
-    rows = plan.buy(figures, recipe_of(length="0.01 gpu-hours")).rows
+def test_a_budget_smaller_than_its_start(measured):
+    rows = plan.buy(measured, recipe_of(length="0.01 gpu-hours")).rows
     assert [row.epochs for row in rows] == [0, 0, 0]
 
 
-def test_a_stored_measurement_is_of_the_same_work(figures, tmp_path):
+def test_a_stored_measurement_is_of_the_same_work(measured, tmp_path):
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps(figures))
+    path.write_text(json.dumps(measured))
     same = recipe_of(length="8 gpu-hours", seed=3, log_every=7)
-    assert plan.plan(same, stored=str(path)) == plan.buy(figures, same)
+    assert plan.plan(same, stored=str(path)) == plan.buy(measured, same)
     for other, name in [
         (recipe_of(batch=16), "run.batch"),
-        (recipe_of({**TAUGHT, "data": {"image_size": 32}}), "data.image_size"),
+        (recipe_of({**STD, "data": {"image_size": 32}}), "data.image_size"),
         (recipe_of(PLAIN), "distill.mode"),
-        (recipe_of({**TAUGHT, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}]}}), "distill.teachers"),
+        (recipe_of({**STD, "distill": {"mode": "std", "teachers": [{"name": "test_resnet"}]}}), "distill.teachers"),
     ]:
         with pytest.raises(UserError, match=f"bench.json: was measured with another {name}"):
             plan.read(path, other)
@@ -138,9 +138,9 @@ def test_a_stored_measurement_is_of_the_same_work(figures, tmp_path):
         (None, "is damaged or of another version"),
     ],
 )
-def test_a_damaged_measurement(figures, tmp_path, text, complaint):
+def test_a_damaged_measurement(measured, tmp_path, text, complaint):
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps({**figures, "samples": -1}) if text is None else text)
+    path.write_text(json.dumps({**measured, "samples": -1}) if text is None else text)
     with pytest.raises(UserError, match=complaint):
         plan.read(path, recipe_of())
 
@@ -149,22 +149,22 @@ def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys):
     recipe, weights = tmp_path / "tiny.yaml", tmp_path / "teacher.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
     data = {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1}
-    taught = {
-        **TAUGHT,
+    data = {
+        **STD,
         "data": data,
         "distill": {"mode": "std", "teachers": [{"name": "test_resnet", "weights": str(weights)}]},
     }
-    taught["run"] = {**TAUGHT["run"], "out": str(tmp_path / "runs" / "tiny")}
-    recipe.write_text(recipes.dump(from_dict(Recipe, taught)))
+    data["run"] = {**STD["run"], "out": str(tmp_path / "runs" / "tiny")}
+    recipe.write_text(recipes.dump(from_dict(Recipe, data)))
     saved = tmp_path / "bench.json"
     command = ["plan", str(recipe), "--budget.gpu-hours", "0.5", "--json"]
     assert cli.main([*command, "--seconds", "0.6", "--save", str(saved)]) == 0
     made = json.loads(capsys.readouterr().out)
     assert {row["mode"] for row in made["rows"]} == {"running", "views", "stored", "none"}
     assert all(row["images_per_second"] > 0 and row["epochs"] > 0 for row in made["rows"])
-    figures = json.loads(saved.read_text())
-    assert figures["samples"] == figures["val_images"] == 24 and figures["steps_per_epoch"] == 3
-    assert figures["checkpoint_bytes"] > 1000 and figures["evaluation_seconds"] > 0
+    measured = json.loads(saved.read_text())
+    assert measured["samples"] == measured["val_images"] == 24 and measured["steps_per_epoch"] == 3
+    assert measured["checkpoint_bytes"] > 1000 and measured["evaluation_seconds"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bench.json",
         "teacher.safetensors",

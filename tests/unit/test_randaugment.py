@@ -1,4 +1,4 @@
-"""RandAugment for the whole batch against PIL as timm applies it, one image after the other."""
+"""RandAugment for a batch against PIL as timm applies it, one image after the other."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""The recipe validates itself, and every complaint names the field and the mend."""
+"""The recipe validates itself, and every complaint names the field and the fix."""
 
 import re
 

@@ -259,12 +259,12 @@ def test_warm_from_memory_without_a_manifest(
 def test_parts_of_one_conversion(beton: str, disk: Path) -> None:
     """One id, each part once; another for other settings. The fingerprint is that of the data alone."""
     manifests = [json.loads((disk / f"x-{part}.beton.json").read_text()) for part in range(2)]
-    whole = json.loads((disk / "x.beton.json").read_text())
+    single = json.loads((disk / "x.beton.json").read_text())
     ids = {manifest["conversion"].pop("id") for manifest in manifests}
     assert [manifest["conversion"] for manifest in manifests] == [
         {"part": i, "parts": 2, "images": 36} for i in range(2)
     ]
-    assert len(ids) == 1 and whole["conversion"]["id"] not in ids
+    assert len(ids) == 1 and single["conversion"]["id"] not in ids
 
 
 def test_the_fingerprint_is_that_of_the_data(disk: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Philox: Random123's known answers, bit equality of the twins, the documented layout, no recompilation by epoch."""
+"""Philox: Random123's known values, bit equality of the twins, the documented layout, no recompilation by epoch."""
 
 import numpy as np
 import pytest

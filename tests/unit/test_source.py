@@ -173,7 +173,7 @@ def test_a_crafted_beton_is_refused_by_name(beton, fault):
 
 
 def test_a_bomb_is_refused(beton):
-    """A few bytes that would have a decoder set aside gigabytes."""
+    """A few bytes that would have a decoder reserve gigabytes."""
     poke(beton, row(0, "width"), 20000)
     poke(beton, row(0, "height"), MAX_PIXELS // 20000 + 1)
     with pytest.raises(DataError, match="sample 0 claims more pixels than any image"):
@@ -181,9 +181,9 @@ def test_a_bomb_is_refused(beton):
 
 
 def test_every_truncation_is_refused(beton):
-    whole = beton.read_bytes()
-    for size in [*range(0, len(whole), 211), *range(len(whole) - 100, len(whole))]:
-        beton.write_bytes(whole[:size])
+    content = beton.read_bytes()
+    for size in [*range(0, len(content), 211), *range(len(content) - 100, len(content))]:
+        beton.write_bytes(content[:size])
         with pytest.raises(UserError, match="std-fast convert"):
             open_source(beton)
 

@@ -212,11 +212,11 @@ def test_hostile_members_are_named_and_not_followed(contents: dict, tmp_path: Pa
 
 @pytest.mark.parametrize("missing", [513, 1024, 10240])
 def test_a_tar_cut_short_is_a_fault(missing: int, contents: dict, tmp_path: Path) -> None:
-    """Also where it is cut between two members, so that all that is left looks whole."""
+    """Also where it is cut between two members, so that all that is left looks complete."""
     path = tmp_path / "shard.tar"
     tar(path, shard_files(contents))
-    whole = path.read_bytes().rstrip(b"\0")
-    end = -(-len(whole) // 512) * 512
+    content = path.read_bytes().rstrip(b"\0")
+    end = -(-len(content) // 512) * 512
     path.write_bytes(path.read_bytes()[: end + 1024 - missing])
     reasons = faults_of(path, tmp_path)
     assert "cut short" in reasons["shard.tar"]

@@ -36,7 +36,7 @@ SETTINGS = {
     "OFA": {"labels": "soft", "temperature": 2.0, "loss": "ofa"},
     "narrow": {"token_mlp_ratio": [1.0, 1.0]},
     "modules weighed": {"module_weights": [0.5, 2.0]},
-    "class head taught": {"class_share": 0.5},
+    "class head learns from the teacher": {"class_share": 0.5},
     "not reweighted": {"reweight": False},
     "spatial": {"tokens": "spatial"},
     "channel": {"tokens": "channel"},

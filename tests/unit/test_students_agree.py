@@ -1,4 +1,4 @@
-"""Every student, whole (backbone, STD modules, MINE), against its plain form: values and all gradients."""
+"""Every student, with all its parts (backbone, STD modules, MINE), against its plain form: values and all gradients."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def build(kind, options, side, teachers, dtype, std=0.3):
 
 
 def both(student, ours, plain, seed=0):
-    """Answers of two forms, and their gradients for the same random weights of the targets."""
+    """Outputs of two forms, and their gradients for the same random weights of the targets."""
     flat = [[out.class_logits, out.dist_logits, *out.information] for out in (ours, plain)]
     torch.manual_seed(seed)
     seeds = [torch.randn_like(x, dtype=student.backbone.head.weight.dtype) for x in flat[1]]

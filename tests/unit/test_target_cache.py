@@ -72,7 +72,7 @@ def test_an_epoch_comes_back_and_its_size_is_four_bytes_an_answer(tmp_path):
 
 
 def test_a_gap_keeps_the_epoch_from_its_name_until_it_is_filled(tmp_path):
-    store = make_store(tmp_path, rows=3 * BATCH - 2)  # the last step is not whole
+    store = make_store(tmp_path, rows=3 * BATCH - 2)  # the last step is not full
     fill(store, 0, [0, 2])
     assert not store.stored(0)
     writer = store.writer(0)
@@ -82,13 +82,13 @@ def test_a_gap_keeps_the_epoch_from_its_name_until_it_is_filled(tmp_path):
     words = unpack(torch.from_numpy(store.open(0).astype(np.uint16).view(np.int16)), False)
     assert torch.equal(words.labels, torch.cat([a.labels for a in expected[:3]])[: 3 * BATCH - 2])
     # the same bytes as written in one go
-    whole = make_store(tmp_path / "whole", rows=3 * BATCH - 2)
-    fill(whole, 0, range(3))
-    assert whole.path(0).read_bytes() == store.path(0).read_bytes()
+    complete = make_store(tmp_path / "complete", rows=3 * BATCH - 2)
+    fill(complete, 0, range(3))
+    assert complete.path(0).read_bytes() == store.path(0).read_bytes()
     # one that needs more positions does not take it for stored
     assert not make_store(tmp_path, rows=3 * BATCH).stored(0)
     store.close()
-    whole.close()
+    complete.close()
 
 
 def test_damage_and_exchanged_files_are_noticed(tmp_path):
@@ -101,11 +101,11 @@ def test_damage_and_exchanged_files_are_noticed(tmp_path):
         store.path(1).write_bytes(bad)
         with pytest.raises(UserError, match=r"epoch-00001.targets: its digest does not match.*std-fast teach"):
             store.open(1)
-    store.path(1).write_bytes(good)  # whole, but of another epoch
+    store.path(1).write_bytes(good)  # complete, but of another epoch
     with pytest.raises(UserError, match="digest"):
         store.open(1)
     other = make_store(tmp_path / "other", seed=1)
-    other.path(0).write_bytes(good)  # whole, but of another store
+    other.path(0).write_bytes(good)  # complete, but of another store
     with pytest.raises(UserError, match="digest"):
         other.open(0)
     for cut in (0, 10, len(good) - 2):

@@ -56,7 +56,7 @@ def test_eager_form_is_the_papers_function(B, P, C, K, m):
 
 @pytest.mark.parametrize("rows", [1, 12, 35, 1000])
 def test_size_of_the_pieces_changes_nothing_but_rounding(monkeypatch, rows):
-    """One image each, two, seven, and the whole batch of eleven at once."""
+    """One image each, two, seven, and the full batch of eleven at once."""
     module, z = some(11, 5, 6, 3, 2)
     monkeypatch.setattr(channel_mlp, "ROWS", rows)
     compare(module, z, module_targets(module, z), reference(module, z), 1e-10)

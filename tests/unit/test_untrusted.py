@@ -275,7 +275,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
     with pytest.raises(UserError, match="not a regular file"):
         open_source(beton)
     os.mkfifo(tmp_path / "step-00000001.safetensors")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.load(tmp_path / "step-00000001.safetensors")
     os.mkfifo(tmp_path / "targets.json")
     with pytest.raises(UserError, match="no header of stored targets"):
@@ -283,7 +283,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path):
 
 
 def test_a_file_that_claims_terabytes_is_not_read(tmp_path):
-    """Sparse files take no room on the disk, and all memory where they are read whole."""
+    """Sparse files take no room on the disk, and all memory if they are read into it."""
     (tmp_path / "src" / "ant").mkdir(parents=True)
     image = tmp_path / "src" / "ant" / "x.jpg"
     image.write_bytes(encoded(pixels(8, 8)))
@@ -427,7 +427,7 @@ def prints():
 
 
 def complains():
-    raise UserError("x: mend it")
+    raise UserError("x: fix it")
 
 
 def disk_full():
@@ -452,7 +452,7 @@ def test_a_confined_reader_answers_from_another_process():
 def test_what_goes_wrong_in_a_confined_reader_is_said(function, limits, complaint):
     with pytest.raises(Refused, match=complaint):
         confined(function, **limits)
-    with pytest.raises(UserError, match="x: mend it"):
+    with pytest.raises(UserError, match="x: fix it"):
         confined(complains)
     with pytest.raises(OSError) as caught:
         confined(disk_full)
