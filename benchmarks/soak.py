@@ -105,18 +105,18 @@ def work(backend: str, data: Path, out: Path, seconds: float) -> None:
     before = {thread.name for thread in threading.enumerate()}
     native = process_use(os.getpid())["threads"]
     progress |= {"phase": "training", "steps": 0, "epochs": 0.0, "runs": 0, "abandoned": 0}
-    show(progress)
+    send(progress)
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         run_for(backend, data, out / "run", min(left, RUN_SECONDS), progress)
     left_over = sorted({thread.name for thread in threading.enumerate()} - before)
-    show(
+    send(
         progress
         | {"phase": "done", "left_threads": left_over, "more_threads": process_use(os.getpid())["threads"] - native}
     )
 
 
-def show(progress: dict[str, Any]) -> None:
+def send(progress: dict[str, Any]) -> None:
     print(json.dumps(progress), flush=True)
 
 
@@ -145,7 +145,7 @@ def run_for(backend: str, data: Path, out: Path, seconds: float, progress: dict[
         pass
     progress["runs"] += 1
     progress["abandoned"] += 1
-    show(progress)
+    send(progress)
 
 
 def recipe_of(backend: str, data: Path, out: Path) -> Any:
@@ -165,13 +165,13 @@ def recipe_of(backend: str, data: Path, out: Path) -> Any:
     return from_dict(Recipe, values)
 
 
-# -- the process that looks on ----------------------------------------------------------------------------------------
+# -- the process that measures ----------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="for each backend [30]")
     parser.add_argument("--backends", default="ffcv,dali", help=f"some of {', '.join(BACKENDS)} [ffcv,dali]")
-    parser.add_argument("--every", type=float, default=0.0, help="seconds between looks [a thousandth of the time]")
+    parser.add_argument("--every", type=float, default=0.0, help="seconds between measurements [a thousandth of the time]")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
