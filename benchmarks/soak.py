@@ -171,7 +171,7 @@ def recipe_of(backend: str, data: Path, out: Path) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="for each backend [30]")
     parser.add_argument("--backends", default="ffcv,dali", help=f"some of {', '.join(BACKENDS)} [ffcv,dali]")
-    parser.add_argument("--every", type=float, default=0.0, help="seconds between measurements [a thousandth of the time]")
+    parser.add_argument("--every", type=float, default=0.0, help="seconds between samples [time / 1000]")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
