@@ -232,10 +232,10 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
                 *("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor"),
                 *("agree_percent", "error_percent"),
             )
-            figures = {key: row[key] for key in keys if row.get(key) is not None}
-            if "milliseconds" in figures:
-                figures["milliseconds"] = figures["milliseconds"]["median"]
-            shown = "  ".join(f"{key} {harness.cell(value)}" for key, value in figures.items())
+            numbers = {key: row[key] for key in keys if row.get(key) is not None}
+            if "milliseconds" in numbers:
+                numbers["milliseconds"] = numbers["milliseconds"]["median"]
+            shown = "  ".join(f"{key} {harness.cell(value)}" for key, value in numbers.items())
             lines.append(f"    {row['name']}: {shown or row.get('failed', '')}")
         lines += [f"    {r['what']}: {r['ratio']['median']}" for r in report.get("ratios", ())]
     return "\n".join(lines)

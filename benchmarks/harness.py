@@ -1,24 +1,18 @@
-"""How the benchmarks measure, and what each result carries: the one harness of all of them.
+"""The harness of all benchmarks: how they measure, their command line, their reports and tables.
 
-Contestants take turns in one process, forwards in one round and backwards in the next, so that all meet the same
-weather on the machine. What is reported is the median over the rounds with the quartiles beside it; ratios are ratios
-of medians, and their quartiles come from the rounds, each a pair of neighbours in time. The first call, which compiles,
-stands apart.
+Contestants take turns in one process, forwards in one round and backwards in the next, so that the machine's load is
+the same for all. A report gives the median over the rounds and the quartiles; ratios are ratios of medians, and their
+quartiles come from the rounds, each a pair of neighbours in time. The first call, which compiles, is reported alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.conditions import ROOT, conditions, cores, hardware  # noqa: F401 - read as harness.NAME
 from pipelines.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "timm", "triton", "ffcv", "nvidia-dali-cuda120", "numba", "numpy", "pillow")
 
 Report = dict[str, Any]
 
@@ -39,17 +31,17 @@ Report = dict[str, Any]
 
 @dataclass
 class Times:
-    """What was measured of one contestant."""
+    """The measurements of one contestant."""
 
     first: float
     """seconds of the first call: compilation, allocation, choice of kernels"""
     turns: list[float] = field(default_factory=list)
     """seconds of one call, in each round"""
     processor: list[float] = field(default_factory=list)
-    """likewise, seconds of all cores together that this process had; empty on a GPU"""
+    """likewise, CPU seconds of this process, over all cores; empty on a GPU"""
     threads: int = 1
     peak_memory: float | None = None
-    """MiB on the GPU, all that lay there included; None on a CPU"""
+    """MiB of the GPU's memory in use at the peak, by all tensors; None on a CPU"""
 
     @property
     def median(self) -> float:
@@ -58,8 +50,8 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        """The median that rates are made from: on a CPU processor time by thread, which others on the machine disturb
-        less than the clock's."""
+        """The median that rates are computed from: on a CPU, CPU time per thread, which other load on the machine
+        disturbs less than wall time."""
         return statistics.median(self.processor) / self.threads if self.processor else self.median
 
 
@@ -71,7 +63,7 @@ def measure(
     """Times callables in turns.
 
     Args:
-        contestants: name -> what to time; called without arguments, its answer is thrown away.
+        contestants: name -> what to time; called without arguments, its result is dropped.
         args: of `add_arguments`: the device, `repeats` rounds in each of which every contestant has one turn, and
             `turn_seconds`: a turn is as many calls as take about this long, at least one.
         warm_up: calls before the first round, the first of them timed on its own.
@@ -100,7 +92,7 @@ def measure(
 
 
 def _time(call: Callable[[], object], calls: int, wait: Callable[[], None]) -> float:
-    """Seconds of one call, the mean of `calls` in a row, undisturbed by the collector of garbage."""
+    """Seconds of one call, the mean of `calls` in a row, without garbage collection."""
     gc.disable()
     try:
         wait()
@@ -114,7 +106,7 @@ def _time(call: Callable[[], object], calls: int, wait: Callable[[], None]) -> f
 
 
 def best(call: Callable[[], object], device: str, calls: int = 1, repeats: int = 6) -> float:
-    """Seconds of one call in the best of some turns: for ceilings, where the weather only ever takes away."""
+    """Seconds of one call in the best of some turns: for ceilings, which other load can only lower."""
     wait = synchronizer(device)
     return min(_time(call, calls, wait) for _ in range(repeats))
 
@@ -136,7 +128,7 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory(device: str) -> float | None:
-    """MiB, the most since the last reset; None on a CPU, where no one counts."""
+    """MiB, the most since the last reset; None on a CPU, where torch does not count it."""
     if device == "cpu":
         return None
     import torch
@@ -183,79 +175,11 @@ def ratio(what: str, of: Times, over: Times) -> Report:
     return found
 
 
-# -- conditions -------------------------------------------------------------------------------------------------------
-
-
-def conditions(device: str = "cpu") -> Report:
-    """What a result must carry: machine, versions, commit, date. Numbers without these are rumours."""
-    import torch
-
-    gpu = None
-    if device != "cpu":
-        properties = torch.cuda.get_device_properties(0)
-        gpu = {
-            "name": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30),
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "cpu": cpu_model(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "gpu": gpu,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD") or "none",
-        "uncommitted_changes": None if changed is None else bool(changed),
-    }
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def hardware(found: Report) -> str:
-    """The machine of some `conditions` as it stands in a file's name."""
-    name = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']} x{found['cores']}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 # -- from the command line to a report --------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
-    """What every benchmark takes."""
+    """Arguments of every benchmark."""
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument(
         "--smoke",
@@ -265,9 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="also write QUESTION-HARDWARE-DATE.json (and the plot) there")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds [{repeats}]")
-    parser.add_argument(
-        "--turn-seconds", type=float, default=0.2, help="calls are repeated until a turn lasts so long [0.2]"
-    )
+    parser.add_argument("--turn-seconds", type=float, default=0.2, help="length of a turn of repeated calls [0.2]")
     parser.add_argument("--threads", type=int, default=0, help="threads of a CPU's kernels; 0: all cores")
 
 
@@ -374,7 +296,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A figure as text; a median with its quartiles as `median (lower to upper)`."""
+    """A value as text; a median with its quartiles as `median (lower to upper)`."""
     if value is None:
         return "-"
     if isinstance(value, Mapping):

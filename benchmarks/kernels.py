@@ -53,26 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     low = args.precision == "bfloat16" or (args.precision == "auto" and args.device == "cuda")
     args.precision = "bfloat16" if low else "float32"
     shape = build_backbone(args.model, 1, args.image_size, **workload.options_of_mixer(args))
-    torch.manual_seed(0)
-    module = STDModule(shape.dim, shape.patches, args.classes, args.teachers).to(args.device)
-    mine = MutualInformation(shape.dim, shape.patches, MineSpec().width, MineSpec().weight).to(args.device)
-    features = torch.randn(args.batch, shape.patches, shape.dim, device=args.device)
-    tokens = [torch.randn(args.batch, args.teachers, n, device=args.device) for n in (shape.dim, shape.patches)]
-    if low:
-        features, tokens = features.bfloat16(), [t.bfloat16() for t in tokens]
-
-    slow_mine = naive.NaiveMine(mine).to(args.device)
-
-    def std_naive(z: Tensor) -> tuple[Tensor, ...]:
-        return tuple(naive.std_by_concatenation(module, z))  # type: ignore[arg-type]
-
-    kinds: dict[str, tuple[list[Tensor], dict[str, tuple[nn.Module, Form]]]] = {
-        "STD": ([features], {"naive": (module, std_naive), "algebra": (module, lambda z: tuple(module(z)))}),
-        "MINE": (
-            tokens,
-            {"naive": (slow_mine, lambda *x: (slow_mine(*x),)), "algebra": (mine, lambda *x: (mine(*x),))},
-        ),
-    }
+    kinds = kinds_of(args, low, shape.dim, shape.patches)
     passes: dict[str, Pass] = {}
     floors = {}
     for kind, (inputs, forms) in kinds.items():
@@ -93,6 +74,64 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     times = harness.measure(passes, args)
     copying = workload.copy_ceiling(args.device, 1 << 24 if args.smoke else 0)
     products = workload.matmul_ceiling(args.device, torch.bfloat16 if low else torch.float32, 128 if args.smoke else 0)
+    ratios = [
+        harness.ratio(f"{kind}, {name} over naive", times[f"{kind}, {name}"], times[f"{kind}, naive"])
+        for kind in kinds
+        for name in ("algebra", "naive, compiled", "algebra, compiled")
+        if f"{kind}, {name}" in times
+    ]
+    return {
+        "variant": workload.variant(args),
+        "shape": {"batch": args.batch, "patches": shape.patches, "dim": shape.dim, "teachers": args.teachers},
+        "rows": rows_of(times, moved, floors, flops, products),
+        "ratios": ratios,
+        "copy_ceiling_gb_per_s": harness.significant(copying / 1e9),
+        "matmul_ceiling_tflops": harness.significant(products / 1e12),
+    }
+
+
+Kinds = dict[str, tuple[list[Tensor], dict[str, tuple[nn.Module, Form]]]]
+"""STD and MINE -> inputs, and the module and the function of each form"""
+
+
+def kinds_of(args: argparse.Namespace, low: bool, dim: int, patches: int) -> Kinds:
+    """Features `[B, P, C]` for the STD module, tokens `[B, M, C]` and `[B, M, P]` for MINE; in bfloat16 where `low`."""
+    torch.manual_seed(0)
+    module = STDModule(dim, patches, args.classes, args.teachers).to(args.device)
+    mine = MutualInformation(dim, patches, MineSpec().width, MineSpec().weight).to(args.device)
+    features = torch.randn(args.batch, patches, dim, device=args.device)
+    tokens = [torch.randn(args.batch, args.teachers, n, device=args.device) for n in (dim, patches)]
+    if low:
+        features, tokens = features.bfloat16(), [t.bfloat16() for t in tokens]
+
+    slow_mine = naive.NaiveMine(mine).to(args.device)
+
+    def std_naive(z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(naive.std_by_concatenation(module, z))  # type: ignore[arg-type]
+
+    return {
+        "STD": ([features], {"naive": (module, std_naive), "algebra": (module, lambda z: tuple(module(z)))}),
+        "MINE": (
+            tokens,
+            {"naive": (slow_mine, lambda *x: (slow_mine(*x),)), "algebra": (mine, lambda *x: (mine(*x),))},
+        ),
+    }
+
+
+def rows_of(
+    times: dict[str, harness.Times],
+    moved: dict[str, int | None],
+    floors: dict[str, int],
+    flops: dict[str, int],
+    products: float,
+) -> list[dict[str, Any]]:
+    """A row for each pass: its times; bytes moved, against the floor of its kind; arithmetic, against `products`.
+
+    Args:
+        moved: bytes, by pass; None where they could not be counted.
+        floors, flops: by kind.
+        products: the ceiling of matrix products, operations per second.
+    """
     rows = []
     for name, measured in times.items():
         kind, total = name.split(",")[0], moved[name]
@@ -109,21 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "gb_per_s": harness.significant(total / measured.seconds / 1e9, 3),
             }
         rows.append(harness.row(name, measured, **more))
-    ratios = []
-    for kind in kinds:
-        for name in ("algebra", "naive, compiled", "algebra, compiled"):
-            if f"{kind}, {name}" in times:
-                ratios.append(
-                    harness.ratio(f"{kind}, {name} over naive", times[f"{kind}, {name}"], times[f"{kind}, naive"])
-                )
-    return {
-        "variant": workload.variant(args),
-        "shape": {"batch": args.batch, "patches": shape.patches, "dim": shape.dim, "teachers": args.teachers},
-        "rows": rows,
-        "ratios": ratios,
-        "copy_ceiling_gb_per_s": harness.significant(copying / 1e9),
-        "matmul_ceiling_tflops": harness.significant(products / 1e12),
-    }
+    return rows
 
 
 class Pass:

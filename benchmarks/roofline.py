@@ -20,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, workload
 from benchmarks.kernels import CountBytes, inductor_count
+from pipelines.augment.device import TrainBatch
 from std_fast.runtime.compiling import compiled as compiled_by
 from std_fast.training.build import Parts
+from std_fast.training.step import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +92,7 @@ def place(args: argparse.Namespace, parts: Parts) -> dict[str, Any]:
 
 
 Calls = dict[str, Callable[[], object]]
+Form = tuple[Callable[..., list[Tensor]], list[Tensor], list[Tensor]]
 
 
 def pieces(parts: Parts) -> tuple[Calls, Calls]:
@@ -98,30 +101,7 @@ def pieces(parts: Parts) -> tuple[Calls, Calls]:
     raw = workload.raw_batch(parts)
     with torch.no_grad(), trainer.autocast():
         mixed = parts.augment(raw)
-        features = [z.detach() for z in student.backbone.forward_taps(mixed.images, student.taps, None).features]
-        tokens = [module(z) for module, z in zip(student.std, features, strict=True)]
-    keep = trainer.stochastic_depth(mixed, 1)
-    inputs = [z.requires_grad_() for z in features]
-    pairs = [(a.spatial.detach().requires_grad_(), a.channel.detach().requires_grad_()) for a in tokens]
-
-    def backbone(images: Tensor) -> list[Tensor]:
-        taps = student.backbone.forward_taps(images, student.taps, keep)
-        return [*taps.features, taps.logits]
-
-    def modules(*features: Tensor) -> list[Tensor]:
-        return [module(z).logits for module, z in zip(student.std, features, strict=True)]
-
-    def information(*flat: Tensor) -> list[Tensor]:
-        both = zip(flat[::2], flat[1::2], strict=True)
-        return [mine(s, c) for mine, (s, c) in zip(student.mine, both, strict=True)]
-
-    forms: dict[str, tuple[Callable[..., list[Tensor]], list[Tensor], list[Tensor]]] = {
-        "backbone": (backbone, [mixed.images], list(student.backbone.parameters())),
-        "STD modules": (modules, inputs, [*inputs, *student.std.parameters()]),
-    }
-    if student.mine:
-        flat = [t for pair in pairs for t in pair]
-        forms["MINE"] = (information, flat, [*flat, *student.mine.parameters()])
+    forms = forms_of(trainer, mixed)
 
     def learn(form: Callable[..., list[Tensor]], given: list[Tensor], wanted: list[Tensor]) -> Callable[[], object]:
         def call() -> None:
@@ -165,6 +145,37 @@ def pieces(parts: Parts) -> tuple[Calls, Calls]:
         "teachers": lambda: ask(teachers),
     }
     return plain, fast
+
+
+def forms_of(trainer: Trainer, mixed: TrainBatch) -> dict[str, Form]:
+    """The parts of the student: function, inputs, and the tensors that get a gradient. Images `[B, 3, H, W]`."""
+    student = trainer.student
+    with torch.no_grad(), trainer.autocast():
+        features = [z.detach() for z in student.backbone.forward_taps(mixed.images, student.taps, None).features]
+        tokens = [module(z) for module, z in zip(student.std, features, strict=True)]
+    keep = trainer.stochastic_depth(mixed, 1)
+    inputs = [z.requires_grad_() for z in features]
+    pairs = [(a.spatial.detach().requires_grad_(), a.channel.detach().requires_grad_()) for a in tokens]
+
+    def backbone(images: Tensor) -> list[Tensor]:
+        taps = student.backbone.forward_taps(images, student.taps, keep)
+        return [*taps.features, taps.logits]
+
+    def modules(*features: Tensor) -> list[Tensor]:
+        return [module(z).logits for module, z in zip(student.std, features, strict=True)]
+
+    def information(*flat: Tensor) -> list[Tensor]:
+        both = zip(flat[::2], flat[1::2], strict=True)
+        return [mine(s, c) for mine, (s, c) in zip(student.mine, both, strict=True)]
+
+    forms: dict[str, Form] = {
+        "backbone": (backbone, [mixed.images], list(student.backbone.parameters())),
+        "STD modules": (modules, inputs, [*inputs, *student.std.parameters()]),
+    }
+    if student.mine:
+        flat = [t for pair in pairs for t in pair]
+        forms["MINE"] = (information, flat, [*flat, *student.mine.parameters()])
+    return forms
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -195,45 +195,13 @@ def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
         folder = Path(name)
         write_images(folder / "images", 4, IMAGES, 48)
         convert(str(folder / "images"), str(folder / "x.beton"), settings=ConvertSettings(), workers=1)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.soak",
-            "--worker",
-            backend,
-            str(folder / "x.beton"),
-            name,
-            str(seconds),
-        ]
+        words = [backend, str(folder / "x.beton"), name, str(seconds)]
+        command = [sys.executable, "-m", "benchmarks.soak", "--worker", *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with open(folder / "errors", "wb") as errors:
             worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True)
         known = set(children(os.getpid())) - {worker.pid}
-        progress: dict[str, Any] = {}
-        curve: list[dict[str, float]] = []
-
-        def listen() -> None:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                progress.update(json.loads(line))
-
-        listener = threading.Thread(target=listen)
-        listener.start()
-        began = None
-        try:
-            while worker.poll() is None:
-                if progress.get("phase") == "training":
-                    began = began or time.monotonic()
-                    try:
-                        curve.append({"seconds": round(time.monotonic() - began, 1), **process_use(worker.pid)})
-                    except (OSError, KeyError):  # it has just ended: a process on its way out has no memory
-                        break
-                time.sleep(every if began else 0.2)
-            code = worker.wait()
-        finally:
-            worker.kill()
-            worker.wait()
-            listener.join()
+        code, progress, curve = watch(worker, every)
         if code:
             last = (folder / "errors").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"the process of backend {backend} ended with exit code {code}: {' '.join(last)}")
@@ -251,6 +219,40 @@ def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
     row["flat"] = row["flat"] and not row["left_threads"] and row["more_threads"] <= 0 and not left
     harness.progress(f"{backend}: {row['epochs']:.0f} epochs, memory {row['growth_mib']:+.1f} MiB, flat: {row['flat']}")
     return row
+
+
+def watch(worker: subprocess.Popen[str], every: float) -> tuple[int, dict[str, Any], list[dict[str, float]]]:
+    """Samples `process_use` of a worker until it ends, every so many seconds from the start of its training on.
+
+    Returns:
+        Its exit code, its last progress (see `work`), and the samples, each with its `seconds`.
+    """
+    progress: dict[str, Any] = {}
+    curve: list[dict[str, float]] = []
+
+    def listen() -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            progress.update(json.loads(line))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    began = None
+    try:
+        while worker.poll() is None:
+            if progress.get("phase") == "training":
+                began = began or time.monotonic()
+                try:
+                    curve.append({"seconds": round(time.monotonic() - began, 1), **process_use(worker.pid)})
+                except (OSError, KeyError):  # a process that is about to end has no memory
+                    break
+            time.sleep(every if began else 0.2)
+        code = worker.wait()
+    finally:
+        worker.kill()
+        worker.wait()
+        listener.join()
+    return code, progress, curve
 
 
 def verdict(curve: list[dict[str, float]]) -> dict[str, Any]:

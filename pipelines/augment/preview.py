@@ -13,7 +13,7 @@ from pipelines.augment.device import TrainBatch
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 
-CELL = 96  # pixels: a smaller image is enlarged by a whole factor to at least this width, so that a caption fits
+CELL = 96  # pixels: a smaller image is enlarged by an integer factor to at least this width, so that a caption fits
 GAP = 4
 LINE = 14  # height of the caption
 PAPER, INK = (255, 255, 255), (0, 0, 0)

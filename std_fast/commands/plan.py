@@ -89,7 +89,7 @@ class Costs:
         self.reserve = 1.25 * (self.evaluation + self.save) + CLOSING
 
     def rate(self, mode: str) -> float:
-        """Images per second, over the whole training: what is early is a share of the hours, or of the steps."""
+        """Images per second, averaged over the training; the early phase is a share of the hours, or of the steps."""
         first, later = early(self.modes[mode]), self.modes[mode]["images_per_second"]
         share = self.recipe.student.early_share
         if self.hours is not None:

@@ -113,6 +113,12 @@ def build_apex(
     except ImportError as error:
         raise UserError(f"optim.name: {name} needs NVIDIA's apex with its kernels ({error}); {APEX}") from None
     base: Any = FusedMixedPrecisionLamb if name == "lamb" else FusedAdam
+    own: dict[str, Any] = {"max_grad_norm": clip or math.inf} if name == "lamb" else {"capturable": True}
+    return _on_device(base)(groups, betas=betas, eps=eps, **own)
+
+
+def _on_device(base: Any) -> Any:
+    """apex's optimizer class `base` with `found_inf` in the place of a gradient scaler."""
 
     class OnDevice(base):
         """Keeps apex's step count of a group in the state of its parameters, where checkpoints look."""
@@ -151,5 +157,4 @@ def build_apex(
         def _get_scale_async(self) -> Tensor:
             return torch.ones(1, device=self.found_inf.device)
 
-    own: dict[str, Any] = {"max_grad_norm": clip or math.inf} if name == "lamb" else {"capturable": True}
-    return OnDevice(groups, betas=betas, eps=eps, **own)
+    return OnDevice

@@ -65,7 +65,7 @@ def unused_beside(folder: Path) -> Path:
 
 
 class Saved(NamedTuple):
-    """A checkpoint that is whole."""
+    """A complete checkpoint."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -80,7 +80,7 @@ class RunFolder:
     Args:
         recipe: resolved, so that `run.out` is a path.
         ledger: takes over what earlier processes of a resumed run were held, also where nothing of them was saved.
-        resume: go on from `found`, the newest whole checkpoint, if there is one.
+        resume: go on from `found`, the newest complete checkpoint, if there is one.
 
     Raises:
         UserError: the folder holds a run and `resume` is not asked for, or a run that cannot be read.

@@ -88,7 +88,7 @@ def test_muon_is_the_cpus(at):
 
 @needs_apex
 def test_lamb_is_its_formula():
-    """You et al. 2020, algorithm 2, with apex's clipping of the whole gradient; psi's group may have no gradient."""
+    """You et al. 2020, algorithm 2, with apex's clipping of the full gradient; psi's group may have no gradient."""
     torch.manual_seed(0)
     weight, bias, psi = (nn.Parameter(torch.randn(shape, device=CUDA)) for shape in ((7, 5), (5,), (3,)))
     groups = [

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from std_fast.commands import doctor
+from std_fast.commands import doctor, doctor_probes
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_this_machine_is_in_order(here):
     assert here["CUDA device"].ok == torch.cuda.is_available()
 
 
-def test_every_finding_comes_with_its_mend(here):
+def test_every_finding_comes_with_its_fix(here):
     for check in here.values():
         if not check.ok and check.detail not in ("no CUDA device", "this GPU has none: DALI decodes on its CUDA cores"):
             assert check.fix or check.name == "CUDA device", check
@@ -72,7 +72,7 @@ def test_ffcv_names_the_libjpeg_turbo_that_it_decodes_with(here):
 def test_a_missing_required_package_is_shown_and_fails(monkeypatch):
     forget(monkeypatch, "tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # how Python itself marks a module that cannot be imported
-    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    monkeypatch.setattr(doctor_probes, "_version", lambda name: "")
     check = by_name("tensorboard")
     assert not check.ok and check.status == "MISSING" and check.detail == "not installed"
     assert check.fix["conda"].endswith("tensorboard") and check.fix["pip"].endswith("tensorboard")
@@ -95,7 +95,7 @@ def test_a_broken_optional_package_is_shown_with_its_reason(monkeypatch, tmp_pat
     assert doctor.exit_code([check]) == 0
 
 
-def test_the_wrong_apex_is_told_from_the_right_one(monkeypatch, tmp_path):
+def test_the_wrong_apex_is_distinguished_from_the_right_one(monkeypatch, tmp_path):
     forget(monkeypatch, "apex")
     package = tmp_path / "apex"
     package.mkdir()
@@ -113,12 +113,14 @@ def test_the_wrong_apex_is_told_from_the_right_one(monkeypatch, tmp_path):
 
 
 def test_a_probe_that_fails_does_not_end_the_report(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: (_ for _ in ()).throw(PermissionError("not yours")))
+    monkeypatch.setattr(
+        doctor_probes.shutil, "disk_usage", lambda path: (_ for _ in ()).throw(PermissionError("not yours"))
+    )
     disk = by_name("disk")
     assert not disk.ok and "PermissionError: not yours" in disk.detail
 
 
-def test_report_prints_each_check_and_a_mend_that_can_be_copied(capsys, monkeypatch):
+def test_report_prints_each_check_and_a_fix_that_can_be_copied(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     command = "sudo apt-get install -y " + " ".join(f"package{i}" for i in range(12))
     fine = doctor.Check("torch", True, "2.11.0", "built for [CUDA] 13.0", required=True)

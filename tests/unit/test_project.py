@@ -1,4 +1,4 @@
-"""The project's own shape: which way imports run, and that what the code needs is what the project's files install."""
+"""The project itself: the order of imports, words, sizes, and that what the code needs is what its files install."""
 
 import ast
 import importlib
@@ -117,6 +117,92 @@ def test_import_does_no_work():
     code = f"import sys, pipelines, std_fast.cli, std_fast.commands.doctor; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# Words and sizes
+
+TEXTS = sorted(
+    path
+    for path in [
+        *ROOT.glob("*"),
+        *(p for name in (*OURS, "docs", "examples", "scripts", "tests") for p in ROOT.glob(f"{name}/**/*")),
+    ]
+    if path.suffix in (".py", ".md", ".yaml", ".yml", ".sh", ".toml") or path.name in ("Makefile", "Dockerfile")
+)
+READ_OLD_FORMS = {"std_fast/config/legacy.py", "tests/unit/test_project.py", "tests/integration/test_upgrades.py"}
+NO_TEXT_OF_OURS = ("tests/data/", "tests/fuzz/corpus/", "benchmarks/results/", "CHANGELOG.md", "docs/LICENCES.md")
+OLD_WORDS = re.compile(
+    r"\b(TeacherAnswers|AnswerStore|answers_from_logits|distill\.answers|go_back|went_back|put_aside|learning_seconds"
+    r"|BadSteps|_tell_bad|instead_of|owes_evaluation|let_go|try_out|AtHand|MovingAverage|_WITHOUT|_BEFORE|ALONE"
+    r"|[Aa]nswers|[Tt]aught|[Mm]end(?:s|ed|ing)?|[Ff]igures|[Ww]hole(?! numbers?\b))\b"
+)
+"""old names, and words that have a plain technical one (targets, predictions, fix, metrics, complete)"""
+OLD_NAMES = set(
+    "Beginning FREE Intact Keep LOW Mixed Pair Told Trained aside joined learned look rehearse tell told".split()
+)
+"""old names that are words of English too: no class, function, argument, variable or field has them"""
+ONE_OF_EACH = {"Plan", "Taps", "Journal", "Progress", "Job", "_sync_folder", "contact_sheet"}
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def test_old_words_are_gone():
+    texts = {str(path.relative_to(ROOT)): path for path in TEXTS}
+    found = [
+        f"{name}:{number}: {match[0]}"
+        for name, path in texts.items()
+        if name not in READ_OLD_FORMS and not name.startswith(NO_TEXT_OF_OURS)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for match in OLD_WORDS.finditer(line)
+    ]
+    assert not found
+    assert {"README.md", "std_fast/cli.py", "docs/DESIGN.md", "tests/unit/test_plan.py"} <= set(texts)
+
+
+def names_defined(tree):
+    """(line, name) of every class, function, argument, alias, and variable or attribute that is assigned."""
+    for node in ast.walk(tree):
+        if isinstance(node, DEFINITIONS):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.alias) and node.asname:
+            yield 0, node.asname
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def test_no_name_of_the_code_is_an_old_one():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in TEXTS if path.suffix == ".py"}
+    defined = [(path, line, name) for path, tree in trees.items() for line, name in names_defined(tree)]
+    assert not [f"{path}:{line}: {name}" for path, line, name in defined if name in OLD_NAMES]
+    ours = [
+        node.name
+        for path in FILES.values()
+        for node in ast.walk(trees[path])
+        if isinstance(node, DEFINITIONS) and node.name in ONE_OF_EACH
+    ]
+    assert len(ours) == len(set(ours)), f"defined twice: {ours}"
+
+
+LARGEST = {"file": 400, "class": 200, "function": 60}
+"""lines"""
+LARGER: dict[str, str] = {"benchmarks/codegen.py": "being split"}
+"""the exceptions, with their reason"""
+
+
+def test_files_classes_and_functions_are_small():
+    large = {}
+    for path in FILES.values():
+        name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        sizes = [("file", name, len(text.splitlines()))]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, DEFINITIONS):
+                kind = "class" if isinstance(node, ast.ClassDef) else "function"
+                sizes.append((kind, f"{name}:{node.name}", node.end_lineno - node.lineno + 1))
+        large |= {where: lines for kind, where, lines in sizes if lines > LARGEST[kind]}
+    assert set(large) == set(LARGER), large
 
 
 # What is imported is what is installed

@@ -272,11 +272,11 @@ def test_models_of_one_size_get_it_and_positions_are_interpolated_only_when_aske
     save_file(model.state_dict(), file)
     assert "pos_embed has shape (1, 37, 64), this model needs (1, 101, 64)" in complaint(name="test_vit", weights=file)
     with torch.no_grad():
-        told = build(name="test_vit", weights=file, options={"img_size": 96})
-        assert told.image_size == 96
+        sized = build(name="test_vit", weights=file, options={"img_size": 96})
+        assert sized.image_size == 96
         larger = F.interpolate(normal(pixels(), *OWN), (96, 96), mode="bilinear", antialias=True)
         images = normal(pixels(), MEAN, STD)
-        torch.testing.assert_close(told(images), model(larger), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sized(images), model(larger), atol=1e-5, rtol=1e-5)
         asked = build(name="test_vit", weights=file, image_size=32)
     assert asked.model.pos_embed.shape == (1, 5, 64)
     assert torch.equal(asked.model.head.weight, model.head.weight)
