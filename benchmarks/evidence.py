@@ -37,10 +37,10 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.study import Children, Study, collect, measure_costs
-from benchmarks.study_data import write_whole
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> harness.Report:
         return {"variant": study.name, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
     if args.data is not None:
         work.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps(settings))
+        write_atomic(record, json.dumps(settings))
         jobs = max(1, args.jobs)
         study.work_off(jobs, args.only, time.monotonic() + 60 * args.minutes, Children(jobs))
     return collect(study) | {"rows": []}

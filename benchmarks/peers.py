@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         backend = args.compile
         for kind in args.only:
             args.compile = "off" if kind == "eager" else backend
-            for name, taught_by in ((OURS, teachers), (OUR_PLAIN, ())):
-                recipe = workload.recipe_for(args, folder, taught_by)
+            for name, given in ((OURS, teachers), (OUR_PLAIN, ())):
+                recipe = workload.recipe_for(args, folder, given)
                 parts = stack.enter_context(workload.built(recipe))
                 ours[f"{name}, {kind}"] = workload.Stepper(parts)
             std = ours[f"{OURS}, {kind}"].parts

@@ -22,9 +22,10 @@ from typing import Any
 import yaml
 
 from benchmarks import harness, workload
-from benchmarks.study_data import BETONS, prepare, store_predictions, write_whole
+from benchmarks.study_data import BETONS, prepare, store_predictions
 from benchmarks.study_sizes import CHOICE, OTHER, SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 from std_fast.cli import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.config.schema import merge
@@ -224,7 +225,7 @@ class Study:
         if code == 0 and job.verb == "teach":
             hours = (time.perf_counter() - began) / 3600  # of the complete process, imports included
             record = json.loads(said) | {"gpu_hours": hours}
-            write_whole(folder / "summary.json", json.dumps(record))
+            write_atomic(folder / "summary.json", json.dumps(record))
         if code == 0 and job.verb == "train":
             store_predictions(folder, self.work / "data" / "val.beton")
         return code
@@ -261,7 +262,7 @@ def measure_costs(study: Study, args: argparse.Namespace) -> None:
         "rows": [harness.row(name, t, batch) for name, t in times.items()],
         "conditions": harness.conditions(args.device),
     }
-    write_whole(folder / "costs.json", json.dumps(report, indent=1))
+    write_atomic(folder / "costs.json", json.dumps(report, indent=1))
 
 
 def collect(study: Study) -> harness.Report:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import os
 import zlib
 from contextlib import closing
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from pipelines.augment.device import Augment
 from pipelines.convert.job import convert
 from pipelines.errors import UserError
+from pipelines.files import write_atomic
 from std_fast.method.student import predict
 from std_fast.runtime.flops import count_macs
 from std_fast.teachers.classes import DataClasses
@@ -83,7 +83,7 @@ def store_predictions(run: Path, beton: Path) -> None:
             raise RuntimeError(f"{beton}: predictions of {sum(map(len, found['labels']))} images")
     heads = found if student.head_teacher else {name: found[name] for name in ("labels", "class")}
     text: dict[str, Any] = {name: pack(np.concatenate(parts)) for name, parts in heads.items()}
-    write_whole(run / "predictions.json", json.dumps(text | {"macs": macs}))
+    write_atomic(run / "predictions.json", json.dumps(text | {"macs": macs}))
 
 
 def pack(values: np.ndarray) -> str:
@@ -94,10 +94,3 @@ def pack(values: np.ndarray) -> str:
 def unpack(text: str) -> np.ndarray:
     """The inverse of `pack`."""
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """There completely or not at all."""
-    draft = path.with_suffix(".partial")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

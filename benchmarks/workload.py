@@ -64,10 +64,10 @@ def settle_recipe(args: argparse.Namespace) -> None:
     if not args.recipe:
         return
     recipe = recipes.load(args.recipe)
-    taught_by = [recipes.load(Path(spec.weights).name).student for spec in recipe.distill.teachers]
+    models = [recipes.load(Path(spec.weights).name).student for spec in recipe.distill.teachers]
     args.image_size, args.batch = recipe.data.image_size, args.batch or recipe.run.batch
-    args.teachers = [student.name for student in taught_by]
-    args.teacher_options = {student.name: student.options for student in taught_by}
+    args.teachers = [student.name for student in models]
+    args.teacher_options = {student.name: student.options for student in models}
 
 
 def options_of_mixer(args: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_an_interrupted_run_goes_on_the_other_way(at, has_values):
 
 @pytest.mark.not_rehearsed("compares what kernels computed", ways=("lazy", "compiled"))
 @pytest.mark.parametrize("slow", ["teacher", "student", "neither"])
-def test_what_crosses_the_streams_is_whole(at, slow):
+def test_what_crosses_the_streams_is_complete(at, slow):
     """Whoever is late, the student reads what a serial pass gives, while everyone allocates and frees."""
     parts = build(at())
     try:

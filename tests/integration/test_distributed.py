@@ -344,7 +344,7 @@ def test_what_a_user_gets_wrong(recipe, monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.floats(-20, 20), st.integers(0, 1000))
-def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_whole_batch(ranks, scale, seed):
+def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_full_batch(ranks, scale, seed):
     torch.manual_seed(seed)
     joint, marginal = torch.randn(2, ranks, 6, dtype=torch.float64) * scale
     full = [x.clone().requires_grad_() for x in (joint, marginal)]

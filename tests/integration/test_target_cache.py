@@ -99,7 +99,7 @@ def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, t
     train(other, quiet=True, on_step=no_teachers)
 
 
-def test_an_interrupted_run_leaves_whole_epochs(recipe, tmp_path):
+def test_an_interrupted_run_leaves_complete_epochs(recipe, tmp_path):
     """Write-through, stopped within an epoch and resumed, ends with the same files as `teach`."""
     first = into(recipe, tmp_path / "first", target_cache=str(tmp_path / "written"))
 
@@ -116,7 +116,7 @@ def test_an_interrupted_run_leaves_whole_epochs(recipe, tmp_path):
         assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "targets" / name).read_bytes()
 
 
-def test_teach_goes_on_where_it_was_and_mends_what_is_damaged(recipe, tmp_path, monkeypatch):
+def test_teach_continues_and_rewrites_what_is_damaged(recipe, tmp_path, monkeypatch):
     recipe = into(recipe, tmp_path / "run", target_cache=str(tmp_path / "store"))
     kept, calls = EpochWriter.add, []
 

@@ -1,6 +1,6 @@
 """`make rehearse`: the GPU's code under the fake GPU (benchmarks/fake_gpu.py), with a table of what came of it.
 
-The tests marked `gpu` in three ways (ways.py), then whole commands on "cuda" (commands.py). No kernel runs: this shows
+The tests marked `gpu` in three ways (ways.py), then commands on "cuda" (commands.py). No kernel runs: this shows
 that the host's side is right, not how fast a GPU is.
 """
 

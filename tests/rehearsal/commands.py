@@ -137,7 +137,7 @@ def evaluated(g: Ground) -> None:
     assert "top" in g.run("eval serial images"), "no accuracy was printed"
 
 
-def taught(g: Ground) -> None:
+def stored_targets(g: Ground) -> None:
     g.run("teach std.yaml --distill.target_cache targets --run.out teach")
     train(g, "cached", "--distill.target_cache targets --run.overlap on")
 
@@ -198,7 +198,7 @@ COMMANDS: dict[str, Callable[[Ground], None]] = {
     "train, compiled by inductor": compiled,
     "train, SIGTERM, --resume: the weights of the undisturbed run": stopped_and_resumed,
     "eval": evaluated,
-    "teach, train with stored targets": taught,
+    "teach, train with stored targets": stored_targets,
     "train by GPU-hours": budgeted,
     "train, out of memory: exit code 2 and one line": short_of_memory,
     "plan": planned,

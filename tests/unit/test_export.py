@@ -84,7 +84,7 @@ def test_the_report_and_the_folder(exported):
 
 @torch.no_grad()
 @pytest.mark.parametrize("B", [1, 2, 5])
-def test_every_file_answers_as_the_mean_of_the_students_heads(exported, B):
+def test_every_file_predicts_the_mean_of_the_students_heads(exported, B):
     import onnxruntime
 
     out, student, _ = exported
@@ -202,7 +202,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
-def test_other_answers_after_writing_are_an_error_and_leave_nothing(tmp_path, monkeypatch):
+def test_other_outputs_after_writing_are_an_error_and_leave_nothing(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
 
     def damaged(tensors, path, metadata):

@@ -499,7 +499,7 @@ def test_resident_refuses_what_does_not_fit(beton, monkeypatch):
         open_loader(training(beton), "resident")
 
 
-def test_resident_keeps_whole_images_of_the_right_size_exactly(tmp_path):
+def test_resident_keeps_full_images_of_the_right_size_exactly(tmp_path):
     everything = [raw_sample(SIZE, SIZE, 0, i) for i in range(6)]
     path = str(write_beton(tmp_path / "raw.beton", everything))
     (batch,) = batches(evaluation(path, crop=CropSpec("full")), "resident")

@@ -226,7 +226,7 @@ def test_others_on_the_machine_do_not_lower_the_ceiling(monkeypatch):
     assert speed._ceiling.__wrapped__(CPU, torch.float32, torch.get_num_threads()) > 1e8
 
 
-def test_the_figures_of_speed_in_a_line():
+def test_the_metrics_of_speed_in_a_line():
     metrics = {"data_wait": 0.021, "peak_memory_gib": 12.345, "share_teacher": 0.304, "share_student": 0.6}
     assert speed_in_words(metrics) == "data 2 %  teacher 30 %  student 60 %  12.35 GiB"
     assert speed_in_words(metrics | {"mfu": 0.414}).startswith("MFU 41 %  data 2 %")

@@ -21,7 +21,7 @@ def as_mixed(pixels, spec, lam):
     return TrainBatch(normalised, labels, labels.flip(0), lam, labels, 0, 0)
 
 
-def test_bytes_are_drawn_as_they_are_enlarged_by_a_whole_factor(tmp_path):
+def test_bytes_are_drawn_as_they_are_enlarged_by_an_integer_factor(tmp_path):
     pixels = images(5, 40)
     contact_sheet(pixels, tmp_path / "sheet.png", columns=3)
     sheet = np.array(Image.open(tmp_path / "sheet.png"))

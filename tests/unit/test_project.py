@@ -132,14 +132,12 @@ TEXTS = sorted(
 READ_OLD_FORMS = {"std_fast/config/legacy.py", "tests/unit/test_project.py", "tests/integration/test_upgrades.py"}
 NO_TEXT_OF_OURS = ("tests/data/", "tests/fuzz/corpus/", "benchmarks/results/", "CHANGELOG.md", "docs/LICENCES.md")
 OLD_WORDS = re.compile(
-    r"\b(TeacherAnswers|AnswerStore|answers_from_logits|distill\.answers|go_back|went_back|put_aside|learning_seconds"
+    r"(?<![A-Za-z])(TeacherAnswers|AnswerStore|answers_from_logits|distill\.answers|go_back|went_back|put_aside|learning_seconds"
     r"|BadSteps|_tell_bad|instead_of|owes_evaluation|let_go|try_out|AtHand|MovingAverage|_WITHOUT|_BEFORE|ALONE"
-    r"|[Aa]nswers|[Tt]aught|[Mm]end(?:s|ed|ing)?|[Ff]igures|[Ww]hole(?! numbers?\b))\b"
+    r"|[Aa]nswers|[Tt]aught|[Mm]end(?:s|ed|ing)?|[Ff]igures|[Ww]hole(?! numbers?\b))(?![A-Za-z])"
 )
 """old names, and words that have a plain technical one (targets, predictions, fix, metrics, complete)"""
-OLD_NAMES = set(
-    "Beginning FREE Intact Keep LOW Mixed Pair Told Trained aside joined learned look rehearse tell told".split()
-)
+OLD_NAMES = set("Beginning FREE Intact Keep LOW Mixed Pair Told Trained aside joined learned look tell told".split())
 """old names that are words of English too: no class, function, argument, variable or field has them"""
 ONE_OF_EACH = {"Plan", "Taps", "Journal", "Progress", "Job", "_sync_folder", "contact_sheet"}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -137,7 +137,7 @@ def test_two_geometric_operations_are_pils_resampling_by_their_product():
         assert (ours[i].int() - wanted.int()).abs()[inside[i]].max() <= 1
 
 
-def test_whole_randaugment_against_sequences_of_pil(monkeypatch):
+def test_randaugment_against_sequences_of_pil(monkeypatch):
     """n = 3 (a pair and one more). A difference can grow in a later table, so a few values may differ by more."""
     images, count = pictures(60, 16, 16), 60
     uniforms = [tuple(torch.from_numpy(np.random.default_rng(s).random((4, count))).unbind(0)) for s in range(3)]

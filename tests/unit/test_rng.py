@@ -99,7 +99,7 @@ def test_stored_targets_depend_on_these_numbers():
     }
 
 
-def test_compiles_whole_and_once_for_all_epochs():
+def test_compiles_without_breaks_and_once_for_all_epochs():
     counter = CompileCounter()
     position = torch.arange(6)
     draw = torch.compile(

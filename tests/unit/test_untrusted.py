@@ -434,7 +434,7 @@ def disk_full():
     raise OSError(28, "whatever")
 
 
-def test_a_confined_reader_answers_from_another_process():
+def test_a_confined_reader_returns_from_another_process():
     value, pid = confined(targets_with, {"a": [1, None, "ä"]})
     assert value == {"a": [1, None, "ä"]} and pid != os.getpid()
     assert confined(prints) == 1

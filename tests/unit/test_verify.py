@@ -78,7 +78,7 @@ def test_sample_sheet(made: Path, tmp_path: Path) -> None:
         sample_sheet(str(made), str(tmp_path / "no" / "sheet.png"))
 
 
-def test_a_whole_beton_has_no_faults(made: Path) -> None:
+def test_a_sound_beton_has_no_faults(made: Path) -> None:
     assert verify(str(made)) == []
     assert verify(str(made), decode=True) == []
 
