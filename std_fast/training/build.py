@@ -271,22 +271,17 @@ def build(
         if target_cache is not None:
             closing.callback(target_cache.close)
         teachers = build_missing_teachers(r, train_loader, target_cache, device)
-        # the arithmetic of an image must be the same in every step, or there is no MFU
-        constant = not (r.student.early_size or r.student.drop_path_mode == "subset")
-        flops = flops_per_image(student, teachers, r.data.image_size) if constant else None
+        watch = Stopwatch(device, ledger)
+        flops, limit = arithmetic(r, student, teachers), ceiling(device, precision)
         augment = Augment(r.augment, r.run.seed).to(device)
         backend = make_fast(r.run.compile, device, augment, teachers)
-        watch = Stopwatch(device, ledger)
         trainer = build_trainer(r, student, device, precision, backend, watch, world)
         targets = target_source(teachers, target_cache, trainer.autocast)
         overlap = Overlap(r.run.overlap, device)
         stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
         closing.callback(stream.close)
-        limit = ceiling(device, precision)
-        log.info(
-            "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s",
-            device, precision, backend or "off", limit / 1e12,
-        )  # fmt: skip
+        shown = device, precision, backend or "off", limit / 1e12
+        log.info("device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s", *shown)
         return Parts(
             recipe=r,
             device=device,
@@ -302,6 +297,13 @@ def build(
             backend=backend,
             closing=closing.pop_all(),
         )
+
+
+def arithmetic(recipe: Recipe, student: Student, teachers: Teachers | None) -> float | None:
+    """Operations per image, counted before anything is compiled; None where steps differ, so that there is no MFU."""
+    if recipe.student.early_size or recipe.student.drop_path_mode == "subset":
+        return None
+    return flops_per_image(student, teachers, recipe.data.image_size)
 
 
 def build_trainer(

@@ -54,8 +54,8 @@ def base(image_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(base):
-    train(make_recipe(base, base / "whole"), quiet=True)
-    return newest(base / "whole")[0]
+    train(make_recipe(base, base / "complete"), quiet=True)
+    return newest(base / "complete")[0]
 
 
 def newest(folder):

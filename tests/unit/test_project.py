@@ -186,8 +186,8 @@ def test_no_name_of_the_code_is_an_old_one():
 
 LARGEST = {"file": 400, "class": 200, "function": 60}
 """lines"""
-LARGER: dict[str, str] = {"benchmarks/codegen.py": "being split"}
-"""the exceptions, with their reason"""
+LARGER = {"benchmarks/codegen.py", "std_fast/training/run.py:Run"}
+"""exceptions that are yet to be split: a name that is no longer too large is removed here"""
 
 
 def test_files_classes_and_functions_are_small():
