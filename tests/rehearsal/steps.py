@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import fake_gpu, harness
 from benchmarks.harness import ROOT
 
-FORMS = ("plain", "teachers", "teachers beside", "stored")
+FORMS = ("plain", "teachers", "teachers beside", "targets written")
 WARM, STEPS = 4, 3  # before counting; counted
 EPOCH = 64  # steps: none of those counted begins or ends an epoch
 
@@ -33,7 +33,7 @@ def recipe_of(form: str, compile: str, folder: Path):
     run |= {"overlap": "on" if form == "teachers beside" else "off"}
     teacher = {"name": "test_resnet", "weights": str(folder / "resnet.safetensors"), "image_size": 16}
     distill = {"mode": "std", "teachers": [teacher] * 2, "mine": {"every": "1 step"}}
-    if form == "stored":
+    if form == "targets written":
         distill["target_cache"] = str(folder / "targets")
     if form == "plain":
         distill = {"mode": "none"}
@@ -45,8 +45,7 @@ def take_steps(form: str, compile: str, folder: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    from benchmarks.step import store
-    from benchmarks.workload import given_targets, write_images
+    from benchmarks.workload import write_images
     from std_fast.training.run import Run
     from std_fast.training.schedule import StepSettings
 
@@ -54,8 +53,6 @@ def take_steps(form: str, compile: str, folder: Path) -> None:
     write_images(folder / "images", 3, 16 * EPOCH, 48)
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), folder / "resnet.safetensors")
     run = Run(recipe_of(form, compile, folder), quiet=True)
-    if form == "stored":
-        store(run.parts, given_targets(run.parts))
     for step in range(1, WARM + STEPS + 1):
         tool.mark("step" if step > WARM else "warm")
         run.trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=form != "plain"))
@@ -64,17 +61,22 @@ def take_steps(form: str, compile: str, folder: Path) -> None:
 
 
 def counts_of(log: Path) -> list[collections.Counter]:
-    """Of each counted step: `launches`, `graph launches`, `copies`, `blocking copies`, `host waits`."""
+    """Of each counted step: `launches`, `graph launches`, `copies`, `blocking copies`, `host waits`.
+
+    Waits and blocking copies are those of the thread that takes the steps: loaders and writers have threads to wait in.
+    """
     steps: list[collections.Counter] = []
-    counting = False
+    counting, own = False, ""
     for line in log.read_text(encoding="utf-8").splitlines():
-        words = line.split()[3:]
+        thread, *words = line.split()[2:]
         if words[0] == "mark":
+            own = thread
             counting = words[1] == "step"
             if counting:
                 steps.append(collections.Counter())
         elif counting:
-            steps[-1].update(kinds(words))
+            waits = () if thread == own else ("blocking copies", "host waits")
+            steps[-1].update(kind for kind in kinds(words) if kind not in waits)
     return steps
 
 
