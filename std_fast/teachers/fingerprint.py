@@ -70,6 +70,8 @@ def weights_digest(weights: str, name: str) -> str | None:
     """Identity of a teacher's weights: digest of the file, of a Hugging Face folder's files, or of a run's newest
     weights and what belongs to them; for timm's downloads the name of the source. None where they are not there.
     """
+    if not weights or (weights == "pretrained" and not name):  # a mistake that building the model reports
+        return None
     if weights == "pretrained":
         config = timm_config(name)
         return f"timm {config.hf_hub_id or config.url}"

@@ -163,3 +163,18 @@ def test_checkpoints_of_earlier_versions_compare_paths(here, base):
     finally:
         manifest.write_text(text)
         (base / "gone").rename(base / "first")
+
+
+@pytest.mark.parametrize(
+    ("sections", "complaint"),
+    [
+        ({"distill": {"mode": "std", "teachers": [{"weights": "pretrained"}]}}, "distill.teachers.0.name: is needed"),
+        ({"distill": {"mode": "std", "teachers": [{"name": "test_resnet"}]}}, "distill.teachers.0.weights: is empty"),
+        ({"student": {"name": "test_resnet", "weights": "pretrained"}}, "`pretrained` is for teachers"),
+        ({"student": {"name": "mixer", "options": OPTIONS, "weights": "nowhere"}}, "nowhere: no such weights file"),
+    ],
+)
+def test_a_mistake_in_what_is_compared_is_reported_by_its_field(base, tmp_path, sections, complaint):
+    plain = {} if "distill" in sections else {"distill": {"mode": "none"}}
+    with pytest.raises(UserError, match=complaint):
+        train(make_recipe(base, tmp_path / "run", **plain, **sections), quiet=True)
