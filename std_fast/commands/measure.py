@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import resource
 import tempfile
@@ -18,18 +19,21 @@ import torch
 
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
+from pipelines.loaders.base import available_cores
 from pipelines.read.batch import Batch, Loader
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Distill, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.method.losses import TeacherTargets
+from std_fast.runtime.all_reduce import all_reduce_seconds
 from std_fast.runtime.budget import productive_seconds
 from std_fast.teachers.stream import NoTargets
-from std_fast.training.build import resolved
+from std_fast.training.build import pick_device, resolved
 from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import versions
 
 FORMAT = 1
+log = logging.getLogger("std_fast")
 
 # A measurement of a recipe that differs in these is still one of the same work.
 SAME_WORK = (
@@ -77,21 +81,65 @@ class TruncatedLoader:
         self.loader.close()
 
 
-def measure(recipe: Recipe, seconds: float = 60.0) -> dict[str, Any]:
+def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, Any]:
     """Runs the recipe for about `seconds`, each way; returns the numbers as they are stored (see `read`).
 
+    Rates, memory and evaluation are of one process with its share of the batch, `run.batch / gpus`.
+
+    Args:
+        gpus: processes that will train together; 0: as many as this machine has GPUs, 1 on a CPU.
+
     Raises:
-        UserError: whatever `std-fast train` would refuse, and a time of 0.
+        UserError: whatever `std-fast train` would refuse, a batch that `gpus` does not divide, and a time of 0.
     """
     if not 0 < seconds < math.inf:
         raise UserError("--seconds: must be more than nothing")
+    on_gpu = pick_device(recipe.run.device).type == "cuda"
+    here = torch.cuda.device_count() if on_gpu else 1
+    if gpus < 0:
+        raise UserError("--gpus: must be 1 or more, or 0 for the GPUs of this machine")
+    gpus = gpus or here
     home = Path(resolved(recipe).run.out)
     home = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())  # saves go to the same disk
+    share = share_of(recipe, gpus, min(gpus, here) if on_gpu else gpus)
     try:
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=home) as scratch:
-            return _measure(recipe, seconds, Path(scratch))
+            measured = _measure(share, seconds, Path(scratch))
     except OSError as error:
         raise UserError(f"run.out: {home} cannot be written ({error}); give another --run.out") from None
+    if measured["samples"] < recipe.run.batch:
+        raise UserError(f"run.batch: {recipe.run.batch} is more than the {measured['samples']} images of data.train")
+    measured |= {"recipe": dump(recipe), "gpus": gpus, "steps_per_epoch": measured["samples"] // recipe.run.batch}
+    return measured | {"all_reduce_seconds": time_all_reduce(measured["gradient_bytes"], gpus, on_gpu)}
+
+
+def share_of(recipe: Recipe, gpus: int, processes: int) -> Recipe:
+    """What one of `gpus` processes trains, `processes` of them on a machine: its share of the batch and of the cores.
+
+    Raises:
+        UserError: the batch cannot be shared.
+    """
+    batch, threads = recipe.run.batch, recipe.data.threads
+    if gpus == 1:
+        return recipe
+    if batch % (4 * gpus):
+        raise UserError(f"run.batch: {batch} over {gpus} GPUs must be a multiple of {4 * gpus}; or give other --gpus")
+    data = replace(recipe.data, threads=threads or max(1, available_cores() // processes))
+    return replace(recipe, data=data, run=replace(recipe.run, batch=batch // gpus))
+
+
+def time_all_reduce(gradient_bytes: int, gpus: int, on_gpu: bool) -> float | None:
+    """Seconds in which `gpus` processes of this machine average their gradients; None where that cannot be measured."""
+    if gpus == 1:
+        return 0.0
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    try:
+        return round(all_reduce_seconds(gradient_bytes // 4, gpus, on_gpu), 6)
+    except RuntimeError as error:
+        log.warning("the all-reduce of %d processes was not measured: %s", gpus, error)
+        return None
 
 
 def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
@@ -102,9 +150,9 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
         data = parts.train_loader
         measured: dict[str, Any] = {
             "samples": data.source.num_samples,
-            "steps_per_epoch": run.per_epoch,
             "val_images": parts.val_loader.source.num_samples if parts.val_loader is not None else 0,
             "evaluation_seconds": time_evaluation(run, seconds / 6),
+            "gradient_bytes": 4 * sum(p.numel() for p in parts.trainer.student.parameters() if p.requires_grad),
         }
         share = seconds / 2 if parts.teachers is None else seconds / 4
         modes["none" if parts.teachers is None else "running"] = time_steps(run, share)
@@ -133,7 +181,6 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     device = f"cpu, {torch.get_num_threads()} threads"
     return {
         "format": FORMAT,
-        "recipe": dump(recipe),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and recipe.run.device != "cpu" else device,
         "versions": versions(),
@@ -236,23 +283,28 @@ def early(mode: dict[str, Any]) -> float:
     return mode.get("early_images_per_second", mode["images_per_second"])
 
 
-def read(path: Path, recipe: Recipe) -> dict[str, Any]:
-    """A stored measurement of `recipe`'s work.
+def read(path: Path, recipe: Recipe, gpus: int = 0) -> dict[str, Any]:
+    """A stored measurement of `recipe`'s work; one without a number of GPUs is of one.
+
+    Args:
+        gpus: 0: as measured.
 
     Raises:
-        UserError: the file is none, or was measured with another student, batch, image size, ...
+        UserError: the file is none, or was measured with another student, batch, image size, number of GPUs, ...
     """
     try:
-        data = read_json(path)
+        data = {"gpus": 1, "all_reduce_seconds": 0.0, "gradient_bytes": 0} | read_json(path)
         stored = loads(data["recipe"])
         numbers = [data["samples"], data["steps_per_epoch"], data["start_seconds"], data["evaluation_seconds"]]
-        numbers += [*data["save_seconds"].values()]
+        numbers += [*data["save_seconds"].values(), data["all_reduce_seconds"] or 0.0, data["gradient_bytes"]]
         for mode in data["modes"].values():
             numbers += [mode["images_per_second"], mode["steps"], early(mode)]
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
         sound = (
             sound
             and data["steps_per_epoch"] > 0
+            and isinstance(data["gpus"], int)
+            and data["gpus"] > 0
             and all(rate > 0 for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode)))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -266,6 +318,10 @@ def read(path: Path, recipe: Recipe) -> dict[str, Any]:
         (t.name, t.image_size) for t in stored.distill.teachers
     ]:
         other.append("distill.teachers")
+    if gpus not in (0, data["gpus"]):
+        raise UserError(
+            f"{path}: was measured for {data['gpus']} GPU(s); leave --gpus out, or measure again with --save"
+        )
     if other:
         raise UserError(f"{path}: was measured with another {other[0]}; give that, or measure again with --save")
     return data

@@ -1,7 +1,10 @@
 """`std-fast plan`: what a GPU-hour budget buys, before it is spent.
 
-`measure` runs the real training for up to a minute: with the teachers, with their targets at hand, and without
-teachers. `buy` turns that, or a measurement stored on another machine, into epochs; it needs no GPU and no data.
+`measure` runs the real training for about a minute: with the teachers, with their targets given, and without teachers.
+`buy` turns that, or a measurement stored on another machine, into epochs; it needs no GPU and no data.
+
+For N GPUs one process is measured with its share of the batch, and N are assumed to be N times as fast, less the
+all-reduce of the gradients where it could be measured. A GPU-hour is an hour of one GPU: N GPUs use N in an hour.
 """
 
 from __future__ import annotations
@@ -56,9 +59,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All measured are of one GPU; many share the images, and each is held through start, evaluation and save."""
+    """Rates and seconds are of all GPUs together, memory is of one. GPU-hours count every GPU from start to end."""
 
     device: str
+    gpus: int
     measured: str
     gpu_hours: float | None
     start_seconds: float
@@ -67,7 +71,8 @@ class Plan:
     reserve_seconds: float
     host_memory_gib: float
     checkpoint_bytes: int
-    ends: str | None
+    ends: str
+    """when a training that starts now ends, teachers running where there are any"""
     rows: tuple[Row, ...]
     recommended: str
     options: tuple[str, ...]
@@ -80,17 +85,24 @@ class Costs:
 
     def __init__(self, measured: dict[str, Any], recipe: Recipe) -> None:
         self.measured, self.recipe, self.modes = measured, recipe, measured["modes"]
+        self.gpus = measured["gpus"]
         self.length = Duration.parse(recipe.run.length)
         self.hours = self.length.amount if self.length.unit == "gpu-hours" else None
         self.batch, self.per_epoch = recipe.run.batch, measured["steps_per_epoch"]
         self.eval_every = Duration.parse(recipe.run.eval_every).steps(self.per_epoch, self.batch) / self.per_epoch
         """epochs, 0: only at the end"""
-        self.evaluation, self.save = measured["evaluation_seconds"], sum(measured["save_seconds"].values())
+        self.evaluation = measured["evaluation_seconds"] / self.gpus
+        self.save = sum(measured["save_seconds"].values())
         self.reserve = 1.25 * (self.evaluation + self.save) + CLOSING
+
+    def together(self, rate: float) -> float:
+        """Images per second of all GPUs from those of one, of which each step averages its gradients."""
+        return self.batch / (self.batch / self.gpus / rate + (self.measured["all_reduce_seconds"] or 0.0))
 
     def rate(self, mode: str) -> float:
         """Images per second, averaged over the training; the early phase is a share of the hours, or of the steps."""
-        first, later = early(self.modes[mode]), self.modes[mode]["images_per_second"]
+        first = self.together(early(self.modes[mode]))
+        later = self.together(self.modes[mode]["images_per_second"])
         share = self.recipe.student.early_share
         if self.hours is not None:
             return share * first + (1 - share) * later
@@ -110,14 +122,14 @@ class Costs:
         base = "running" if mode == "views" else mode
         first, later = self.epoch_seconds(base), self.epoch_seconds("stored" if mode == "views" else mode)
         if self.hours is not None:
-            left = max(0.0, 3600 * self.hours - self.fixed(base))
+            left = max(0.0, 3600 * self.hours / self.gpus - self.fixed(base))
             once = min(left / first, views) if mode == "views" else left / first
             epochs = once + (left - once * first) / later
             cost = self.hours
         else:
             epochs = self.length.steps(self.per_epoch, self.batch) / self.per_epoch
             once = min(epochs, views) if mode == "views" else epochs
-            cost = (self.fixed(base) + once * first + (epochs - once) * later) / 3600
+            cost = self.gpus * (self.fixed(base) + once * first + (epochs - once) * later) / 3600
         kept = {"views": min(views, math.ceil(epochs)), "stored": math.ceil(epochs)}.get(mode, 0)
         distill = self.recipe.distill
         return Row(
@@ -142,12 +154,11 @@ def buy(measured: dict[str, Any], recipe: Recipe, now: datetime | None = None) -
     by_mode = {r.mode: r for r in rows}
     recommended, options = recommend(recipe, by_mode, views)
     main = by_mode.get("running", rows[0])
-    options += fewer_evaluations(main, costs.evaluation, costs.eval_every)
-    ends = None
-    if costs.hours is not None:
-        ends = ((now or datetime.now()).astimezone() + timedelta(hours=costs.hours)).isoformat(timespec="minutes")
+    options += fewer_evaluations(main, costs.gpus * costs.evaluation, costs.eval_every)
+    end = (now or datetime.now()).astimezone() + timedelta(hours=main.gpu_hours / costs.gpus)
     return Plan(
         device=measured["device"],
+        gpus=costs.gpus,
         measured=measured["date"],
         gpu_hours=costs.hours,
         start_seconds=round(costs.fixed(main.mode) - costs.reserve, 1),
@@ -156,11 +167,11 @@ def buy(measured: dict[str, Any], recipe: Recipe, now: datetime | None = None) -
         reserve_seconds=round(costs.reserve, 1),
         host_memory_gib=measured["host_memory_gib"],
         checkpoint_bytes=measured["checkpoint_bytes"],
-        ends=ends,
+        ends=end.isoformat(timespec="minutes"),
         rows=tuple(rows),
         recommended=recommended,
         options=tuple(options),
-        notes=tuple(notes(measured, main, costs.hours)),
+        notes=(*notes(measured, main, costs.hours), *notes_on_gpus(measured)),
     )
 
 
@@ -189,7 +200,7 @@ def recommend(recipe: Recipe, rows: dict[str, Row], views: int) -> tuple[str, li
 
 
 def fewer_evaluations(row: Row, evaluation: float, every: float) -> list[str]:
-    """An option, when the evaluations on the way take more than their share."""
+    """An option, when the evaluations on the way, of so many GPU-seconds each, take more than their share."""
     if not every or row.epochs < 1:
         return []
     share = row.epochs / every * evaluation / (3600 * row.gpu_hours)
@@ -199,22 +210,39 @@ def fewer_evaluations(row: Row, evaluation: float, every: float) -> list[str]:
 
 
 def notes(measured: dict[str, Any], row: Row, hours: float | None) -> Iterator[str]:
-    """What a user should know before the hours are spent."""
+    """Warnings about the measurement, and about what the hours buy."""
     waiting = measured["modes"][row.mode]["waiting_share"]
     if waiting > 0.1:
         yield f"{100 * waiting:.0f} % of the time is waiting for data: more data.threads or a smaller beton would help"
     if hours is not None and row.epochs < 10:
-        yield f"{row.epochs:.1f} epochs are few: a smaller student, data.image_size or more hours would learn more"
+        yield f"{row.epochs:.1f} epochs are few: a smaller student or data.image_size, or more hours, would give more"
     few = [mode for mode, found in measured["modes"].items() if found["steps"] < 5]
     if few:
-        yield f"measured on fewer than 5 steps ({', '.join(few)}): a rough figure; more --seconds make it better"
+        yield f"measured on fewer than 5 steps ({', '.join(few)}): a rough estimate; give more --seconds"
+
+
+def notes_on_gpus(measured: dict[str, Any]) -> Iterator[str]:
+    """What the rate of many GPUs rests on."""
+    gpus, seconds = measured["gpus"], measured["all_reduce_seconds"]
+    if gpus == 1:
+        return
+    text = f"one of {gpus} processes was measured; {gpus} are assumed to be {gpus} times as fast, "
+    if seconds is None:
+        megabytes = measured["gradient_bytes"] / 1e6
+        yield (
+            text + f"and the all-reduce of {megabytes:,.0f} MB of gradients in each step is left out: not measured here"
+        )
+    else:
+        yield text + f"less {1000 * seconds:.1f} ms a step for the all-reduce of the gradients, as measured here"
+    if measured["device"].startswith("cpu"):
+        yield f"{gpus} processes on one CPU share its cores, and are slower than this plan"
 
 
 def as_text(plan: Plan) -> str:
     """The plan as it is printed."""
     held = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours is not None else "the recipe's length"
     lines = [
-        f"{held} on {plan.device} (measured {plan.measured})",
+        f"{held} on {f'{plan.gpus} x ' if plan.gpus > 1 else ''}{plan.device} (measured {plan.measured})",
         f"start {plan.start_seconds:.0f} s, each evaluation {plan.evaluation_seconds:.1f} s, "
         f"kept for the last evaluation and save {plan.reserve_seconds:.1f} s",
         f"host memory {plan.host_memory_gib:.1f} GiB, checkpoint {plan.checkpoint_bytes / 1e6:.0f} MB",
@@ -233,21 +261,21 @@ def as_text(plan: Plan) -> str:
     if plan.options:
         lines.append(f"    {shlex.join(plan.options)}")
     lines += [f"note: {note}" for note in plan.notes]
-    if plan.ends is not None:
-        lines.append(f"started now on one GPU it ends at {plan.ends}")
+    lines.append(f"started now on {f'{plan.gpus} GPUs' if plan.gpus > 1 else 'one GPU'} it ends at {plan.ends}")
     return "\n".join(lines)
 
 
-def plan(recipe: Recipe, stored: str = "", save: str = "", seconds: float = 60.0) -> Plan:
-    """Measures, or takes the measurement `stored`, and says what the recipe's `run.length` buys or costs.
+def plan(recipe: Recipe, stored: str = "", save: str = "", seconds: float = 60.0, gpus: int = 0) -> Plan:
+    """Measures, or takes the measurement `stored`; returns what the recipe's `run.length` buys or costs.
 
     Args:
+        gpus: that train together; 0: as the stored measurement, or all of this machine.
         save: file to write the measurement to, for a plan on another machine.
 
     Raises:
         UserError: as `measure` and `read`; `save` cannot be written.
     """
-    measured = read(Path(stored), recipe) if stored else measure(recipe, seconds)
+    measured = read(Path(stored), recipe, gpus) if stored else measure(recipe, seconds, gpus)
     if save:
         try:
             Path(save).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

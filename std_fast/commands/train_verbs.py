@@ -56,6 +56,9 @@ def add_plan(parser: Parser) -> None:
     parser.add_argument(
         "--save", default="", metavar="JSON", help="store the measurement, for a plan on another machine"
     )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs that train together; 0: those of the measurement, or of this machine"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure, after the start [60]")
     add_json(parser)
 
@@ -64,7 +67,7 @@ def plan(args: argparse.Namespace) -> None:
     from std_fast.commands import plan as plans
     from std_fast.config import recipe as recipes
 
-    made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds)
+    made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds, args.gpus)
     show(args, plans.as_dict(made), plans.as_text(made))
 
 

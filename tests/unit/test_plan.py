@@ -2,15 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
 from std_fast import cli
-from std_fast.commands import plan
+from std_fast.commands import measure, plan
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
@@ -38,18 +40,18 @@ def mode(rate, **more):
     }
 
 
-FIGURES = {
+MEASURED = {
     "format": 1, "date": "2026-01-01T00:00:00+00:00", "device": "GPU", "versions": {},
     "samples": 1_000_003, "steps_per_epoch": 125_000, "val_images": 50_000, "evaluation_seconds": 10.0,
     "start_seconds": 40.0, "save_seconds": {"stall": 0.5, "write": 1.5}, "checkpoint_bytes": 10**8,
-    "host_memory_gib": 4.0,
+    "host_memory_gib": 4.0, "gpus": 1, "all_reduce_seconds": 0.0, "gradient_bytes": 10**8,
     "modes": {"running": mode(10_000.0, compile_seconds=20.0), "stored": mode(20_000.0), "none": mode(25_000.0)},
 }  # fmt: skip
 
 
 @pytest.fixture
 def measured():
-    return {**copy.deepcopy(FIGURES), "recipe": recipes.dump(recipe_of())}
+    return {**copy.deepcopy(MEASURED), "recipe": recipes.dump(recipe_of())}
 
 
 def test_epochs_of_each_mode(measured):
@@ -92,6 +94,48 @@ def test_without_a_budget_the_length_is_priced(measured):
     assert {row.mode: row.epochs for row in budget.rows}["stored"] == pytest.approx(300, rel=1e-3)  # the way back
 
 
+def test_eight_gpus_take_an_eighth_of_the_time(measured):
+    """Eight of an eighth of the speed: one GPU's epochs for eight times its GPU-hours, which end at the same time."""
+    now = datetime(2026, 1, 1, 12).astimezone()
+    one = plan.buy(measured, recipe_of(length="8 gpu-hours"), now)
+    eight = copy.deepcopy(measured) | {"gpus": 8, "evaluation_seconds": 80.0}
+    for way in eight["modes"].values():
+        way["images_per_second"] /= 8
+    many = plan.buy(eight, recipe_of(length="64 gpu-hours"), now)
+    assert [row.epochs for row in many.rows] == [row.epochs for row in one.rows]
+    assert many.ends == one.ends and many.options == one.options and many.rows[0].gpu_hours == 64
+    assert "64 GPU-hours on 8 x GPU" in plan.as_text(many) and "on 8 GPUs it ends at" in plan.as_text(many)
+    priced = [plan.buy(m, recipe_of(length="300 epochs"), now) for m in (measured, eight)]
+    assert priced[1].rows[0].gpu_hours == pytest.approx(8 * priced[0].rows[0].gpu_hours, rel=1e-4)
+    assert priced[1].ends == priced[0].ends
+
+
+def test_the_all_reduce_takes_its_time_of_every_step(measured):
+    many = measured | {"gpus": 2, "all_reduce_seconds": 0.0004}  # a step of 4 images on each takes as long
+    bought = plan.buy(many, recipe_of(length="8 gpu-hours"))
+    assert bought.rows[0].images_per_second == pytest.approx(10_000)
+    assert "2 times as fast, less 0.4 ms a step for the all-reduce" in bought.notes[-1]
+    bought = plan.buy(many | {"all_reduce_seconds": None}, recipe_of(length="8 gpu-hours"))
+    assert bought.rows[0].images_per_second == pytest.approx(20_000)
+    assert "all-reduce of 100 MB of gradients in each step is left out" in bought.notes[-1]
+
+
+def test_the_share_of_one_process():
+    share = measure.share_of(recipe_of(batch=64), 8, 8)
+    assert share.run.batch == 8 and share.data.threads == 1
+    assert measure.share_of(recipe_of(batch=6 * 4), 1, 1) == recipe_of(batch=6 * 4)
+    with pytest.raises(UserError, match="run.batch: 8 over 8 GPUs must be a multiple of 32"):
+        measure.measure(recipe_of(), 1.0, 8)
+    with pytest.raises(UserError, match="--gpus: must be 1 or more"):
+        measure.measure(recipe_of(), 1.0, -1)
+
+
+def test_a_gpu_that_is_not_here_has_no_all_reduce(caplog):
+    missing = torch.cuda.device_count() + 1
+    assert measure.time_all_reduce(4, max(2, missing), on_gpu=True) is None
+    assert "was not measured" in caplog.text
+
+
 def test_what_is_recommended(measured):
     measured["modes"]["stored"]["images_per_second"] = 10_500.0
     bought = plan.buy(measured, recipe_of(length="8 gpu-hours"))
@@ -118,7 +162,13 @@ def test_a_stored_measurement_is_of_the_same_work(measured, tmp_path):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(measured))
     same = recipe_of(length="8 gpu-hours", seed=3, log_every=7)
-    assert plan.plan(same, stored=str(path)) == plan.buy(measured, same)
+    with pytest.raises(UserError, match=r"bench.json: was measured for 1 GPU\(s\); leave --gpus out"):
+        plan.read(path, same, 2)
+    now = "2026-01-01T00:00"
+    assert replace(plan.plan(same, stored=str(path)), ends=now) == replace(plan.buy(measured, same), ends=now)
+    old = {key: value for key, value in measured.items() if key not in ("gpus", "all_reduce_seconds", "gradient_bytes")}
+    path.write_text(json.dumps(old))
+    assert plan.plan(same, stored=str(path)).gpus == 1  # as version 0.1.0 stored it
     for other, name in [
         (recipe_of(batch=16), "run.batch"),
         (recipe_of({**STD, "data": {"image_size": 32}}), "data.image_size"),
@@ -158,12 +208,14 @@ def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys):
     recipe.write_text(recipes.dump(from_dict(Recipe, data)))
     saved = tmp_path / "bench.json"
     command = ["plan", str(recipe), "--budget.gpu-hours", "0.5", "--json"]
-    assert cli.main([*command, "--seconds", "0.6", "--save", str(saved)]) == 0
+    assert cli.main([*command, "--seconds", "0.6", "--save", str(saved), "--gpus", "2"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert {row["mode"] for row in made["rows"]} == {"running", "views", "stored", "none"}
     assert all(row["images_per_second"] > 0 and row["epochs"] > 0 for row in made["rows"])
     measured = json.loads(saved.read_text())
     assert measured["samples"] == measured["val_images"] == 24 and measured["steps_per_epoch"] == 3
+    assert made["gpus"] == measured["gpus"] == 2 and 0 < measured["all_reduce_seconds"] < 60
+    assert made["rows"][0]["images_per_second"] < 2 * measured["modes"]["running"]["images_per_second"] + 0.1
     assert measured["checkpoint_bytes"] > 1000 and measured["evaluation_seconds"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bench.json",
