@@ -46,6 +46,8 @@ class Purpose(enum.IntEnum):
     DROP_PATH = 9
     CONVERT_ORDER = 10
     CONVERT_MODE = 11
+    TRIVIAL_AUGMENT = 12
+    THREE_AUGMENT = 13
 
 
 def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:

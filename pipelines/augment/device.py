@@ -1,8 +1,8 @@
 """Device-side augmentation: a uint8 batch becomes a normalised, erased and mixed float batch.
 
 Each operation processes the full batch, with parameters per sample that are pure functions of (seed, epoch, position):
-see DESIGN.md, rules 1 to 3. The order is that of DeiT and timm: shift, flip, RandAugment and colour jitter on bytes
-(these two are in randaugment.py), then normalise, erase, mix.
+see DESIGN.md, rules 1 to 3. The order is that of DeiT and timm: shift, flip, RandAugment (or another of policies.py)
+and colour jitter on bytes, then normalise, erase, mix.
 
 Shapes: B batch, H height, W width, R = 3 W: one image row with its channels interleaved; D draws of random numbers.
 Operations work on `[B, H, R]`, a view of a channels-last image with a long innermost dimension: this is fast on a CPU,
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import rng
+from pipelines.augment.policies import three_augment, trivial_augment
 from pipelines.augment.randaugment import color_jitter, randaugment
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
@@ -61,7 +62,7 @@ class TrainBatch:
 
 
 class Augment(nn.Module):
-    """Shift, flip, RandAugment, jitter, normalise, erase and mix a batch on its device, without a host synchronisation.
+    """Shift, flip, recolour, normalise, erase and mix a batch on its device, without a host synchronisation.
 
     Sample i mixes with row i XOR 1, `x_i = lam_i x_i + (1 - lam_i) x_(i XOR 1)`: its neighbour in the epoch's order,
     which is a random partner. Where this differs from timm (1.0.31; for RandAugment see randaugment.py):
@@ -183,14 +184,18 @@ class Augment(nn.Module):
         return x_BHR
 
     def _recolour(self, x_BHR: Tensor, u: Uniforms) -> Tensor:
-        """RandAugment and colour jitter, on [B, 3, H, W] in planes: bytes to bytes."""
+        """The spec's policy and colour jitter, on [B, 3, H, W] in planes: bytes to bytes."""
         spec = self.spec
-        if spec.randaugment_n == 0 and spec.color_jitter == 0:
+        if spec.policy == "randaugment" and spec.randaugment_n == 0 and spec.color_jitter == 0:
             return x_BHR
         images = _from_rows(x_BHR).contiguous()
         if spec.randaugment_n > 0:
             draws = [u[Purpose.RANDAUGMENT, i] for i in range(spec.randaugment_n)]
             images = randaugment(images, draws, spec.randaugment_m, spec.randaugment_mstd, self.fill_C)
+        elif spec.policy == "trivial_augment":
+            images = trivial_augment(images, u[Purpose.TRIVIAL_AUGMENT, 0])
+        elif spec.policy == "three_augment":
+            images = three_augment(images, u[Purpose.THREE_AUGMENT, 0])
         if spec.color_jitter > 0:
             images = color_jitter(images, u[Purpose.JITTER, 0], spec.color_jitter)
         return _to_rows(images)
@@ -236,6 +241,8 @@ def _draws(spec: AugmentSpec) -> tuple[tuple[Purpose, int], ...]:
         (Purpose.FLIP, 0): spec.flip > 0,
         (Purpose.SHIFT, 0): spec.shift > 0,
         **{(Purpose.RANDAUGMENT, i): True for i in range(spec.randaugment_n)},
+        (Purpose.TRIVIAL_AUGMENT, 0): spec.policy == "trivial_augment",
+        (Purpose.THREE_AUGMENT, 0): spec.policy == "three_augment",
         (Purpose.JITTER, 0): spec.color_jitter > 0,
         (Purpose.ERASE, 0): spec.erase > 0,
         (Purpose.ERASE, 1): spec.erase > 0,

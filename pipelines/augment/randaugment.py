@@ -4,10 +4,10 @@ The operations, their probability and their magnitudes are those of timm's `rand
 `timm.data.auto_augment`; Cubuk et al. 2020), the arithmetic is PIL's. What is done per pixel is integer arithmetic, so
 that eager and compiled code, CPU and GPU give the same bytes from the same parameters.
 
-Two consecutive operations of every image are one `_pair`: value, geometry, value. An operation on values in first place
-runs before the geometry and one in second place after it, so the sampled order holds; two geometric operations become
-one resampling of their product. What an image did not draw is an identity: a table of 0..255, a factor 1, the unit
-matrix.
+Two consecutive operations of every image are one `apply_pair`: value, geometry, value. An operation on values in first
+place runs before the geometry and one in second place after it, so the sampled order holds; two geometric operations
+become one resampling of their product. What an image did not draw is an identity: a table of 0..255, a factor 1, the
+unit matrix. policies.py has other ways to draw the same operations.
 
 An operation alone, against PIL as timm applies it (largest difference of values 0..255, and share of values that
 differ; tests/unit/test_randaugment.py):
@@ -35,7 +35,7 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,11 @@ def randaugment(
 
     fill: uint8 [3], the colour shown where geometry reads outside of the image.
     """
+    height, width = images.shape[2:]
     sampled = [sample(u, magnitude, std) for u in uniforms]
-    for i in range(0, len(sampled), 2):
-        images = _pair(images, sampled[i : i + 2], fill)
+    drawn = [(op, amounts(op, level, sign, height, width)) for op, level, sign in sampled]
+    for i in range(0, len(drawn), 2):
+        images = apply_pair(images, drawn[i : i + 2], fill)
     return images
 
 
@@ -108,34 +110,62 @@ def sample(u: tuple[Tensor, ...], magnitude: float, std: float) -> tuple[Tensor,
     return slot.clamp(max=NO_OP), (magnitude + std * normal).clamp(0, MAX_LEVEL), torch.where(u[1] > 0.5, -1.0, 1.0)
 
 
-def _pair(images: Tensor, sampled: list[tuple[Tensor, Tensor, Tensor]], fill: Tensor) -> Tensor:
-    """One or two operations per image, in their order. See the head of this file."""
+def amounts(op: Tensor, level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
+    """float64 [B]: what `apply_pair` wants to know of each image's operation, from timm's level 0..10 and sign.
+
+    Bits cleared by posterize, threshold of solarize, what solarize adds, factors of the four enhancements, degrees
+    anticlockwise, shear, pixels of a translation; 0 where the operation has none.
+    """
+    amount = sign * level
+    # 'no change' is 1; moving away towards 0.1 or 1.9 increases the enhancement (timm's *Increasing)
+    factor = (1 + amount * 0.09).clamp(min=0.1)
+    by_op = {
+        Op.POSTERIZE: 8 - (4 - (level / 10 * 4).long()),  # 4 at level 0, 8 at level 10
+        Op.SOLARIZE: 256 - (level / 10 * 256).long(),
+        Op.SOLARIZE_ADD: (level / 10 * 110).long(),
+        **dict.fromkeys((*ENHANCED, Op.SHARPNESS), factor),
+        Op.ROTATE: 3.0 * amount,
+        **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y), 0.03 * amount),
+        Op.TRANSLATE_X: 0.045 * width * amount,
+        Op.TRANSLATE_Y: 0.045 * height * amount,
+    }
+    return select(op, by_op)
+
+
+def select(op: Tensor, by_op: Mapping[Op, Tensor]) -> Tensor:
+    """float64 [B]: of each image the value of its operation, 0 where it has none."""
+    chosen = torch.zeros(op.shape, dtype=torch.float64, device=op.device)
+    for kind, value in by_op.items():
+        chosen = torch.where(op == kind.value, value.double(), chosen)
+    return chosen
+
+
+def apply_pair(images: Tensor, drawn: list[tuple[Tensor, Tensor]], fill: Tensor) -> Tensor:
+    """One or two operations per image, in their order: int64 [B] and their `amounts`. See the head of this file."""
     height, width = images.shape[2:]
-    images = apply_value(images, *sampled[0])
-    moved = functools.reduce(torch.logical_or, [_is_any(op, GEOMETRIC) for op, _, _ in sampled])
-    matrices = [affine(*one, height, width) for one in sampled]
-    images = _on_rows(moved, lambda x, *m: warp(x, m, fill), images, *matrices)
-    return apply_value(images, *sampled[1]) if len(sampled) == 2 else images
+    images = apply_value(images, *drawn[0])
+    moved = functools.reduce(torch.logical_or, [_is_any(op, GEOMETRIC) for op, _ in drawn])
+    matrices = [affine(*one, height, width) for one in drawn]
+    images = on_rows(moved, lambda x, *m: warp(x, m, fill), images, *matrices)
+    return apply_value(images, *drawn[1]) if len(drawn) == 2 else images
 
 
 # -- operations on values ----------------------------------------------------------------------------------------------
 
 
-def apply_value(images: Tensor, op: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+def apply_value(images: Tensor, op: Tensor, amount: Tensor) -> Tensor:
     """The operation of each image if it is one on values; an image with a geometric one, or none, passes unchanged."""
-    # 'no change' is 1; moving away towards 0.1 or 1.9 increases the enhancement (timm's *Increasing)
-    factor = (1 + sign * level * 0.09).clamp(min=0.1)
-    images = _on_rows(_is_any(op, TABLED), _look_up, images, op, level)
+    images = on_rows(_is_any(op, TABLED), _look_up, images, op, amount.long())
     enhanced, sharpened = _is_any(op, ENHANCED), _is_any(op, (Op.SHARPNESS,))
-    images = _on_rows(enhanced, _enhance, images, op, torch.where(enhanced, factor, 1.0))
-    return _on_rows(sharpened, _sharpen, images, torch.where(sharpened, factor, 1.0))
+    images = on_rows(enhanced, _enhance, images, op, torch.where(enhanced, amount, 1.0))
+    return on_rows(sharpened, _sharpen, images, torch.where(sharpened, amount, 1.0))
 
 
 def _is_any(op: Tensor, kinds: tuple[Op, ...]) -> Tensor:
     return functools.reduce(torch.logical_or, [op == kind.value for kind in kinds])
 
 
-def _on_rows(needed: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
+def on_rows(needed: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
     """`operation(images, *parameters)`, which leaves images as they are where `needed` (bool [B]) is false.
 
     Compiled, or on a GPU, all images go through it: a fused pass is cheaper than the wait to learn which need it. Eager
@@ -147,14 +177,17 @@ def _on_rows(needed: Tensor, operation: Callable[..., Tensor], images: Tensor, *
     return images.index_copy(0, rows, operation(images[rows], *(p[rows] for p in parameters)))
 
 
-def _look_up(images: Tensor, op: Tensor, level: Tensor) -> Tensor:
-    return value_tables(images, op, level).gather(2, images.flatten(2).long()).view(images.shape)
+def _look_up(images: Tensor, op: Tensor, amount: Tensor) -> Tensor:
+    return value_tables(images, op, amount).gather(2, images.flatten(2).long()).view(images.shape)
 
 
-def value_tables(images: Tensor, op: Tensor, level: Tensor) -> Tensor:
-    """uint8 [B, 3, 256]: the pointwise operation of each image as a table; the identity for the others."""
+def value_tables(images: Tensor, op: Tensor, amount: Tensor) -> Tensor:
+    """uint8 [B, 3, 256]: the pointwise operation of each image as a table; the identity for the others.
+
+    amount: int64 [B].
+    """
     B, value = len(images), torch.arange(256, device=images.device)
-    level = level[:, None, None]
+    amount = amount[:, None, None]
     histogram = torch.zeros(B, 3, 256, dtype=torch.int32, device=images.device)
     pixels = images.flatten(2).long()
     histogram = histogram.scatter_add(
@@ -173,11 +206,10 @@ def value_tables(images: Tensor, op: Tensor, level: Tensor) -> Tensor:
     spread = (step // 2 + cumulative - histogram) // step.clamp(min=1)
     equalized = torch.where(step > 0, spread, value)
 
-    dropped = 8 - (4 - (level / 10 * 4).long())  # bits that posterize clears: 4 at level 0, 8 at level 10
-    posterized = (value >> dropped) << dropped
-    threshold = 256 - (level / 10 * 256).long()
-    solarized = torch.where(value < threshold, value, 255 - value)
-    added = torch.where(value < 128, value + (level / 10 * 110).long(), value)
+    cleared = amount.clamp(0, 8)  # of another operation it may be anything
+    posterized = (value >> cleared) << cleared
+    solarized = torch.where(value < amount, value, 255 - value)
+    added = torch.where(value < 128, value + amount, value)
 
     tables = {
         Op.AUTO_CONTRAST: autocontrast,
@@ -196,14 +228,19 @@ def value_tables(images: Tensor, op: Tensor, level: Tensor) -> Tensor:
 def _enhance(images: Tensor, op: Tensor, factor: Tensor) -> Tensor:
     """PIL's ImageEnhance.Color, Contrast or Brightness, by op; factor 1 is the identity whatever the op."""
     x = images.int()
-    red, green, blue = x.unbind(1)
-    gray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16  # PIL's convert("L")
+    gray = grayscale(x)
     count = images.shape[2] * images.shape[3]
     mean = ((2 * gray.sum((1, 2)) + count) // (2 * count)).int()
     op = op[:, None, None]
     flat = torch.where(op == Op.CONTRAST.value, mean[:, None, None], 0)
     degenerate = torch.where(op == Op.COLOR.value, gray, flat)
     return _blend(degenerate[:, None], x, factor)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """PIL's convert("L") of int32 [B, 3, H, W] -> int32 [B, H, W]."""
+    red, green, blue = x.unbind(1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 def _sharpen(images: Tensor, factor: Tensor) -> Tensor:
@@ -234,15 +271,13 @@ def blur(x: Tensor) -> Tensor:
 # -- geometry ----------------------------------------------------------------------------------------------------------
 
 
-def affine(op: Tensor, level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
+def affine(op: Tensor, amount: Tensor, height: int, width: int) -> Tensor:
     """float64 [B, 2, 3]: pixel coordinates (x, y, 1) of the result -> of the source, as PIL's AFFINE; else the unit."""
-    amount = sign * level
-    angle = torch.where(op == Op.ROTATE.value, torch.deg2rad(-3.0 * amount), 0.0)
+    angle = torch.where(op == Op.ROTATE.value, torch.deg2rad(-amount), 0.0)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    shear_x = torch.where(op == Op.SHEAR_X.value, 0.03 * amount, 0.0)
-    shear_y = torch.where(op == Op.SHEAR_Y.value, 0.03 * amount, 0.0)
-    move_x = torch.where(op == Op.TRANSLATE_X.value, 0.045 * width * amount, 0.0)
-    move_y = torch.where(op == Op.TRANSLATE_Y.value, 0.045 * height * amount, 0.0)
+    shear_x, shear_y, move_x, move_y = (
+        torch.where(op == kind.value, amount, 0.0) for kind in (Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
+    )
     centre_x, centre_y = width / 2, height / 2
     offset_x = centre_x - cos * centre_x - sin * centre_y + move_x
     offset_y = centre_y + sin * centre_x - cos * centre_y + move_y

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pipelines.errors import UserError
 from pipelines.options import opt
 
+Policy = Literal["randaugment", "trivial_augment", "three_augment"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -26,6 +27,11 @@ class AugmentSpec:
     switch: float = opt(0.5, "probability of CutMix rather than mixup where both are on")
     erase: float = opt(0.25, "probability of random erasing with normal noise, Zhong et al. 2020")
     erase_scale: tuple[float, float] = opt((0.02, 1 / 3), "smallest and largest erased share of the image")
+    policy: Policy = opt(
+        "randaugment",
+        "what changes colours and shapes: RandAugment, where randaugment_n is not 0; TrivialAugment in its wide space "
+        "(Mueller & Hutter 2021); or 3-Augment (DeiT III: grayscale, solarize or blur; its color_jitter is 0.3)",
+    )
     randaugment_n: int = opt(
         0,
         "RandAugment: operations per image, each applied with probability 0.5, as timm's rand-mM-nN-mstdS; 0: off",
@@ -44,6 +50,12 @@ class AugmentSpec:
         for name in ("randaugment_m", "randaugment_mstd"):
             self._number(name, "a number from 0 to 10", lambda v: 0 <= v <= 10)
         self._number("randaugment_n", "a whole number from 0 (off) to 8", lambda v: isinstance(v, int) and 0 <= v <= 8)
+        if self.policy not in get_args(Policy):
+            raise UserError(f"augment.policy must be one of {', '.join(get_args(Policy))}, not {self.policy!r}")
+        if self.policy != "randaugment" and self.randaugment_n:
+            raise UserError(
+                f"augment.randaugment_n must be 0 with augment.policy {self.policy}, not {self.randaugment_n}"
+            )
         self._number("color_jitter", "a number from 0 (off) to 1", lambda v: 0 <= v <= 1)
         for name in ("mixup", "cutmix"):
             self._number(name, "0 (off) or an alpha from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)

@@ -107,7 +107,9 @@ class LoaderSpec(ReadSettings):
 
     def sampler(self, num_samples: int) -> BatchSampler:
         """The positions of each step, for a dataset of this many samples."""
-        return BatchSampler(num_samples, self.global_batch, self.shard, self.seed, self.shuffle, self.drop_last)
+        return BatchSampler(
+            num_samples, self.global_batch, self.shard, self.seed, self.shuffle, self.drop_last, self.aug_repeats
+        )
 
 
 class Loader(Protocol):

@@ -28,6 +28,22 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDAr
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
+def repeated(order: npt.NDArray[np.int64], repeats: int) -> npt.NDArray[np.int64]:
+    """Repeated augmentation (Hoffer et al. 2020; DeiT): the order [n], in which an image stands `repeats` times.
+
+    As with DeiT's RASampler the epoch is as long as without, so it shows the first n / repeats images of the order
+    (rounded up to a multiple of 4; the last 4 fewer times), and the repeats of an image stand close together: those of
+    four images fill 4 `repeats` consecutive positions. Each aligned group of four has all four, turned against each
+    other so that the partners of an image at position XOR 1 (mixup) and XOR 2 (MINE) are other images, and in three
+    repeats three different ones. RASampler gives the repeats to different GPUs; here, where the number of GPUs changes
+    no batch, they are mostly on one.
+    """
+    chunk, within = np.divmod(np.arange(len(order), dtype=np.int64), 4 * repeats)
+    turn, slot = np.divmod(within, 4)
+    image = np.where(slot == 0, 0, 1 + (slot - 1 + turn) % 3)
+    return order[(4 * chunk + image) % len(order)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """This process among those that share a run. Raises UserError when rank lies outside 0..world-1."""
@@ -47,6 +63,7 @@ class BatchSampler:
     With drop_last (training) the incomplete last batch is dropped and the local batch must be even, so that the partner
     of position p in mixup, p XOR 1, lies in the same batch of the same shard. Without it (evaluation) every position
     occurs exactly once over all shards, all of which make the same number of steps; places past the end hold -1.
+    `aug_repeats` (see `repeated`) acts where `shuffle` is set.
     Raises UserError for a batch that is not positive, not a multiple of the number of shards, odd where it must be
     even, or larger than the dataset.
     """
@@ -57,6 +74,7 @@ class BatchSampler:
     seed: int
     shuffle: bool
     drop_last: bool
+    aug_repeats: int = 1
 
     def __post_init__(self) -> None:
         batch, world = self.global_batch, self.shard.world
@@ -94,7 +112,8 @@ class BatchSampler:
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Dataset index at each position of the epoch: int64 [n]. Compute it once per epoch."""
-        return epoch_order(self.n, self.seed, epoch, self.shuffle)
+        order = epoch_order(self.n, self.seed, epoch, self.shuffle)
+        return repeated(order, self.aug_repeats) if self.shuffle and self.aug_repeats > 1 else order
 
 
 def indices_at(order: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from pipelines.read.crops import CropSpec
 Resample = Literal["auto", "area", "bilinear", "bicubic"]
 Backend = Literal["auto", "ffcv", "dali", "torch", "resident"]
 OnCorrupt = Literal["stop", "skip"]
-SMALLEST = {"image_size": 8, "threads": 0, "ahead": 1, "corrupt_limit": 1}
+SMALLEST = {"image_size": 8, "aug_repeats": 1, "threads": 0, "ahead": 1, "corrupt_limit": 1}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class ReadSettings:
         "auto",
         "how training crops are resized; auto: bilinear, antialiased; area: mean over a pixel's footprint, as FFCV's "
         "own loader does it, with backend ffcv only",
+    )
+    aug_repeats: int = opt(
+        1,
+        "repeated augmentation (DeiT: 3): an epoch, no longer than without, shows each of its images so many times, "
+        "augmented anew",
     )
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared beyond the one in use; bounds the loader's memory")

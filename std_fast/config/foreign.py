@@ -38,6 +38,8 @@ FOREIGN_NAMES = {
     "data.crop.ratio": "ratio rrc_ratio",
     "data.eval_crop.fraction": "crop_pct eval_crop_ratio",
     "data.resample": "interpolation train_interpolation",
+    "data.aug_repeats": "repeated_aug ra_sampler ra_reps",
+    "augment.policy": "threeaugment three_augment trivialaugment trivial_augment ta_wide",
     "augment.flip": "hflip random_flip",
     "augment.mix_prob": "mixup_prob",
     "augment.switch": "mixup_switch_prob",

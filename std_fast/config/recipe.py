@@ -61,7 +61,8 @@ class StudentSpec:
     )
     early_size: int = opt(
         0,
-        "side of the smaller images that the student sees early, the teachers full-size ones; CycleMLP; 0: never",
+        "progressive resizing: side of the smaller images that the student sees early, the teachers full-size ones; "
+        "for CycleMLP and timm's convolutional networks; 0: never",
     )
     early_share: float = opt(0.5, "share of the training that is early, with early_size")
     weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
@@ -224,19 +225,22 @@ class Distill:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw", "muon", "lamb", "apex_adam"] = opt(
+    name: Literal["adamw", "sgd", "muon", "lamb", "apex_adam"] = opt(
         "adamw",
-        "torch's fused AdamW; `muon`: for the matrices of blocks and STD modules, AdamW for the rest; `lamb`, "
+        "torch's fused AdamW or SGD; `muon`: for the matrices of blocks and STD modules, AdamW for the rest; `lamb`, "
         "`apex_adam`: apex's FusedLAMB and FusedAdam, on GPUs",
     )
     lr: float = opt(5e-4, "peak learning rate for a batch of `lr_batch`; scaled linearly with the batch")
     lr_batch: int = opt(512, "the batch for which `lr` is meant; 0: never scale")
     min_lr: float = opt(1e-5, "learning rate at the end, not scaled")
     warmup: str = opt("5 epochs", "linear warm-up: a duration, or a share of the training such as `5 %`")
-    weight_decay: float = opt(0.05, "weight decay; never on tokens, biases, norms and affine scales")
+    weight_decay: float = opt(
+        0.05, "weight decay, SGD's as L2 penalty; never on tokens, biases, norms and affine scales"
+    )
     betas: tuple[float, float] = opt((0.9, 0.999), "decay rates of the moments of Adam and LAMB")
     eps: float = opt(1e-8, "epsilon in the denominator of Adam and LAMB")
-    momentum: float = opt(0.95, "momentum of Muon")
+    momentum: float = opt(0.95, "momentum of Muon, and of SGD, where 0.9 is usual")
+    nesterov: bool = opt(False, "Nesterov's momentum in SGD; Muon always has it")
     clip: float = opt(0.0, "largest gradient norm of the student; 0: no clipping")
     ema: float = opt(0.0, "decay per step of the weights' moving average at batch `ema_batch`; 0: none")
     ema_batch: int = opt(1024, "the batch for which `ema` is meant; the decay is raised to batch / ema_batch")
@@ -250,7 +254,21 @@ class Optim:
         require(0 <= self.ema < 1, "optim.ema", "must be in [0, 1)")
         require(0 <= self.smoothing < 1, "optim.smoothing", "must be in [0, 1)")
         require(0 <= self.momentum < 1, "optim.momentum", "must be in [0, 1)")
-        require(self.name == "muon" or self.momentum == 0.95, "optim.momentum", "is Muon's; leave it out, or set betas")
+        require(
+            self.name in ("muon", "sgd") or self.momentum == 0.95,
+            "optim.momentum",
+            "is Muon's and SGD's; leave it out, or set betas",
+        )
+        require(
+            not self.nesterov or (self.name == "sgd" and self.momentum > 0),
+            "optim.nesterov",
+            "is SGD's, with a momentum above 0; set optim.name to sgd, or leave it out",
+        )
+        require(
+            self.name != "sgd" or (self.betas == (0.9, 0.999) and self.eps == 1e-8),
+            "optim.betas",
+            "betas and eps have no effect with optim.name sgd; leave them out",
+        )
         require(self.clip >= 0 and self.weight_decay >= 0, "optim.clip", "clip and weight_decay cannot be negative")
         parse_warmup(self.warmup)
 

@@ -17,8 +17,8 @@ from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.target_format import DIGEST_BYTES
 
-LEGACY_DEFAULTS = {"precision": "auto", "classes": ""}
-"""fields of a teacher that caches of earlier versions lack, as they were then"""
+LEGACY_DEFAULTS = {"precision": "auto", "classes": "", "policy": "randaugment", "aug_repeats": 1}
+"""fields of teachers, augmentation and data that caches of earlier versions lack, as they were then"""
 
 
 def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
         "data.image_size": spec.image_size,
         "data.backend": loader.backend,  # each has pixels of its own
         "data.resample": spec.resample,
+        "data.aug_repeats": spec.aug_repeats,
         **_flat("data.crop", to_dict(spec.crop)),
         **_flat("augment", to_dict(recipe.augment)),
         "run.seed": recipe.run.seed,

@@ -378,9 +378,11 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
                 f"{GROUP} for each process; it is {recipe.run.batch}"
             )
     if s.early_size:
-        if not getattr(student.backbone, "any_size", False):
+        timms = getattr(student.backbone, "pretrained_cfg", {"fixed_input_size": True})
+        if not getattr(student.backbone, "any_size", not timms.get("fixed_input_size")):
             raise UserError(
-                f"student.early_size: {s.name} takes images of one size only; leave it out, or use a CycleMLP"
+                f"student.early_size: {s.name} takes images of one size only; leave it out, or use a CycleMLP or one "
+                "of timm's convolutional networks"
             )
         if s.early_size >= recipe.data.image_size:
             raise UserError(

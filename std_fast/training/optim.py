@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from std_fast.config.recipe import Optim
 from std_fast.method.student import Student
-from std_fast.training.optimizers import Muon, build_apex
+from std_fast.training.optimizers import SGD, Muon, build_apex
 
 
 def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool = False) -> list[dict]:
@@ -58,6 +58,8 @@ def build_optimizer(student: Student, o: Optim, device: torch.device) -> torch.o
     groups = parameter_groups(student, o.weight_decay, matrices_apart=o.name == "muon")
     if o.name in ("lamb", "apex_adam"):
         return build_apex(o.name, groups, o.betas, o.eps, o.clip)
+    if o.name == "sgd":
+        return SGD(groups, device, o.momentum, o.nesterov)
     for group in groups:
         group["lr"] = torch.zeros((), device=device)
         if group["name"] == "matrices":

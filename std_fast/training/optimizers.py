@@ -1,6 +1,6 @@
-"""Optimizers beside torch's AdamW: Muon for matrices, and apex's two. None makes the host wait for the device.
+"""Optimizers beside torch's AdamW: SGD, Muon for matrices, and apex's two. None makes the host wait for the device.
 
-Both read `found_inf` as the fused AdamW does: a scalar tensor, 1.0 to change neither weights nor state in this step.
+All read `found_inf` as the fused AdamW does: a scalar tensor, 1.0 to change neither weights nor state in this step.
 
 Shapes: N matrices of one shape, A rows, B columns.
 """
@@ -19,6 +19,21 @@ APEX = (
     "conda install -c conda-forge nvidia-apex, or APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "
     "git+https://github.com/NVIDIA/apex (not the apex on PyPI, which is another project)"
 )
+
+
+class SGD(torch.optim.SGD):
+    """torch's fused SGD with momenta that are zeros before the first step.
+
+    torch makes them in the first step, uninitialised, and leaves them so where `found_inf` skips that step. The update
+    is the same: the first momentum is the gradient.
+    """
+
+    def __init__(self, groups: list[dict], device: torch.device, momentum: float, nesterov: bool) -> None:
+        groups = [group | {"lr": torch.zeros((), device=device)} for group in groups]
+        super().__init__(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
+        for group in self.param_groups if momentum else ():
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 class Muon(torch.optim.AdamW):

@@ -20,7 +20,7 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 needs_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="apex is not installed")
 NAMES_OF_ADAM = ("adamw", "apex_adam")
-NAMES = ["adamw", "muon", *(pytest.param(name, marks=needs_apex) for name in ("lamb", "apex_adam"))]
+NAMES = ["adamw", "sgd", "muon", *(pytest.param(name, marks=needs_apex) for name in ("lamb", "apex_adam"))]
 
 
 def with_gradients(module, seed):

@@ -14,7 +14,7 @@ from std_fast.training.schedule import StepSettings
 pytestmark = pytest.mark.gpu
 
 compiles = pytest.mark.not_rehearsed("compiling takes minutes; another way does it", ways=("lazy",))
-OPTIMIZERS = ["adamw", "muon"] + (["lamb", "apex_adam"] if importlib.util.find_spec("apex") else [])
+OPTIMIZERS = ["adamw", "sgd", "muon"] + (["lamb", "apex_adam"] if importlib.util.find_spec("apex") else [])
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def test_convert_inspect_verify_warm(image_folder, tmp_path, capsys):
     assert code in (1, 2) and str(beton) in out + err
 
 
-def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys):
+@pytest.mark.parametrize("policy", ["randaugment", "trivial_augment", "three_augment"])
+def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys, policy):
     png = tmp_path / "p.png"
     code, out, _ = run(
         capsys,
@@ -53,6 +54,8 @@ def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys):
         8,
         "--data.backend",
         "torch",
+        "--augment.policy",
+        policy,
     )
     assert code == 0 and png.read_bytes().startswith(b"\x89PNG") and str(png) in out
 

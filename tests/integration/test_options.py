@@ -42,8 +42,9 @@ def at(recipe, out, **run):
     return replace(recipe, run=replace(recipe.run, out=str(out), **run))
 
 
-def test_the_student_sees_smaller_images_early_and_the_teachers_never(recipe, tmp_path, monkeypatch):
-    seen, asked = [], []
+def sizes_seen(monkeypatch):
+    """A list to which each step of a run adds the height and width of what its student sees."""
+    seen = []
 
     class Looking(Trainer):
         def step(self, batch, now):
@@ -52,12 +53,27 @@ def test_the_student_sees_smaller_images_early_and_the_teachers_never(recipe, tm
             super().step(batch, now)
             self.forward = inner
 
-    kept = Teachers.forward
     monkeypatch.setattr(build, "Trainer", Looking)
+    return seen
+
+
+def test_the_student_sees_smaller_images_early_and_the_teachers_never(recipe, tmp_path, monkeypatch):
+    seen, asked = sizes_seen(monkeypatch), []
+    kept = Teachers.forward
     monkeypatch.setattr(Teachers, "forward", lambda self, images: asked.append(images.shape[2]) or kept(self, images))
     train(recipe, quiet=True)
     assert seen == [(16, 16)] * 2 + [(24, 24)] * 4  # progress 1/6 and 2/6 are early, 3/6 is not
     assert asked == [24] * 6
+
+
+def test_a_convolutional_network_of_timms_sees_smaller_images_early(recipe, monkeypatch):
+    seen = sizes_seen(monkeypatch)
+    sgd = recipes.Optim(name="sgd", momentum=0.9, lr=0.1, warmup="5 %")
+    plain = replace(recipe, distill=recipes.Distill(mode="none"), optim=sgd)
+    with pytest.raises(UserError, match="early_size: test_vit takes images of one size only"):
+        train(replace(plain, student=replace(recipe.student, name="test_vit", options={})), quiet=True)
+    train(replace(plain, student=replace(recipe.student, name="test_resnet", options={})), quiet=True)
+    assert seen == [(16, 16)] * 2 + [(24, 24)] * 4
 
 
 def test_it_goes_on_to_the_bit_and_reads_what_others_stored(recipe, tmp_path):

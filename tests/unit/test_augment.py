@@ -143,8 +143,9 @@ def test_epochs_and_seeds_differ():
     assert not torch.equal(first, Augment(spec, SEED)(make_batch(epoch=4)).lam)
 
 
-def test_compiles_once_without_graph_break():
-    spec = AugmentSpec(shift=2, erase=0.5, randaugment_n=2, color_jitter=0.2)
+@pytest.mark.parametrize("policy", [{"randaugment_n": 2}, {"policy": "trivial_augment"}, {"policy": "three_augment"}])
+def test_compiles_once_without_graph_break(policy):
+    spec = AugmentSpec(shift=2, erase=0.5, color_jitter=0.2, **policy)
     augment, plain, counter = Augment(spec, SEED), Augment(spec, SEED), CompileCounter()
     augment.compile(backend=counter)  # fullgraph: an .item() or a branch on a tensor would raise here
     for epoch, step in ((0, 0), (0, 1), (1, 0), (2, 5), (299, 1250)):
@@ -276,6 +277,7 @@ def test_statistics_of_flip_and_shift():
         dict(erase=True),
         dict(erase_scale=(0.5, 0.2)),
         dict(erase_scale=0.3),
+        dict(policy="autoaugment"),
         dict(randaugment_n=9),
         dict(randaugment_n=2.0),
         dict(randaugment_m=11),
@@ -290,6 +292,11 @@ def test_a_bad_value_is_refused_by_name(changes):
     (name,) = changes
     with pytest.raises(UserError, match=rf"^augment\.{name} must be [^\n]+, not [^\n]+$"):
         AugmentSpec(**changes)
+
+
+def test_one_policy_at_a_time():
+    with pytest.raises(UserError, match=r"augment.randaugment_n must be 0 with augment.policy three_augment, not 2"):
+        AugmentSpec(policy="three_augment", randaugment_n=2)
 
 
 def test_lists_from_yaml_make_a_hashable_spec():

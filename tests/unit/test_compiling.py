@@ -165,7 +165,7 @@ def test_the_hook_sees_each_way_of_reading():
     assert one.item() == 1.0 and bool(one) and float(one) == 1.0
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_a_step_never_waits_for_the_device(recipe, tmp_path, name):
     """Augmentation, teachers, and steps with and without MINE; a GPU's own check is in tests/gpu."""
     changed = replace(recipe, optim=replace(recipe.optim, name=name))

@@ -100,6 +100,17 @@ def test_a_batch_is_what_the_plan_and_the_boxes_say(beton, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_augmentation_shows_other_crops_of_an_image(beton, backend):
+    found = batches(training(beton, batch=12, aug_repeats=3), backend)
+    assert len(found) == 3 and all(np.unique(b.indices, return_counts=True)[1].tolist() == [3] * 4 for b in found)
+    for batch in found:
+        for index in set(batch.indices):
+            one, two, three = batch.images[batch.indices == index]
+            assert not (torch.equal(one, two) or torch.equal(two, three) or torch.equal(one, three))
+    assert_same(batches(training(beton, batch=12, aug_repeats=3), backend, start_step=1), found[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_number_of_threads_changes_nothing(beton, backend):
     one = batches(training(beton, threads=1, ahead=1), backend)
     for threads, ahead in ((2, 1), (4, 3)):

@@ -98,7 +98,7 @@ def test_muon_is_the_plain_form_and_torchs():
         assert not two or (a - c).norm() < 0.02 * (a - w).norm()  # torch's works in bfloat16
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("when", ["first", "later"])
 def test_a_bad_step_changes_nothing(name, when):
     r = recipe(name=name)
@@ -124,8 +124,43 @@ def test_a_bad_step_changes_nothing(name, when):
     assert len(changed) == len(list(student.parameters()))
 
 
-def test_muons_state_survives_a_checkpoint_to_the_bit(tmp_path):
-    r = recipe("cyclemlp", name="muon")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_torchs_plain_one_whatever_the_first_step_was(momentum, nesterov):
+    """Over steps with a changing rate, the first of them skipped, against torch's loop over the tensors."""
+    if nesterov and not momentum:
+        with pytest.raises(UserError, match="optim.nesterov: is SGD's, with a momentum"):
+            recipe(name="sgd", momentum=momentum, nesterov=nesterov)
+        return
+    r = recipe(name="sgd", momentum=momentum, nesterov=nesterov, weight_decay=0.1)
+    ours, theirs = (build_student(r, 3) for _ in range(2))
+    one = build_optimizer(ours, r.optim, CPU)
+    groups = parameter_groups(theirs, 0.1)
+    two = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov, foreach=False)
+    one.found_inf = torch.ones(())
+    one_step(ours, one, 9)
+    one.found_inf = torch.zeros(())
+    for step in range(4):
+        set_learning_rates(one, 0.1 / (1 + step), 0.02)
+        for group in two.param_groups:
+            group["lr"] = 0.02 if group["name"] == "psi" else 0.1 / (1 + step)
+        one_step(ours, one, step)
+        one_step(theirs, two, step)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_what_has_no_effect_on_sgd_is_refused():
+    for values in ({"betas": [0.9, 0.95]}, {"eps": 1e-6}):
+        with pytest.raises(UserError, match="optim.betas: betas and eps have no effect with optim.name sgd"):
+            recipe(name="sgd", **values)
+    with pytest.raises(UserError, match="optim.nesterov: is SGD's"):
+        recipe(name="muon", nesterov=True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_state_survives_a_checkpoint_to_the_bit(tmp_path, name):
+    r = recipe("cyclemlp", name=name)
     students = [build_student(r, 3) for _ in range(2)]
     optimizers = [build_optimizer(student, r.optim, CPU) for student in students]
     for optimizer in optimizers:
@@ -139,7 +174,8 @@ def test_muons_state_survives_a_checkpoint_to_the_bit(tmp_path):
         for student, optimizer in zip(students, optimizers, strict=True):
             one_step(student, optimizer, seed)
     one, two = (checkpoint.training_tensors(s, o, {}) for s, o in zip(students, optimizers, strict=True))
-    assert any(key.endswith("momentum_buffer") for key in one) and any(key.endswith("exp_avg_sq") for key in one)
+    assert any(key.endswith("momentum_buffer") for key in one)
+    assert any(key.endswith("exp_avg_sq") for key in one) == (name == "muon")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key].nan_to_num(), two[key].nan_to_num()) for key in one)
 
@@ -180,7 +216,7 @@ def test_adamw_is_torchs_fused_one_with_its_learning_rate_in_a_tensor():
     assert values == pytest.approx({"decay": 0.01, "no_decay": 0.01, "psi": 0.02})
 
 
-def test_momentum_is_muons_alone():
-    with pytest.raises(UserError, match="optim.momentum: is Muon's"):
+def test_momentum_is_muons_and_sgds():
+    with pytest.raises(UserError, match="optim.momentum: is Muon's and SGD's"):
         recipe(momentum=0.9)
     assert recipe(name="muon", momentum=0.9).optim.momentum == 0.9

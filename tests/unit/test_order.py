@@ -12,7 +12,7 @@ from pipelines import rng
 from pipelines.errors import UserError
 from pipelines.read.batch import LoaderSpec
 from pipelines.read.crops import CropSpec
-from pipelines.read.order import BatchSampler, Shard, epoch_order, indices_at
+from pipelines.read.order import BatchSampler, Shard, epoch_order, indices_at, repeated
 from pipelines.read.settings import ReadSettings
 
 
@@ -74,6 +74,35 @@ def test_training_is_the_same_on_any_number_of_shards(n, local, world):
     assert np.array_equal(shards[-1].order(4), epoch_order(n, 3, 4))
 
 
+@given(st.integers(4, 300), st.integers(2, 5))
+def test_repeated_augmentation_repeats_the_first_images_of_the_order_and_never_pairs_one_with_itself(n, repeats):
+    order = epoch_order(n, 3, 4)
+    found = repeated(order, repeats)
+    shown, counts = np.unique(found, return_counts=True)
+    assert len(found) == n and set(shown) <= set(order[: 4 * -(-n // (4 * repeats))])
+    full = n // (4 * repeats) * 4  # all but those of the last, incomplete chunk
+    assert (counts[np.isin(shown, order[:full])] == repeats).all() and counts.max() <= repeats
+    positions = np.arange(n // 4 * 4)
+    partners = [found[positions ^ mask] for mask in (1, 2)]  # of mixup, and of MINE
+    assert all((found[positions] != partner).all() for partner in partners) and (partners[0] != partners[1]).all()
+
+
+def test_three_repeats_have_three_partners():
+    found = repeated(np.arange(36), 3)
+    assert found[:12].tolist() == [0, 1, 2, 3, 0, 2, 3, 1, 0, 3, 1, 2]
+    for image in range(36 // 3):
+        places = np.flatnonzero(found == image)
+        assert len(set(found[places ^ 1])) == len(set(found[places ^ 2])) == 3
+
+
+def test_repeated_augmentation_is_of_training_alone():
+    def order(shuffle, aug_repeats):
+        return BatchSampler(24, 4, Shard(), 3, shuffle, shuffle, aug_repeats).order(2)
+
+    assert np.array_equal(order(True, 3), repeated(order(True, 1), 3))
+    assert np.array_equal(order(False, 3), np.arange(24))
+
+
 def test_positions_past_the_end_are_refused():
     sampler = BatchSampler(10, 4, Shard(), 0, True, True)
     for step in (-1, 2):
@@ -118,9 +147,10 @@ def test_a_spec_gives_its_sampler():
     assert spec(seed=3, shard=Shard(1, 2)).sampler(50) == BatchSampler(
         50, 8, Shard(1, 2), seed=3, shuffle=True, drop_last=True
     )
+    assert spec(aug_repeats=3).sampler(50).aug_repeats == 3
 
 
-@pytest.mark.parametrize(("field", "value"), [("threads", -1), ("ahead", 0), ("resample", "cubic")])
+@pytest.mark.parametrize(("field", "value"), [("threads", -1), ("ahead", 0), ("aug_repeats", 0), ("resample", "cubic")])
 def test_impossible_loaders_name_the_field(field, value):
     with pytest.raises(UserError, match=field):
         spec(**{field: value})
@@ -131,6 +161,7 @@ def test_a_spec_takes_every_setting_that_it_shares_with_the_recipe():
         image_size=40,
         crop=CropSpec("full"),
         resample="area",
+        aug_repeats=2,
         threads=3,
         ahead=4,
         on_corrupt="skip",

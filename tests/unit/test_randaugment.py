@@ -57,7 +57,7 @@ def by_timm(monkeypatch, image: torch.Tensor, op: int, level: float, sign: float
 def one(images, op, level, sign):
     """One operation on every image."""
     fill = torch.tensor(FILL, dtype=torch.uint8)
-    return ra._pair(images, [(op, level, sign)], fill)
+    return ra.apply_pair(images, [(op, ra.amounts(op, level, sign, *images.shape[2:]))], fill)
 
 
 def parameters(count: int, op: int | None = None, seed: int = 0):
@@ -110,7 +110,8 @@ def test_a_pair_is_its_operations_one_after_the_other():
     _, level_a, sign_a = parameters(len(pairs), seed=1)
     _, level_b, sign_b = parameters(len(pairs), seed=2)
     fill = torch.tensor(FILL, dtype=torch.uint8)
-    together = ra._pair(images, [(a, level_a, sign_a), (b, level_b, sign_b)], fill)
+    both = [(a, ra.amounts(a, level_a, sign_a, 19, 16)), (b, ra.amounts(b, level_b, sign_b, 19, 16))]
+    together = ra.apply_pair(images, both, fill)
     in_turn = one(one(images, a, level_a, sign_a), b, level_b, sign_b)
     equal = (together == in_turn).flatten(1).all(1)
     twice = ra._is_any(a, ra.GEOMETRIC) & ra._is_any(b, ra.GEOMETRIC)
@@ -124,8 +125,10 @@ def test_a_pair_is_its_operations_one_after_the_other():
 def test_two_geometric_operations_are_pils_resampling_by_their_product():
     images = pictures(12, 24, 24)
     fill = torch.zeros(3, dtype=torch.uint8)
-    rotate = ra.affine(*parameters(12, Op.ROTATE, seed=1), 24, 24)
-    shear = ra.affine(*parameters(12, Op.SHEAR_X, seed=2), 24, 24)
+    rotate, shear = (
+        ra.affine(drawn[0], ra.amounts(*drawn, 24, 24), 24, 24)
+        for drawn in (parameters(12, Op.ROTATE, seed=1), parameters(12, Op.SHEAR_X, seed=2))
+    )
     ours = ra.warp(images, [rotate, shear], fill)
     inside = ra.warp(torch.full_like(images, 255), [rotate, shear], fill) == 255
     bottom = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)

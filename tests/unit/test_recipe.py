@@ -300,6 +300,8 @@ def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
         ("distill.drop_path", "here it is student.drop_path"),
         ("optim.weights", "did you mean student.weights or distill.teachers.N.weights?"),
         ("optim.lrr", "optim.lrr: unknown key; did you mean 'lr'?"),
+        ("repeated_aug", "here it is data.aug_repeats"),
+        ("three_augment", "here it is augment.policy"),
         ("run.accumulate", "run.accumulate: unknown key (known: "),
         ("run.frobnicate", "run.frobnicate: unknown key (known: "),
     ],

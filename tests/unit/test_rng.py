@@ -96,6 +96,8 @@ def test_stored_targets_depend_on_these_numbers():
         "DROP_PATH": 9,
         "CONVERT_ORDER": 10,
         "CONVERT_MODE": 11,
+        "TRIVIAL_AUGMENT": 12,
+        "THREE_AUGMENT": 13,
     }
 
 
