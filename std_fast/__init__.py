@@ -1,6 +1,6 @@
-"""std_fast: spatial-channel token distillation (STD) of vision MLPs, fast on the hardware at hand.
+"""std_fast: spatial-channel token distillation (STD) of vision MLPs, fast on a CPU or on GPUs.
 
-Importing it does no work: `from std_fast import create_student` loads torch when it is asked for that name.
+Importing the package loads nothing heavy: `from std_fast import create_student` imports torch.
 `import std_fast.registry` registers the students with timm (`timm.create_model("std_mixer_s16_224")`).
 """
 

@@ -1,4 +1,4 @@
-"""STD from your own code: students by name, teachers from whatever you have.
+"""STD in your own code: students by name; teachers by name, from files, or as modules.
 
 Shapes: B batch, K classes, M teachers, H distillation heads.
 """
@@ -49,14 +49,14 @@ def create_student(
     Args:
         name: mixer_s16, resmlp_s24, cyclemlp_b1, ...: `std_fast.models.list_backbones()` has them all.
         num_classes, image_size: classes K; side of the square images in pixels.
-        teachers: M, how many teachers will teach it; 0 for the plain model.
+        teachers: M, number of teachers; 0 for the plain model.
         drop_path: stochastic depth rate.
         tokens, mine_width, mine_ema, token_mlp_ratio: see `Student`.
-        taps, assign: where the STD modules read and whom they serve, instead of the method's placement: see
-            `plan_modules`.
+        taps, assign: the blocks that the STD modules read and the teachers that each serves, in place of the
+            paper's: see `plan_modules`.
         mine_weight: strength of the MINE regulariser (the recipes take 0.01). With it, subtract
             `sum(output.information)` from your loss.
-        predict: which heads answer in evaluation.
+        predict: the heads whose logits `student(images)` gives in evaluation: see `predict`.
         options: of the backbone's builder (`patch_size`, `dim`, `depth`, ...).
 
     Returns:
@@ -64,7 +64,9 @@ def create_student(
         from teacher `student.head_teacher[h]`.
 
     Raises:
-        UserError: an unknown name or option, sizes or a placement that do not fit together.
+        UserError: an unknown name or option, or sizes or a placement that do not fit together.
+
+    Source: Li et al., ICML 2022 (docs/METHOD.md, sections 2 and 3).
     """
     backbone, modules = backbone_and_modules(
         name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
@@ -94,12 +96,12 @@ def create_teachers(
             them: its other logits are dropped.
         image_size, mean, std: side and normalisation of the images that the teachers will be given (by default as the
             recipes normalise: ImageNet's); those of a teacher that differ are converted.
-        temperature: for soft labels; None for hard ones.
+        temperature: of the softmax for soft labels; None for hard labels.
         class_names: of the data, in the order of its labels: matched with a teacher's by name or WordNet id (see
             `TeacherSpec.classes`).
 
     Returns:
-        `teachers(images)` gives `TeacherTargets`, without gradients.
+        `teachers(images)`, with images `[B, 3, S, S]`, gives `TeacherTargets` of M teachers, without gradients.
 
     Raises:
         UserError: an unknown name, weights that are missing or do not fit, another number of classes.

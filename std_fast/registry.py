@@ -35,7 +35,7 @@ def architecture(backbone: str) -> str:
 
 
 class TimmStudent(Student):
-    """A `Student` with timm's habits: `forward` gives logits in training too.
+    """A `Student` with timm's interface: `forward` gives logits in training too.
 
     As with timm's distilled models, `set_distilled_training(True)` makes a training forward give the pair (class
     logits, mean distillation logits), which timm's token distillation task takes.
@@ -105,7 +105,11 @@ def build(
     token_mlp_ratio: Sequence[float] = (0.5, 4.0),
     **options: Any,
 ) -> TimmStudent:
-    """A student by timm's argument names. UserError for what these models do not have."""
+    """A student by timm's argument names; its `forward` takes images `[B, 3, S, S]` and gives logits `[B, K]`.
+
+    Raises:
+        UserError: an argument that these models do not have, or images that are not square.
+    """
     for argument, value, only in (
         ("in_chans", in_chans, 3),
         ("drop_rate", drop_rate, 0.0),

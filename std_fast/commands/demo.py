@@ -1,4 +1,4 @@
-"""The demo: a Mixer distilled on handwritten digits, from images on disk to a table and a plot, without downloads."""
+"""The demo: a Mixer distilled on handwritten digits, from image files to a table and a plot, without downloads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_digits(folder: Path) -> None:
 
     They become JPEGs: `train/DIGIT/*` and, of every second image of a class, `val/DIGIT/*`.
 
-    The places are what makes it a lesson: a convolutional teacher finds a digit wherever it is, and an MLP that mixes
-    patches by their position must learn to.
+    The random places make the task hard for the student: a convolutional teacher recognises a digit anywhere, and an
+    MLP that mixes patches by position has to learn that.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -49,10 +49,13 @@ def write_digits(folder: Path) -> None:
 
 
 def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
-    """Makes the data, trains a teacher and both students for each seed; returns all metrics and the text to print.
+    """Makes the data, trains a teacher, then both students for each seed.
+
+    Returns:
+        The metrics, as written to `demo.json`, and the text to print.
 
     Raises:
-        UserError: fewer than one seed, or the folder holds something else.
+        UserError: fewer than one seed, or the folder holds other runs.
     """
     if seeds < 1:
         raise UserError("--seeds: must be 1 or more")
@@ -86,14 +89,14 @@ def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
 
 
 def one_thread() -> None:
-    """Models this small are faster on one thread each, one run a core, than on all cores together."""
+    """Runs of models this small are faster one on each core than one after the other on all cores."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def logged(name: str, future: Future) -> dict:
-    """Waits for a run and says how it went, on standard error."""
+    """Waits for a run and prints its accuracy to standard error."""
     run = future.result()
     summary = run["summary"]
     took = productive_seconds(summary["seconds"])
@@ -106,7 +109,7 @@ def logged(name: str, future: Future) -> dict:
 
 
 def one_run(recipe: str, folder: Path, seed: int, overrides: list[tuple[str, str]]) -> dict:
-    """Trains, or takes up, one run; its summary and its evaluations."""
+    """Trains one run, or resumes it; returns its summary and its evaluations."""
     loaded = recipes.load(recipe, [*overrides, ("run.out", str(folder)), ("run.seed", str(seed))])
     summary_file = folder / "summary.json"
     if (folder / "recipe.yaml").is_file() and recipes.read_saved(folder) != loaded:
@@ -124,7 +127,7 @@ def spread(values: list[float]) -> str:
 
 
 def text(rows: dict, out: Path, seconds: float) -> str:
-    """The table, where everything is, and what to type next."""
+    """The table, the files that were written, and the next commands."""
     lines = [f"{'model':<9}{'top-1 %':>16}{'images/s':>10}{'seconds':>9}   runs"]
     for name, runs in rows.items():
         summaries = [run["summary"] for run in runs]

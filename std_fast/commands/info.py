@@ -11,7 +11,7 @@ from std_fast.training.build import build_student
 def describe_model(
     name: str, teachers: int = 0, classes: int = 1000, image_size: int = 224, options: dict | None = None
 ) -> dict:
-    """Sizes and costs of a student as it is deployed (the statistics networks of MINE stand apart).
+    """Sizes and costs of a student as it is deployed; MINE's statistics networks are counted separately.
 
     Args:
         name: a student of this project or any timm model; timm's own take no teachers.

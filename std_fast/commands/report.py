@@ -1,7 +1,7 @@
 """`std-fast report`: one self-contained HTML page about runs, and its plots as PNG files.
 
-Reads what runs leave behind (recipe.yaml, metrics.jsonl, summary.json, checkpoints), also runs that are not finished.
-The page needs nothing but itself: plots are embedded, no script, no address is asked; every text from a run is escaped.
+Reads the files of runs (recipe.yaml, metrics.jsonl, summary.json, checkpoints), finished or not. The page is
+self-contained: plots are embedded, there is no script and no address is loaded; every text from a run is escaped.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def page(runs: list[RunData], plots: Plots, images: int) -> str:
             "Teachers and tokens",
             teacher_weights(plots, runs),
             figure_of(plots, runs, "information", "MINE's estimate (nats)"),
-            note="How much each teacher is trusted, averaged over images, where there are several; and the mutual "
+            note="The weight of each teacher, averaged over images, where there are several; and the mutual "
             "information between spatial and channel tokens, which the student is trained to lower.",
         ),
         section("Heads", heads(plots, runs), note="At the last evaluation. A student is used without its teachers."),

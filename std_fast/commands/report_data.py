@@ -1,4 +1,4 @@
-"""What a report shows of runs: their records, read from their folders, and what they predict."""
+"""The data of a report: the records of runs, read from their folders, and their predictions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunData:
     """empty of a run that is not finished"""
 
     def last(self, key: str) -> Any:
-        """The last known value of a figure, None if there is none."""
+        """The last value of a metric; None if there is none."""
         return next((record[key] for record in reversed(self.lines + self.evals) if key in record), None)
 
     @property
@@ -85,7 +85,7 @@ def points(records: list[Record], x: str, y: str) -> tuple[list[float], list[flo
 
 @dataclass(frozen=True)
 class Sample:
-    """A validation image and what a run says about it."""
+    """A validation image and a run's prediction for it."""
 
     png: bytes
     truth: str
@@ -95,7 +95,7 @@ class Sample:
 
 @torch.no_grad()
 def predictions(run: RunData, count: int) -> list[Sample]:
-    """What the run's newest weights say about `count` images, spread evenly over its validation data.
+    """Predictions of the run's newest weights for `count` images, spread evenly over its validation data.
 
     Raises:
         UserError: the run has no complete checkpoint, or its validation data is not there.

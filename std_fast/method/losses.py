@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class TeacherTargets(NamedTuple):
-    """What the loss needs to know of the teachers for one batch; small enough to be stored (target_cache.py)."""
+    """The teachers' outputs for one batch, as the loss takes them; small enough to be stored (target_cache.py)."""
 
     labels: Tensor  # int64 [B, M], argmax of each teacher's logits
     confidence: Tensor  # float16 [B, M], sum_k p log p: the negative entropy in nats, 0 for a certain teacher
@@ -25,10 +25,14 @@ class TeacherTargets(NamedTuple):
 
 
 def targets_from_logits(logits_BMK: Tensor, temperature: float | None = None, top_k: int = 0) -> TeacherTargets:
-    """Teachers' logits `[B, M, K]` -> `TeacherTargets`; `temperature` keeps the softened distribution too.
+    """Teachers' logits `[B, M, K]` -> `TeacherTargets` (METHOD.md section 4).
 
-    With `top_k` of it only the largest probabilities are kept, K - 1 of them at most. Confidence and probabilities are
-    rounded to float16 here, in the live path, so that stored targets are exact.
+    Confidence and the `top_k` probabilities are rounded to float16 here, with running teachers too, so that stored
+    targets are bit for bit the same.
+
+    Args:
+        temperature: keeps the distribution at this temperature, for soft labels; None: hard labels only.
+        top_k: keeps only the largest probabilities, at most K - 1; 0: all log-probabilities, in float32.
     """
     log_p = F.log_softmax(logits_BMK.float(), -1)
     confidence = (log_p.exp() * log_p).sum(-1).to(torch.float16)
@@ -46,7 +50,13 @@ def class_loss(logits_BK: Tensor, labels_a: Tensor, labels_b: Tensor, lam_B: Ten
     """Cross-entropy with mixed and smoothed labels, mean over the batch (a float32 scalar).
 
     The target of row i is `lam_i` of labels_a[i] and `1 - lam_i` of labels_b[i] (mixup, cutmix), of which a share
-    `smoothing` is spread evenly over the classes; it is never built as a `[B, K]` tensor.
+    `smoothing` is spread evenly over the classes; no `[B, K]` target is built.
+
+    Args:
+        logits_BK: of the class head.
+        labels_a, labels_b: int64 [B].
+        lam_B: share of labels_a, 0 to 1.
+        smoothing: label smoothing (Szegedy et al. 2016).
     """
     log_p = F.log_softmax(logits_BK.float(), -1)
     of_a = log_p.gather(1, labels_a[:, None]).squeeze(1)
@@ -56,16 +66,18 @@ def class_loss(logits_BK: Tensor, labels_a: Tensor, labels_b: Tensor, lam_B: Ten
 
 
 def confidence_weights(confidence_BM: Tensor) -> Tensor:
-    """`w = softmax_i(S_i)` per image, `S_i` teacher i's negative entropy: the more certain weighs more. `[B, M]`"""
+    """`w = softmax_i(S_i)` per image, `[B, M]`: a more certain teacher weighs more (Li et al. 2022; METHOD.md section 4).
+
+    Args:
+        confidence_BM: `S_i`, teacher i's negative entropy in nats."""
     return confidence_BM.float().softmax(-1)
 
 
 def all_log_probs(targets: TeacherTargets, teacher: int, classes: int) -> Tensor:
     """Log-probabilities `[B, K]` of one teacher at the temperature of `targets`.
 
-    Where only the k largest are known, what they leave of 1 is spread evenly over the other K - k classes. As the k are
-    rounded to float16, each probability is at least 2^-24, the smallest that float16 holds, and all are then scaled to
-    sum to 1.
+    Where only the k largest are known, the rest of 1 is spread evenly over the other K - k classes. The k are rounded to
+    float16, so each probability is raised to at least 2^-24, float16's smallest, and all are scaled to sum to 1.
 
     Raises:
         ValueError: `targets` has no distribution.
@@ -146,7 +158,7 @@ def distillation_loss(
     labels_B: Tensor | None = None,
     head_weights: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """`sum_i w_i loss(f_i(x), g_i(x))`, mean over the batch (a float32 scalar).
+    """`sum_i w_i loss(f_i(x), g_i(x))`, mean over the batch (a float32 scalar; Li et al. 2022, METHOD.md section 4).
 
     Args:
         logits_BHK: distillation logits of the student's heads.
@@ -162,7 +174,7 @@ def distillation_loss(
         head_weights: factors of the heads' losses; by default 1.
 
     Raises:
-        ValueError: as many heads as teachers are expected, or soft labels are wanted and not there.
+        ValueError: heads that do not fit `head_teacher` or the teachers; soft labels without a distribution.
     """
     M = targets.labels.shape[1]
     head_teacher = tuple(range(M)) if head_teacher is None else head_teacher

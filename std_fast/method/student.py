@@ -23,7 +23,7 @@ Prediction = Literal["mean", "class", "distill"]
 
 
 class StudentOutput(NamedTuple):
-    """All that the objective needs of one training forward."""
+    """Outputs of one training forward, for the objective."""
 
     class_logits: Tensor  # [B, K]
     dist_logits: Tensor | None  # [B, H, K]
@@ -44,7 +44,7 @@ class Student(nn.Module):
     Args:
         backbone: anything with `forward_taps(images, taps, keep) -> BackboneOutput`, `dim`, `patches`; with no modules,
             any classifier.
-        modules: where the STD modules sit and whom they serve; empty for a plain model.
+        modules: the block that each STD module reads and the teachers that it serves; empty for a plain model.
         num_classes: K.
         tokens: see `STDModule`. "deit" reads the distillation token that the backbone itself carries through all
             blocks (Touvron et al. 2021) with one linear head per teacher, and has no STD module.
@@ -54,10 +54,10 @@ class Student(nn.Module):
             or either alone.
         token_mlp_ratio: hidden widths of the modules' spatial and channel MLP over the channels C.
 
-    In training mode `forward` returns a `StudentOutput`, in evaluation logits `[B, K]` (DeiT's habit).
+    In training mode `forward` returns a `StudentOutput`, in evaluation logits `[B, K]` (as in DeiT).
     """
 
-    backbone: Any  # an nn.Module with what is said above
+    backbone: Any  # an nn.Module with the attributes above
 
     def __init__(
         self,
@@ -122,12 +122,12 @@ class Student(nn.Module):
         return [head for head in (*heads, *self.deit_heads) if isinstance(head, nn.Linear)]
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The class head, and behind it the distillation heads where there are any (timm's habit)."""
+        """The class head, and behind it the distillation heads where there are any (timm's interface)."""
         head, others = self.backbone.get_classifier(), self.distillation_heads()
         return (head, *others) if others else head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads of every kind for `num_classes` classes; 0 leaves the pooled features `[B, C]` as the answer."""
+        """New heads of every kind for `num_classes` classes; with 0 the output is the pooled features `[B, C]`."""
         self.backbone.reset_classifier(num_classes, global_pool)
         for head in self.distillation_heads():
             weight = nn.init.trunc_normal_(head.weight.new_empty(num_classes, head.in_features), std=0.02)
@@ -139,11 +139,11 @@ class Student(nn.Module):
         self.num_classes = num_classes
 
     def training_only(self) -> set[str]:
-        """Names of the parameters that a deployed model does without (the statistics networks)."""
+        """Names of the parameters that only training needs (the statistics networks)."""
         return {name for name, _ in self.named_parameters() if name.startswith("mine.")}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions that weight decay would harm: tokens and what the backbone names."""
+        """Names of two-dimensional parameters without weight decay: tokens, and those that the backbone names."""
         names = {f"std.{i}.{token}" for i in range(len(self.std)) for token in ("token_s", "token_c")}
         if hasattr(self.backbone, "no_weight_decay"):
             names |= {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
@@ -194,7 +194,7 @@ def plan_modules(
     taps: tuple[int, ...] | None = None,
     assign: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[ModulePlan, ...]:
-    """Where the STD modules sit and whom they serve.
+    """The block that each STD module reads, and the teachers that it serves.
 
     By default (METHOD.md sections 2 and 3) as many modules as teachers up to two: one teacher learns at the last
     block; two at two thirds of the depth and at the last, in the given order (put the small teacher first).

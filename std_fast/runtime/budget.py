@@ -1,4 +1,4 @@
-"""GPU-hours: the ledger of where they went, and the clock by which a training knows how far it is."""
+"""GPU-hours: the ledger that divides them into parts, and the clock that measures the progress of a training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def process_seconds() -> float:
 class Ledger:
     """Seconds held, by part; every second since the start belongs to exactly one part.
 
-    Parts: "start" (until the first step: imports, building, the rehearsal of the last evaluation), "compile", "train",
+    Parts: "start" (until the first step: imports, building, a first evaluation that is timed), "compile", "train",
     "teacher", "data" (waiting for the loader), "evaluate", "checkpoint", and "lost" (held after the last save of a run
     that was then killed).
 
@@ -68,7 +68,7 @@ class Ledger:
         self._zero = self._since - already
 
     def carry(self, gpu_seconds: Mapping[str, float]) -> None:
-        """Adds what earlier processes of the run held, on whatever number of GPUs."""
+        """Adds the GPU-seconds of the run's earlier processes, on any number of GPUs."""
         for part, value in gpu_seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value / self.devices
             self._zero -= value / self.devices
@@ -102,7 +102,7 @@ class Ledger:
 
     @property
     def held(self) -> float:
-        """Seconds held up to now, over all parts. May be asked from another thread."""
+        """Seconds held up to now, over all parts. May be read from another thread."""
         return self._now() - self._zero
 
     @property
@@ -111,11 +111,11 @@ class Ledger:
 
 
 class Heartbeat:
-    """Keeps on disk how long a run has been held, by a thread: what is known of it after a `kill -9`.
+    """Writes to disk, in a thread, how long a run has been held: the record that survives a `kill -9`.
 
-    The file says `gpu_seconds` (all parts) and, when the run ended after a save, `step` of that save and the `parts`.
-    It is replaced at once and not flushed: it outlives the process, and of a machine that loses power the last seconds
-    may be missing. A process that is killed before its first beat, while it imports torch, is not counted.
+    The file holds `gpu_seconds` (of all parts) and, for a run that ended after a save, the `step` of that save and the
+    `parts`. It is replaced atomically but not flushed: after a loss of power its last seconds may be missing. A process
+    that is killed before its first write, while it imports torch, is not counted.
     """
 
     def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:
@@ -137,7 +137,7 @@ class Heartbeat:
         write_atomic(self.path, json.dumps(record))
 
     def stop(self, step: int | None) -> None:
-        """The last beat. `step`: all steps up to it are saved, so nothing is lost; None: the run ends otherwise."""
+        """The last write. `step`: all steps up to it are saved, so nothing is lost; None: any other end."""
         if self._end.is_set():
             return
         self._end.set()
@@ -146,7 +146,7 @@ class Heartbeat:
         try:
             self._write({} if step is None else {"step": step, "parts": parts})
         except OSError as error:
-            log.warning("%s: cannot be written (%s); a resumed run will not know of its last seconds", self.path, error)
+            log.warning("%s: cannot be written (%s); its last seconds are not counted", self.path, error)
 
 
 def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, float]:
@@ -189,11 +189,11 @@ class Pace:
 
 
 class Clock:
-    """How far a training is: by steps, or by the share of a GPU-hour budget that is spent.
+    """Progress of a training: by steps, or by the share of a GPU-hour budget that is spent.
 
     With a budget, the learning rate follows the hours and not the steps: a slow disk shortens the training but leaves
-    it annealed. What the last evaluation and save will cost is kept in reserve. Start, compilation and time lost to a
-    crash do not move the learning rate; they leave less to be shared, so that warm-up and decay are always complete:
+    it annealed. The cost of the last evaluation and save is reserved. Start, compilation and time lost to a
+    crash do not move the learning rate; they shorten the rest, so that warm-up and decay are always complete:
 
         share = (spent - unplanned) / (budget - reserve - unplanned)
 
@@ -211,7 +211,7 @@ class Clock:
         self.costs: dict[str, float] = {}
         """GPU-hours that the last evaluation and save took"""
         self.share = 0.0
-        """of a budget, spent when the next step is done, as all ranks agreed on it"""
+        """of a budget, spent after the next step, the same on all ranks"""
         self._last_step: int | None = None
         self._read = 0.0
         self._step_seconds = 0.0
@@ -219,12 +219,12 @@ class Clock:
         self._before = productive_seconds(ledger.read())
 
     def cost(self, part: str, seconds: float) -> None:
-        """The last evaluation or save took this long: so will the one at the end."""
+        """Takes the seconds of the last evaluation or save as the estimate for the one at the end."""
         self.costs[part] = seconds * self.ledger.devices / 3600
 
     @property
     def reserve(self) -> float:
-        """GPU-hours kept for the end: evaluation and save, a quarter more for luck (at most 1 % of all), closing."""
+        """GPU-hours reserved for the end: evaluation, save, a margin of a quarter (at most 1 % of all), closing."""
         known = sum(self.costs.values())
         return known + min(0.25 * known, 0.01 * (self.hours or 0.0)) + CLOSING * self.ledger.devices / 3600
 
@@ -247,7 +247,7 @@ class Clock:
         spent = sum(seconds.values()) * per_hour + 2 * self._step_seconds * per_hour
         end = self.hours - self.reserve
         now = (spent - unplanned) / (end - unplanned) if spent < end else 1.0
-        self._read = max(self._read, now)  # the outlook may shrink, the learning rate must not go back
+        self._read = max(self._read, now)  # the estimate may shrink; the learning rate must not rise again
         return self._read
 
     def fits(self, part: str) -> bool:

@@ -56,7 +56,7 @@ def digest(tensors: dict[str, Tensor], meta: dict) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Writes the file under another name, flushes it to the disk, then renames it: it is there complete or not at all.
+    """Writes the file under another name, flushes it to the disk, then renames it: never a partial file.
 
     Raises:
         OSError: the disk is full or cannot be written; nothing is left behind under either name.
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         UserError: the file is missing, cut short, damaged, of another format, or holds what no run saves.
     """
     try:
-        if not path.is_file():  # a pipe would keep us waiting
+        if not path.is_file():  # reading a pipe would block
             raise FileNotFoundError("no such file")
         data = path.read_bytes()  # not through a memory map, which ends the process where the disk fails
         tensors = from_bytes(data)
@@ -94,12 +94,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"{path}: its digest does not match: the file is damaged; use an older one of the run")
     tensors, meta = upgrade_tensors(tensors), upgrade_meta(meta)
     if fault := _fault(tensors, meta):
-        raise UserError(f"{path}: {fault}, which no run saves; it is not to be trusted: use another one")
+        raise UserError(f"{path}: {fault}, which no run saves: do not trust the file, use another one")
     return tensors, {**META_DEFAULTS, **meta}
 
 
 def _fault(tensors: dict[str, Tensor], meta: dict) -> str:
-    """What is wrong with an intact file: a digest is no signature, and what is read here is used as it is."""
+    """A fault of a file with a valid digest, which is no signature: anyone can make one; "" where there is none."""
 
     def integer(key: str, low: int, high: int) -> bool:
         return type(meta.get(key)) is int and low <= meta[key] <= high
@@ -145,7 +145,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Of saves that were killed: ours and safetensors' own. For the folder's only writer, before its first save."""
+    """Removes partial files of killed saves, safetensors' too. For the folder's only writer, before its first save."""
     for draft in (*folder.glob(".step-*.partial"), *folder.glob(".tmp??????")):
         draft.unlink(missing_ok=True)
 
@@ -190,14 +190,14 @@ def host_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cu
 
 
 class Writer:
-    """Saves beside the steps: a thread waits for the copies from the device and writes the file.
+    """Saves while training goes on: a thread waits for the copies from the device and writes the file.
 
     At most one save is under way; a failed one raises in the next call, and in `wait`.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self.seconds = 0.0  # that the thread took for the last one
+        self.seconds = 0.0  # of the last save, in the thread
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -223,7 +223,7 @@ class Writer:
             self._error = error
 
     def wait(self) -> None:
-        """Until the save under way is on the disk. Raises what went wrong with it."""
+        """Waits until the save under way is on the disk. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -235,7 +235,7 @@ class Writer:
 
 
 def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> dict:
-    """Everything that a resumed run needs, by names that do not depend on the order of construction."""
+    """All tensors that a resumed run needs, by names that do not depend on the order of construction."""
     tensors = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in average.items()}
     for name, parameter in student.named_parameters():
@@ -245,7 +245,7 @@ def training_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, avera
 
 
 def restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Puts `training_tensors` back in place, in memory of its own; the moving average's tensors are returned.
+    """Copies `training_tensors` into the student and the optimizer; returns the moving average's tensors.
 
     Raises:
         UserError: the tensors are not those of this student and optimizer.
@@ -274,7 +274,7 @@ def _restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.op
         raise KeyError(f"it has an optimizer state for {min(unknown)}")
     for name, parameter in parameters.items():
         if name not in stored:
-            optimizer.state.pop(parameter, None)  # it had not had a step yet
+            optimizer.state.pop(parameter, None)  # it has had no step yet
         for key, value in stored.get(name, {}).items():
             state = optimizer.state[parameter]
             if key not in state:

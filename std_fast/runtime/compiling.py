@@ -6,9 +6,9 @@ The optimizer is one fused kernel already, and what is left between the regions 
 and without. Evaluation runs uncompiled. Order matters: compile, then DDP (distributed.py).
 
 Backends: `inductor` fuses, into Triton kernels on a GPU and C++ on a CPU. `max-autotune` is inductor that also measures
-which kernels are best (two runs may choose differently, and so differ in the last bits), without its CUDA graphs, whose
+which kernels are best (two runs may differ in them, and in the last bits), without its CUDA graphs, whose
 shared memory pool does not suit two models at once. `aot_eager` and `eager` trace the same graphs but run torch's own
-kernels: for machines without Triton or a compiler, and to find out whether a difference is the compiler's.
+kernels: for machines without Triton or a compiler, and to test whether the compiler causes a difference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("std_fast")
 
 
 def backend_of(chosen: str, device: torch.device) -> str | None:
-    """What a value of `run.compile` means on this device; None: nothing is compiled.
+    """The backend for a value of `run.compile` on this device; None: nothing is compiled.
 
     `auto` is inductor on a GPU with Triton.
 

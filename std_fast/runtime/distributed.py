@@ -1,8 +1,8 @@
-"""Many processes as one: torchrun's environment, the process group, and what all ranks agree on.
+"""Training in several processes: torchrun's environment, the process group, and values that all ranks share.
 
 Started by torchrun, each process trains on its shard of every batch (pipelines/read/order.py); DistributedDataParallel
-averages the gradients, NCCL between GPUs, gloo between CPUs. What the hosts tell each other goes through a gloo group
-of its own, so that it neither waits for the device nor gets between its collectives.
+averages the gradients, NCCL between GPUs, gloo between CPUs. The hosts exchange values through a separate gloo
+group, which neither waits for the device nor interleaves with its collectives.
 
 A process that hangs or dies: every collective has the time limit `run.timeout`, after which the others end with
 `PeerLost` (or NCCL's watchdog ends them), and torchrun then ends the process that hung.
@@ -30,17 +30,17 @@ from pipelines.read.order import Shard
 
 T = TypeVar("T")
 log = logging.getLogger("std_fast")
-# what gloo says of a peer that left or does not answer
+# gloo's messages about a peer that has ended or does not respond
 _LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|peer", re.IGNORECASE)
 
 
 class PeerLost(Exception):
-    """Another process of the run has died or has not answered within the time limit."""
+    """Another process of the run has died or has not responded within the time limit."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together; one process alone is a world of one, where nothing is sent."""
+    """This process among those that train together; with a single process nothing is sent."""
 
     rank: int = 0
     size: int = 1
@@ -72,7 +72,7 @@ class World:
         return everyone.view(rows.dtype)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value of something small, on every rank; the hosts wait for each other."""
+        """Rank 0's `value` (small, picklable) on every rank; the hosts wait for each other."""
         if self.size == 1:
             return value
         box = [value]
@@ -80,7 +80,7 @@ class World:
         return box[0]
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Rank 0's buffers (the running statistics of batch norms, which each rank keeps of its own shard) for all."""
+        """Rank 0's buffers (running statistics of batch norms, computed from its shard) on every rank."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
@@ -94,7 +94,7 @@ SINGLE_PROCESS = World()
 
 
 def rank() -> int:
-    """This process's rank as torchrun says, 0 without torchrun."""
+    """This process's rank from torchrun's environment; 0 without torchrun."""
     return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
@@ -137,7 +137,7 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         host = dist.new_group(backend="gloo", timeout=limit)
         world = World(dist.get_rank(), dist.get_world_size(), host)
         if not world.main:
-            log.setLevel(max(log.level, logging.WARNING))  # rank 0 speaks for all
+            log.setLevel(max(log.level, logging.WARNING))  # only rank 0 logs
         yield world
         ended = True
     except RuntimeError as error:
@@ -154,10 +154,10 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
 
 
 class Agreement:
-    """What all ranks must know alike at each step: whether any was asked to stop, and numbers that rank 0 decides.
+    """Values that are the same on all ranks at each step: whether any received a request to stop, and rank 0's numbers.
 
-    The hosts exchange it while a step runs and use it in the next, so that nobody waits: all stop after the same step,
-    one later than the first that was asked.
+    The hosts exchange them while a step runs and use them in the next, so that no host waits: all ranks stop after the
+    same step, one later than the first request.
     """
 
     def __init__(self, world: World) -> None:
@@ -181,8 +181,8 @@ class Agreement:
 def replicate(module: Callable, world: World, device: torch.device) -> Callable:
     """`module` (compiled already, if at all) in DistributedDataParallel.
 
-    Every parameter must get a gradient in every step; step.py sees to it where MINE pauses. Gradients are views into
-    DDP's buckets. Running statistics of batch norms stay each rank's own until `World.share_buffers`.
+    Every parameter must get a gradient in every step; step.py gives psi zeros in steps without MINE. Gradients are
+    views into DDP's buckets. Running statistics of batch norms stay each rank's own until `World.share_buffers`.
     """
     if world.size == 1:
         return module

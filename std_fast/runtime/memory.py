@@ -1,4 +1,4 @@
-"""Out of memory: which errors mean it, and the line that a user then gets. No torch is imported here."""
+"""Out of memory: the errors that mean it, and the message to the user. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _SHORT = re.compile(
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory was short, the host's or a device's."""
+    """Whether an error means that the host or a device ran out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
 
 
 def out_of_memory_line(error: BaseException, batch: int) -> str:
-    """What a user can change whose training of `batch` images a step ran out of memory."""
+    """The message for a training with `batch` images per step that ran out of memory: what to change."""
     reason = " ".join(str(error).split())[:200]
     if type(error).__name__ == "OutOfMemoryError":  # torch's; of the host's memory torch raises RuntimeError
         return (

@@ -1,4 +1,4 @@
-"""How fast a run is, and against what: time of a step's parts, arithmetic per image, the device's measured ceiling."""
+"""Speed of a run: the time of a step's parts, and MFU against the device's measured ceiling."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Stopwatch:
 
 
 def ceiling(device: torch.device, precision: str) -> float:
-    """Operations per second of a large square matrix product, measured once a process: the best of several rounds.
+    """Operations per second of a large square matrix product, measured once per process: the best of several rounds.
 
     In `precision` on a GPU, in float32 on a CPU, where it takes a fraction of a second. There a round is timed by the
     clock and by the processor's time of each thread, and the shorter counts: other processes lengthen only the first.

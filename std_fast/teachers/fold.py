@@ -1,7 +1,7 @@
 """Batch norms of a frozen network, folded into the convolutions and linear layers before them.
 
-Which layer a batch norm follows is seen in one forward pass, so that any model that runs can be folded, however it is
-written; a second pass shows that the targets have stayed. Shapes: B batch, C channels, K classes.
+One forward pass observes which layer each batch norm follows, so that any model can be folded, however it is written;
+a second pass checks that the logits are the same. Shapes: B batch, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def fold_batch_norms(model: nn.Module, image_size: int = 224) -> int:
 
     Args:
         model: images `[B, 3, S, S]` -> logits `[B, K]`, in float32 or float64.
-        image_size: side S of the random image on which it is tried.
+        image_size: side S of the random image of the check.
 
     Returns:
-        How many were folded. If the targets to the random image differ afterwards, everything is put back, a warning
-        says so, and the number is 0.
+        How many were folded. If the logits of the random image differ afterwards, everything is restored, with a
+        warning, and the number is 0.
     """
     model.eval()
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -1,8 +1,8 @@
-"""Stored teacher targets: computed once for each position of an epoch, read by every later run.
+"""Stored teacher targets: computed once for each position of an epoch, read by all later runs.
 
 By DESIGN.md's rule 1 a batch is a pure function of seed, epoch and position, so the targets stored for (epoch,
-position) are those of exactly the image that any later run with the same data settings shows there: other students and
-optimizers train from them, to the bit as with the teachers running.
+position) belong to exactly the image that any later run with the same data settings has there: other students and
+optimizers train from them bit for bit as with running teachers.
 
 The files are described in target_format.py. Shapes: N positions of an epoch, B batch, M teachers, W words.
 """
@@ -48,7 +48,7 @@ log = logging.getLogger("std_fast")
 
 
 def epochs_needed(recipe: Recipe, steps_per_epoch: int) -> int | None:
-    """How many different epochs a run shows; None where only its clock knows."""
+    """How many different epochs a run shows; None for a budget of GPU-hours without views."""
     length = Duration.parse(recipe.run.length)
     if length.unit == "gpu-hours":
         return recipe.distill.views or None
@@ -59,8 +59,7 @@ def epochs_needed(recipe: Recipe, steps_per_epoch: int) -> int | None:
 class TargetCache:
     """The folder of stored targets that a run uses.
 
-    What it writes is written by a thread, which also waits for the copies from the device; what goes wrong there is
-    raised by the next call.
+    A thread writes the files, after waiting for the copies from the device; its errors are raised by the next call.
 
     Args:
         rows: positions of an epoch that the run needs, from 0 on.
@@ -94,7 +93,7 @@ class TargetCache:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def open(self, epoch: int) -> np.ndarray:
-        """Words of a stored epoch, uint16 `[N, M, W]`, whose digest and contents have been checked.
+        """Words of a stored epoch, uint16 `[N, M, W]`, with digest and contents checked.
 
         The last one stays in memory (a few MB for each million images and teacher). A memory map would end the process
         where the file shrinks or the disk fails.
@@ -154,7 +153,7 @@ class TargetCache:
         return writer
 
     def submit(self, job: Callable[..., None], *args: Any) -> None:
-        """For the writers: runs `job` in the thread, after those before it."""
+        """Runs `job` of a writer in the thread, in the order of the calls."""
         while self._jobs and self._jobs[0].done():
             self._result(self._jobs.popleft())
         self._jobs.append(self._pool.submit(job, *args))
@@ -168,12 +167,12 @@ class TargetCache:
             ) from None
 
     def wait(self) -> None:
-        """Until all that was given to writers is on the disk. Raises UserError when it cannot be."""
+        """Waits until everything given to writers is on the disk. Raises UserError when it cannot be written."""
         while self._jobs:
             self._result(self._jobs.popleft())
 
     def close(self) -> None:
-        """Ends all writers, waits too, and ends the thread."""
+        """Ends all writers, waits for them, and ends the thread."""
         for writer in self._writers.values():
             writer.end()
         self._pool.shutdown(wait=True)
@@ -181,9 +180,9 @@ class TargetCache:
 
 
 class EpochWriter:
-    """Stores the targets of one epoch. Only rank 0 writes, what it gathers from all.
+    """Stores the targets of one epoch. Rank 0 gathers them from all ranks and writes them.
 
-    An epoch that is not finished stays in its partial file, and the next writer of the same epoch goes on with it.
+    An epoch that is not finished stays in its partial file, and the next writer of the same epoch continues it.
 
     Raises:
         UserError: another process writes this epoch, or the disk is full or cannot be written; from any method.
@@ -246,7 +245,7 @@ class EpochWriter:
             rows, at = rows[done:], at + done
 
     def end(self) -> None:
-        """No more steps: the epoch gets its name if all its positions are there. Does not wait; may be repeated."""
+        """Ends the epoch, which gets its name if all its positions are there. Does not wait; may be called again."""
         if self._fd >= 0:
             self.store.submit(self._end)
 

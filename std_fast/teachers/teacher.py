@@ -1,4 +1,4 @@
-"""Frozen teachers: classifiers from timm's names, files and folders of weights, or runs of this project.
+"""Frozen teachers: timm classifiers by name, files and folders of weights, or runs of this project.
 
 Shapes: B batch, K classes, M teachers, S side of a teacher's input in pixels.
 """
@@ -39,7 +39,7 @@ log = logging.getLogger("std_fast")
 
 
 class Teacher(nn.Module):
-    """One frozen classifier that sees the student's images in its own normalisation and input size.
+    """A frozen classifier that converts the student's images to its own normalisation and input size.
 
     It computes in the type of its weights, whatever autocast surrounds it: casting the weights once is faster than
     autocast's cast at each call. Normalisation and resizing are done in the images' own type before.
@@ -111,7 +111,7 @@ class Teachers(nn.Module):
 
 
 class LoadedModel(NamedTuple):
-    """A classifier as it was found, and what is known of its training."""
+    """A classifier with its weights, and the settings of its training where they are known."""
 
     model: nn.Module
     name: str
@@ -144,7 +144,7 @@ def build_teacher(
     """
     data = DataClasses.of(num_classes, class_names)
     if not spec.weights:
-        raise UserError(f"{where}.weights: is empty, and a teacher without training teaches nothing; give a file")
+        raise UserError(f"{where}.weights: is empty, but a teacher needs trained weights; give a file")
     path = Path(spec.weights)
     if spec.weights == "pretrained":
         found = from_hub(spec, data, image_size, where)
@@ -174,7 +174,7 @@ def build_teacher(
 
 
 def smoke_test(model: nn.Module, image_size: int, where: str) -> int:
-    """Number of the logits of a random image of this size. UserError unless they are finite."""
+    """Number of logits, from a forward of a random image of this size. Raises UserError unless they are finite."""
     try:
         with torch.no_grad():
             logits = model.eval()(random_image(image_size))
@@ -189,7 +189,7 @@ def smoke_test(model: nn.Module, image_size: int, where: str) -> int:
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: str) -> nn.Module:
-    """The model in `dtype`, except for its last layer, which stays in float32; or as it is, where it cannot compute so.
+    """The model in `dtype` with its last layer in float32; unchanged where it cannot compute in `dtype`.
 
     In bfloat16 the two largest of many logits are often equal, and argmax would then choose the class with the smaller
     number. The last layer costs next to nothing.
@@ -212,7 +212,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: s
 
 
 def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
-    """timm's pretrained weights. UserError says which file to put where when they cannot be had."""
+    """timm's pretrained weights. Raises UserError, with the file to fetch and its place, when a download fails."""
     import timm
 
     name = spec.name
@@ -229,7 +229,7 @@ def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) 
         model = create_timm(name, fixed or image_size, pretrained=True, **spec.options)
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises many kinds, all of which mean that it could not be had
+    except Exception as error:  # the hub's client raises many kinds of error for a failed download
         log.debug("download of %s failed", name, exc_info=True)
         file = config.hf_hub_filename or "model.safetensors"
         source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
@@ -304,8 +304,8 @@ def load_timm(
     try:
         load_weights(model, state, place)
     except UserError:
-        # Names of another release, or positions of another size: timm can convert those of many models. But it shall
-        # interpolate positions only where the recipe asks for a size.
+        # Names of another release, or positions of another size: timm can convert those of many models. It may
+        # interpolate positions only where the recipe sets a size.
         own = model.state_dict()
         if not spec.image_size and any(key in own and own[key].shape != tensor.shape for key, tensor in state.items()):
             raise
