@@ -66,7 +66,7 @@ def class_loss(logits_BK: Tensor, labels_a: Tensor, labels_b: Tensor, lam_B: Ten
 
 
 def confidence_weights(confidence_BM: Tensor) -> Tensor:
-    """`w = softmax_i(S_i)` per image, `[B, M]`: a more certain teacher weighs more (Li et al. 2022; METHOD.md section 4).
+    """`w = softmax_i(S_i)` per image, `[B, M]`: a certain teacher weighs more (Li et al. 2022; METHOD.md section 4).
 
     Args:
         confidence_BM: `S_i`, teacher i's negative entropy in nats."""
@@ -76,8 +76,8 @@ def confidence_weights(confidence_BM: Tensor) -> Tensor:
 def all_log_probs(targets: TeacherTargets, teacher: int, classes: int) -> Tensor:
     """Log-probabilities `[B, K]` of one teacher at the temperature of `targets`.
 
-    Where only the k largest are known, the rest of 1 is spread evenly over the other K - k classes. The k are rounded to
-    float16, so each probability is raised to at least 2^-24, float16's smallest, and all are scaled to sum to 1.
+    Where only the k largest are known, the rest of 1 is spread evenly over the other K - k classes. The k are rounded
+    to float16, so each probability is raised to at least 2^-24, float16's smallest, and all are scaled to sum to 1.
 
     Raises:
         ValueError: `targets` has no distribution.
