@@ -153,7 +153,7 @@ def forms_of(trainer: Trainer, mixed: TrainBatch) -> dict[str, Form]:
     with torch.no_grad(), trainer.autocast():
         features = [z.detach() for z in student.backbone.forward_taps(mixed.images, student.taps, None).features]
         tokens = [module(z) for module, z in zip(student.std, features, strict=True)]
-    keep = trainer.stochastic_depth(mixed, 1)
+    keep = trainer.stochastic_depth(mixed)
     inputs = [z.requires_grad_() for z in features]
     pairs = [(a.spatial.detach().requires_grad_(), a.channel.detach().requires_grad_()) for a in tokens]
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from std_fast.teachers.classifiers import create_timm
 from std_fast.teachers.overlap import Overlap
 from std_fast.teachers.stream import BatchStream, TargetSource
 from std_fast.training.build import Parts, build
+from std_fast.training.micro_batch import rows as first_rows
 from std_fast.training.schedule import StepSettings
 from std_fast.training.step import Objective
 
@@ -256,11 +257,7 @@ def step_flops(parts: Parts, batch: TrainBatch, with_mine: bool = True) -> int:
     rows = 4
     trainer, recipe = parts.trainer, parts.recipe
     objective = Objective(recipe.distill, recipe.optim.smoothing, trainer.student.head_teacher)
-    tensors: dict[str, Any] = {
-        f.name: value[:rows] for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)
-    }
-    targets = batch.targets and TeacherTargets._make(x if x is None else x[:rows] for x in batch.targets)
-    few = replace(batch, **tensors, targets=targets)
+    few = first_rows(batch, 0, rows)
     with FlopCounterMode(display=False) as counter:
         with trainer.autocast():
             losses = objective(trainer.student(few.images, None, with_mine and recipe.distill.uses_mine), few)

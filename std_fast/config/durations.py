@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,18 @@ def parse_seconds(text: str, where: str) -> float:
     except (TypeError, ValueError):
         pass
     raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
+
+
+def parse_steps(text: str, where: str) -> tuple[int, int] | None:
+    """`"steps 20-30"` -> (20, 30), the first and the last; None of an empty text. UserError otherwise."""
+    if not text:
+        return None
+    found = re.fullmatch(r"\s*steps?\s+(\d{1,15})(?:\s*-\s*(\d{1,15}))?\s*", text)
+    if found is not None:
+        first, last = int(found[1]), int(found[2] or found[1])
+        if 1 <= first <= last:
+            return first, last
+    raise UserError(f"{where}: {text!r} names no steps; write e.g. `steps 20-30`, counted from 1")
 
 
 def parse_warmup(text: str) -> Duration | float:

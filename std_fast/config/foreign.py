@@ -10,6 +10,9 @@ from std_fast.config.schema import UnknownKey, describe
 FOREIGN_NAMES = {
     "run.length": "epochs num_epochs max_epochs max_steps num_steps max_duration train_epochs",
     "run.batch": "batch_size train_batch_size global_batch_size per_device_train_batch_size b",
+    "run.micro_batch": "grad_accum_steps gradient_accumulation_steps accumulate accum_iter accumulate_grad_batches "
+    "device_train_microbatch_size",
+    "run.profile": "profiler trace torch_profiler",
     "run.eval_batch": "validation_batch_size eval_batch_size val_batch_size",
     "run.out": "output output_dir folder logdir log_dir save_dir run_dir experiment",
     "run.precision": "amp amp_dtype fp16 bf16 use_amp dtype half mixed_precision",

@@ -16,22 +16,12 @@ from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
 from pipelines.read.settings import Backend, ReadSettings, Resample
-from std_fast.config.durations import Duration, parse_seconds, parse_warmup, unkept
+from std_fast.config.durations import Duration, parse_seconds, parse_steps, parse_warmup, unkept
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
+from std_fast.config.options import refuse_loaders
 from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict
-
-LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
-
-
-def refuse_loaders(options: dict, where: str) -> None:
-    """UserError if a builder's options would have it load something by itself."""
-    for key in LOADERS:
-        require(
-            key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
-        )
 
 
 @dataclass(frozen=True)
@@ -281,6 +271,12 @@ class Run:
         None, "seed of the student's first weights alone, for runs that share stored teacher targets; default: run.seed"
     )
     batch: int = opt(1024, "images per step over all GPUs")
+    micro_batch: int | Literal["auto"] = opt(
+        0,
+        "images per process in one forward and backward pass; their gradients add up to the batch's. A divisor of the "
+        "process's share of run.batch and a multiple of 4; 0: all at once; auto: all, halved when memory runs out. "
+        "Batch norms, the loss `dist` and timm's random draws see a micro-batch; MINE all, by a second forward pass",
+    )
     length: str = opt("300 epochs", "length of the training in epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; auto: a GPU where there is one")
     precision: Literal["auto", "float32", "bfloat16"] = opt(
@@ -302,6 +298,10 @@ class Run:
     save_every: str = opt("10 minutes", "time between checkpoints: seconds, minutes or hours")
     keep_checkpoints: int = opt(2, "how many of the newest checkpoints stay on disk")
     log_every: int = opt(50, "steps between lines of the log; metrics are read only then")
+    profile: str = opt(
+        "",
+        "steps that torch.profiler traces into the run's folder, e.g. `steps 20-30`, on a GPU with its memory; '' none",
+    )
     not_finite: Literal["stop", "skip", "rollback"] = opt(
         "stop",
         "when a loss or gradient is not finite: `stop` and save what was before; `skip` that step, which then changes "
@@ -312,6 +312,12 @@ class Run:
 
     def __post_init__(self) -> None:
         require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
+        if self.micro_batch != "auto":
+            require(
+                self.micro_batch >= 0 and self.micro_batch % 4 == 0 and self.batch % (self.micro_batch or 1) == 0,
+                "run.micro_batch",
+                f"{self.micro_batch} must be a multiple of 4 that divides run.batch {self.batch}, 0 (off) or auto",
+            )
         require(self.log_every >= 1, "run.log_every", "must be 1 or more")
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
         require(self.not_finite_limit >= 1, "run.not_finite_limit", "must be 1 or more; to stop at the first, stop")
@@ -329,6 +335,7 @@ class Run:
             every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end"
         )
         parse_seconds(self.save_every, "run.save_every")
+        parse_steps(self.profile, "run.profile")
         require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
 
 

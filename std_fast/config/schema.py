@@ -83,7 +83,14 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin in (Union, types.UnionType):
         if plain_value(value) is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        words = [word for a in args if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        if value in words:
+            return str(value)
+        kind = next(a for a in args if a is not type(None) and typing.get_origin(a) is not Literal)
+        try:
+            return _convert(kind, value, where)
+        except UserError as error:
+            raise (UserError(f"{error}, or write {' or '.join(words)}") if words else error) from None
     if origin is Literal:
         return _choice(args, value, where)
     if hint in (str, int, float):

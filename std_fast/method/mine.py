@@ -89,20 +89,20 @@ def log_mean_exp(scores: Tensor) -> Tensor:
     return torch.logsumexp(scores.flatten(), 0) - math.log(scores.numel())
 
 
-def across_ranks(joint_mean: Tensor, log_mean_exp: Tensor, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Both terms of the bound over the batches of all ranks, which are equally large.
+def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both terms of the bound over a batch that is cut into N equally large parts: the micro-batches of all ranks.
 
-    The gradients are such that their mean over the ranks, as DistributedDataParallel takes it, is that of one process
-    with the full batch: the mean's is the local mean's; that of log-mean-exp is the local one, scaled by the share
-    that this rank has in the mean of exp (W times its part of the sum). Nothing is sent on the way back.
+    The gradients are such that their mean over the parts is that of the complete batch: that of the mean is the local
+    one; that of log-mean-exp is the local one, scaled by the share that this part has in the mean of exp (N times its
+    part of the sum). Nothing is sent on the way back.
 
     Args:
-        joint_mean, log_mean_exp: of this rank, scalars.
-        gather: `[1, 2]` of each rank -> `[W, 2]`, in one collective.
+        joint_mean, log_mean_exp: of this part, scalars.
+        terms_N2: both, of every part, without gradients.
     """
     local = torch.stack([joint_mean, log_mean_exp]).detach()
-    joint_W, log_W = gather(local[None]).unbind(1)
-    all_joint, all_log = joint_W.mean(), torch.logsumexp(log_W, 0) - math.log(len(log_W))
+    joint_N, log_N = terms_N2.unbind(1)
+    all_joint, all_log = joint_N.mean(), torch.logsumexp(log_N, 0) - math.log(len(log_N))
     share = torch.exp(local[1] - all_log)
     return joint_mean - local[0] + all_joint, share * (log_mean_exp - local[1]) + all_log
 
@@ -127,28 +127,53 @@ class MutualInformation(nn.Module):
         super().__init__()
         self.psi = StatisticsNetwork(dim_s, dim_c, width)
         self.weight, self.ema = weight, ema
-        self.gather: Callable[[Tensor], Tensor] | None = None  # of many processes: see across_ranks
+        self.gather: Callable[[Tensor], Tensor] | None = None  # of many processes: [1, 2] of each rank -> [W, 2]
+        self.terms_N2: Tensor | None = None  # while the batch is one part of N: see begin_parts
         # log of the moving average of mean exp(marginal); NaN until the first batch
         self.register_buffer("log_average", torch.full((), math.nan))
 
     def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
         """Tokens `[B, M, C]` and `[B, M, P]` -> V, a scalar, computed at least in float32 under autocast too."""
         with torch.autocast(ts_BMC.device.type, enabled=False):
-            joint, marginal = self.psi(
+            joint_mean, log_mean = self.terms(
                 oppose(at_least_float32(ts_BMC), self.weight), oppose(at_least_float32(tc_BMP), self.weight)
             )
-            joint_mean, log_mean = joint.mean(), log_mean_exp(marginal)
-            if self.gather is not None:
-                joint_mean, log_mean = across_ranks(joint_mean, log_mean, self.gather)
+            terms_N2 = self.terms_N2
+            if terms_N2 is None and self.gather is not None:
+                terms_N2 = self.gather(torch.stack([joint_mean, log_mean]).detach()[None])
+            if terms_N2 is not None:
+                joint_mean, log_mean = over_parts(joint_mean, log_mean, terms_N2)
             if not (self.ema and self.training):
                 return joint_mean - log_mean
-            with torch.no_grad():
-                now = log_mean.detach()
-                mixed = torch.logaddexp(self.log_average + math.log1p(-self.ema), now + math.log(self.ema))
-                self.log_average.copy_(torch.where(self.log_average.isnan(), now, mixed))
+            now = log_mean.detach()
+            if self.terms_N2 is None:
+                self._update_average(now)
             # value of log mean exp, gradient of (mean exp) / (moving average)
             surrogate = torch.exp(log_mean - self.log_average)
             return joint_mean - (surrogate - surrogate.detach() + now)
+
+    def terms(self, ts_BMC: Tensor, tc_BMP: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens in float32 or float64 -> both terms of the bound for them alone, scalars."""
+        joint, marginal = self.psi(ts_BMC, tc_BMP)
+        return joint.mean(), log_mean_exp(marginal)
+
+    def begin_parts(self, terms_N2: Tensor) -> None:
+        """From here to `end_parts` V is that of a batch in N equally large parts, each of which `forward` gets once.
+
+        Args:
+            terms_N2: of `terms`, for every part.
+        """
+        self.terms_N2 = terms_N2
+        if self.ema and self.training:
+            self._update_average(log_mean_exp(terms_N2[:, 1]))
+
+    def end_parts(self) -> None:
+        self.terms_N2 = None
+
+    @torch.no_grad()
+    def _update_average(self, now: Tensor) -> None:
+        mixed = torch.logaddexp(self.log_average + math.log1p(-self.ema), now + math.log(self.ema))
+        self.log_average.copy_(torch.where(self.log_average.isnan(), now, mixed))
 
 
 def mutual_information(psi: StatisticsNetwork, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:

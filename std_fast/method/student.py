@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from std_fast.method.mine import MutualInformation
-from std_fast.method.tokens import STDModule, TokenKind
+from std_fast.method.tokens import STDModule, TokenKind, at_least_float32
 from std_fast.models import Backbone, build_backbone
 from std_fast.models.common import DropPathMask
 
@@ -115,6 +115,19 @@ class Student(nn.Module):
         if self.training:
             return self.outputs(images, keep, with_mine)
         return predict(self.outputs(images), self.predict)
+
+    def statistics(self) -> list[MutualInformation]:
+        """MINE of each module; none where there is none."""
+        return [mine for mine in self.mine if isinstance(mine, MutualInformation)]
+
+    def mine_terms(self, images: Tensor, keep: DropPathMask = None) -> Tensor:
+        """Both terms of MINE's bound for these images alone (see `MutualInformation.terms`): `[modules, 2]`."""
+        features = self.backbone.forward_taps(images, self.taps, keep).features
+        tokens = [module(z_BPC) for module, z_BPC in zip(self.std, features, strict=True)]
+        with torch.autocast(images.device.type, enabled=False):
+            pairs = [(at_least_float32(a.spatial), at_least_float32(a.channel)) for a in tokens]
+            terms = [torch.stack(mine.terms(*pair)) for mine, pair in zip(self.statistics(), pairs, strict=True)]
+        return torch.stack(terms)
 
     def distillation_heads(self) -> list[nn.Linear]:
         """Of all modules, in the order of `head_teacher`."""

@@ -62,6 +62,19 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def average(self, tensors: list[Tensor]) -> None:
+        """The mean of each tensor over all ranks, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor.div_(self.size))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set; the hosts wait for each other, not for the device."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(flags, group=self.host)
+        return bool(flags)
+
     def gather(self, rows: Tensor) -> Tensor:
         """Rows `[B, ...]` of every rank, in the order of the ranks: `[W B, ...]`, without gradients."""
         if self.size == 1:
@@ -178,11 +191,15 @@ class Agreement:
         return bool(agreed[0] > 0), *agreed[1:].tolist()
 
 
-def replicate(module: Callable, world: World, device: torch.device) -> Callable:
+def replicate(module: Callable, world: World, device: torch.device, accumulates: bool = False) -> Callable:
     """`module` (compiled already, if at all) in DistributedDataParallel.
 
     Every parameter must get a gradient in every step; step.py gives psi zeros in steps without MINE. Gradients are
     views into DDP's buckets. Running statistics of batch norms stay each rank's own until `World.share_buffers`.
+
+    Args:
+        accumulates: gradients of several backward passes are sent with the last. A static graph does not go with it:
+            in its first iteration DDP counts the passes that are not sent too.
     """
     if world.size == 1:
         return module
@@ -192,5 +209,5 @@ def replicate(module: Callable, world: World, device: torch.device) -> Callable:
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=not accumulates,
     )

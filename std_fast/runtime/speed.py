@@ -8,8 +8,8 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,13 +38,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, ledger: Ledger | None = None) -> None:
         self.on_gpu, self.ledger = device.type == "cuda", ledger or Ledger()
+        self.mark: Callable[[str], AbstractContextManager] = lambda _: nullcontext()  # a trace's, while it runs
         self._spans: deque[Span] = deque()
 
     @contextmanager
     def part(self, name: str, step: int) -> Iterator[None]:
         """Inside, the time is that of part `name` of `step`."""
         booked = name in PARTS and not self.on_gpu
-        with self.ledger.during(name) if booked else nullcontext():
+        with self.ledger.during(name) if booked else nullcontext(), self.mark(name):
             begin = self._now()
             yield
             self._spans.append(Span(step, name, begin, self._now()))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import UserError, did_you_mean
-from std_fast.config.recipe import Recipe, loads, refuse_loaders
+from std_fast.config.options import refuse_loaders
+from std_fast.config.recipe import Recipe, loads
 from std_fast.models import BACKBONES, build_backbone
 from std_fast.runtime import checkpoint
 

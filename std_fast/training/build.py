@@ -19,7 +19,6 @@ from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.source import open_source
 from std_fast.config.files import filled_in
 from std_fast.config.recipe import Recipe, TeacherSpec
-from std_fast.method.mine import MutualInformation
 from std_fast.method.student import ModulePlan, Student, plan_modules
 from std_fast.models.drop_path import GROUP, kept_rows, residual_scales
 from std_fast.runtime.budget import Ledger
@@ -35,6 +34,7 @@ from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_targ
 from std_fast.teachers.teacher import Teachers, autocast, build_classifier, build_teacher
 from std_fast.training.guard import Guard
 from std_fast.training.initial_weights import load_initial_weights
+from std_fast.training.micro_batch import micro_batch_of
 from std_fast.training.optim import EMA, build_optimizer
 from std_fast.training.state import TrainState
 from std_fast.training.step import Objective, Trainer
@@ -318,15 +318,13 @@ def build_trainer(
     """The step of a recipe around a student on its device: compiled, then replicated over the processes."""
     o, run = recipe.optim, recipe.run
     student.train()
-    for mine in student.mine.children():
-        assert isinstance(mine, MutualInformation)
+    for mine in student.statistics():
         mine.gather = world.gather if world.size > 1 else None
     subset = recipe.student.drop_path_mode == "subset"
-    objective = Objective(recipe.distill, o.smoothing, student.head_teacher)
     return Trainer(
         student=student,
-        forward=replicate(compiled(student, backend), world, device),
-        objective=compiled(objective.__call__, backend),
+        forward=replicate(compiled(student, backend), world, device, accumulates=bool(run.micro_batch)),
+        objective=compiled(Objective(recipe.distill, o.smoothing, student.head_teacher).__call__, backend),
         optimizer=build_optimizer(student, o, device),
         ema=EMA(student, o.ema ** (run.batch / o.ema_batch)) if o.ema else None,
         guard=Guard(device, world),
@@ -337,6 +335,7 @@ def build_trainer(
         world=world,
         drop_path=compiled(kept_rows(student.backbone.drop_rates) if subset else residual_scales, backend),
         watch=watch,
+        micro_batch=micro_batch_of(recipe, world),
     )
 
 
@@ -377,6 +376,7 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
                 f"student.drop_path_mode: subset needs a run.batch that is a multiple of {GROUP * world.size}, "
                 f"{GROUP} for each process; it is {recipe.run.batch}"
             )
+    micro_batch_of(recipe, world)
     if s.early_size:
         timms = getattr(student.backbone, "pretrained_cfg", {"fixed_input_size": True})
         if not getattr(student.backbone, "any_size", not timms.get("fixed_input_size")):

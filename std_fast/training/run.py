@@ -19,10 +19,12 @@ from std_fast.runtime.budget import Clock, Ledger, Pace, in_words, process_secon
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
+from std_fast.runtime.trace import open_trace
 from std_fast.training.build import build, resolved, uses_gpu
 from std_fast.training.content import content_of
 from std_fast.training.evaluate import Abandoned
 from std_fast.training.evaluator import Evaluator
+from std_fast.training.micro_batch import micro_batch_of
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
 from std_fast.training.run_folder import RunFolder, locked
 from std_fast.training.run_log import RunLog
@@ -96,6 +98,9 @@ class Run:
             self.content["data.val"] = world.broadcast(parts.val_loader.source.fingerprint() if world.main else "")
         meta = self._restore() if self.folder.found is not None else {}
         self.schedule = build_schedule(recipe, self.clock, self.per_epoch, world)
+        self.trace = open_trace(run.profile, self.folder.path, parts.device, parts.stream.watch) if world.main else None
+        if self.trace is not None:
+            self._closing.callback(self.trace.close)
         self.agreement = Agreement(world)
         self.pace = Pace() if parts.device.type == "cuda" and self.clock.hours else None
         if world.main:
@@ -121,6 +126,7 @@ class Run:
         self.step, self.clock.costs = meta["step"], dict(meta.get("costs", {}))
         self.complete = meta.get("complete", False)
         self.evaluation_pending = meta.get("evaluation_pending", False)
+        self.trainer.micro_batch = micro_batch_of(self.recipe, self.world, meta.get("micro_batch", 0))
         val = meta["content"].get("data.val")
         if val is not None and val != self.content.get("data.val"):
             log.info("data.val: is other data than before; the best accuracy so far does not count")
@@ -143,6 +149,8 @@ class Run:
         result: dict[str, float] = {}
         while not self.clock.done(self.step):
             now = self.schedule.at(self.step + 1)
+            if self.trace is not None:
+                self.trace.begin_step(now.step)
             batch = next(self.stream)
             self.trainer.step(batch, now)
             self.step = now.step
@@ -236,6 +244,7 @@ class Run:
             "costs": self.clock.costs,
             "complete": complete,
             "evaluation_pending": self.evaluation_pending,
+            "micro_batch": self.trainer.micro_batch.size,
             **self.monitor.meta(),
             "num_classes": loader.num_classes,
             "class_names": loader.source.class_names,
@@ -281,7 +290,7 @@ def train(
         except Exception as error:
             if not ran_out(error):
                 raise
-            line = out_of_memory_line(error, recipe.run.batch)
+            line = out_of_memory_line(error, recipe.run.batch, recipe.run.micro_batch)
         raise UserError(line)  # outside of `except`: the error is forgotten, and with it the memory its frames hold
 
 

@@ -51,6 +51,8 @@ RESUMABLE_CHANGES = (
     "summary",
     "name",
     "run.overlap",
+    "run.micro_batch",
+    "run.profile",
 )
 
 

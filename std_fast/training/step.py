@@ -6,12 +6,15 @@ Nothing in it makes the host wait for the device. Shapes: B batch, K classes, H 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.augment.device import TrainBatch
 from std_fast.config.recipe import Distill
@@ -23,6 +26,7 @@ from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import Stopwatch
 from std_fast.training.guard import Buffers, Guard
+from std_fast.training.micro_batch import MicroBatch, mine_over
 from std_fast.training.optim import EMA, set_learning_rates
 from std_fast.training.schedule import StepSettings
 
@@ -88,7 +92,12 @@ class Objective:
 
 @dataclass
 class Trainer:
-    """What one step needs. `forward` is the student, or its compiled or distributed wrapper."""
+    """What one step needs. `forward` is the student, or its compiled or distributed wrapper.
+
+    A step is, for each micro-batch (by default there is one, the batch): forward, loss, backward; then clip, optimizer,
+    EMA. Gradients and losses are the means over the micro-batches, and so those of the batch, but for what the help of
+    `run.micro_batch` names.
+    """
 
     student: Student
     forward: Callable[..., StudentOutput]
@@ -103,6 +112,7 @@ class Trainer:
     world: World = SINGLE_PROCESS
     drop_path: Callable[..., DropPathMask] = residual_scales  # or the function that `kept_rows` returns
     watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
 
     def __post_init__(self) -> None:
         psi = self.student.training_only()
@@ -116,11 +126,7 @@ class Trainer:
         set_learning_rates(self.optimizer, now.lr, now.psi_lr)
         self.buffers.save()
         with self.watch.part("student", now.step):
-            images = resize_images(batch.images, now.image_size)
-            with self.autocast():
-                out = self.forward(images, self.stochastic_depth(batch, now.step), now.with_mine)
-                losses = self.objective(out, batch)
-            self.backward(losses)
+            losses = self.gradients(batch, now)
 
         with self.watch.part("optimizer", now.step):
             norm = gradient_norm(self.student_parameters)
@@ -136,26 +142,90 @@ class Trainer:
                 self.ema.update(now.step, self.guard.found_inf)
         self.meters.add(step_metrics(losses, norm, batch.targets), self.guard.found_inf)
 
-    def backward(self, losses: Losses) -> None:
+    def gradients(self, batch: TrainBatch, now: StepSettings) -> Losses:
+        """Forward, loss and backward of the batch; of many processes the gradients are then their mean."""
+        kind = (now.with_mine, now.image_size)
+        trial = self.micro_batch.is_trial(kind)
+        run = functools.partial(self.forward_backward, batch, now, send=not trial)
+        losses = self.micro_batch.fit(run, self.forget_gradients, kind, len(batch.positions))
+        if trial:
+            self.world.average([p.grad for p in self.student.parameters() if p.grad is not None])
+        return losses
+
+    def forward_backward(self, batch: TrainBatch, now: StepSettings, send: bool = True) -> Losses:
+        """Adds up the gradients of the micro-batches, each divided by their number.
+
+        Args:
+            send: DDP averages them over the ranks, with the last micro-batch.
+        """
+        micro_batches = self.micro_batch.split(batch)
+        last, every = len(micro_batches) - 1, []
+        torch.manual_seed((self.seed * 1_000_003 + now.step + (self.world.rank << 40)) % 2**63)
+        with self.mine_over(micro_batches, now, send):
+            for i, micro in enumerate(micro_batches):
+                with nullcontext() if send and i == last else self.no_sync():
+                    images = resize_images(micro.images, now.image_size)
+                    with self.autocast():
+                        out = self.forward(images, self.stochastic_depth(micro), now.with_mine)
+                        losses = self.objective(out, micro)
+                    self.backward(losses, len(micro_batches))
+                every.append(losses)
+        return mean_losses(every)
+
+    def backward(self, losses: Losses, micro_batches: int = 1) -> None:
         """Gradients of all parameters; psi gets none in a step without MINE."""
         pauses = self.world.size > 1 and bool(self.psi_parameters) and losses.information is None
         total = losses.total + no_gradient(self.psi_parameters) if pauses else losses.total
-        total.backward()
+        (total if micro_batches == 1 else total / micro_batches).backward()
         if pauses:  # as with one process, where the optimizer skips psi
             for parameter in self.psi_parameters:
                 parameter.grad = None
 
-    def stochastic_depth(self, batch: TrainBatch, step: int) -> DropPathMask:
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """Inside, gradients add up on this rank and are not sent."""
+        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
+
+    def mine_over(
+        self, micro_batches: list[TrainBatch], now: StepSettings, send: bool
+    ) -> contextlib.AbstractContextManager:
+        """Inside, MINE sees the complete batch; where that is one micro-batch, it does so by itself."""
+        if not (now.with_mine and self.student.mine) or (len(micro_batches) == 1 and send):
+            return nullcontext()
+
+        def terms(micro: TrainBatch) -> Tensor:
+            images = resize_images(micro.images, now.image_size)
+            with self.autocast():
+                return self.student.mine_terms(images, self.stochastic_depth(micro))
+
+        return mine_over(micro_batches, self.student, terms, self.world)
+
+    def forget_gradients(self) -> None:
+        """Undoes what `forward_backward` did before it was broken off."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.restore(torch.ones_like(self.guard.found_inf))
+
+    def stochastic_depth(self, batch: TrainBatch) -> DropPathMask:
         """Residual scales [2 L, B], 0 or 1 / (1 - rate), or kept rows: a pure function of seed, epoch and position.
 
-        A timm model draws from torch's generator instead, which is seeded by the step.
+        A timm model draws from torch's generator instead, which each step seeds anew.
         """
-        torch.manual_seed((self.seed * 1_000_003 + step + (self.world.rank << 40)) % 2**63)
         if not any(getattr(self.student.backbone, "drop_rates", ())):
             return None
         # a fill kernel, not a copy from the host: nothing waits, and a compiled `drop_path` sees no new constant
         epoch = torch.full((), batch.epoch, dtype=torch.int64, device=batch.positions.device)
         return self.drop_path(self.student.backbone._drop_rates, self.seed, epoch, batch.positions)
+
+
+def mean_losses(every: list[Losses]) -> Losses:
+    """Of micro-batches of the same size."""
+    if len(every) == 1:
+        return every[0]
+    means = {
+        name: torch.stack([getattr(losses, name) for losses in every]).detach().mean(0)
+        for name, value in every[0]._asdict().items()
+        if value is not None
+    }
+    return every[0]._replace(**means)
 
 
 def no_gradient(parameters: list[nn.Parameter]) -> Tensor | float:

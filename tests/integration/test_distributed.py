@@ -21,7 +21,7 @@ from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
-from std_fast.method.mine import across_ranks, donsker_varadhan, log_mean_exp
+from std_fast.method.mine import donsker_varadhan, log_mean_exp, over_parts
 from std_fast.runtime import checkpoint
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import read_jsonl
@@ -46,6 +46,7 @@ from dataclasses import replace
 import torch, torch.distributed as dist
 from std_fast import cli
 from std_fast.config import recipe as recipes
+from std_fast.method.student import Student
 from std_fast.runtime.distributed import PeerLost
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Stopped, train
@@ -96,7 +97,18 @@ def batch_norms(now):
         one, other = now.world.gather(buffers[None])
         assert torch.equal(one, other) == (now.step == 3)  # after which was evaluated
 
+def short_of_memory(self, images, *rest):  # on rank 1 alone
+    if self.training and rank == 1 and len(images) > 4:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, images, *rest)
+
 run("complete")
+large = {"batch": 16, "length": "4 steps", "profile": "steps 3-4"}
+run("in_one", run=large)
+run("accumulated", run={**large, "micro_batch": 4})
+forward, Student.forward = Student.forward, short_of_memory
+run("auto", run={**large, "micro_batch": "auto"})
+Student.forward = forward
 run("stopped", stop)
 run("evaluating", stop_evaluating)
 run("poisoned", poison)
@@ -219,6 +231,23 @@ def test_two_processes_learn_what_one_learns(alone, together):
     assert not list((folder / "complete").glob("**/*.partial"))
     summary = json.loads((folder / "complete" / "summary.json").read_text())
     assert summary["gpu_hours"] * 3600 == pytest.approx(2 * sum(summary["seconds"].values()), rel=0.01)
+
+
+def test_micro_batches_of_two_processes(recipe, together, tmp_path):
+    """Rank 1 alone runs out of memory in "auto": both halve. Gradients are sent once a step, whatever its pieces."""
+    folder, outcomes = together
+    train(at(recipe, tmp_path / "run", batch=16, length="4 steps"), quiet=True)
+    for name in ("in_one", "accumulated", "auto"):
+        assert outcomes[0, name] == outcomes[1, name] == "done"
+        assert_close(folder / name, tmp_path / "run")
+    assert checkpoint.newest(folder / "auto" / "checkpoints")[2]["micro_batch"] == 4
+    sent = [all_reduces(folder / name / "profile" / "steps-3-4.pt.trace.json") for name in ("in_one", "accumulated")]
+    assert sent[0] == sent[1] > 0
+
+
+def all_reduces(trace: Path) -> int:
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    return sum("allreduce" in name.lower().replace("_", "") for name in names)
 
 
 def test_one_rank_is_asked_to_stop_all_stop_and_one_process_goes_on(recipe, alone, together):
@@ -354,7 +383,7 @@ def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_full_batch(r
     terms = [(j.mean(), log_mean_exp(m)) for j, m in local]
     everyone = torch.stack([torch.stack(t).detach() for t in terms])
     for r in range(ranks):
-        a, b = across_ranks(*terms[r], lambda row: everyone)
+        a, b = over_parts(*terms[r], everyone)
         torch.testing.assert_close(a - b, value)
         for got, want in zip(torch.autograd.grad(a - b, local[r]), expected, strict=True):
             torch.testing.assert_close(got / ranks, want[r])  # DDP divides by the number of ranks

@@ -171,7 +171,7 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
 
     class Looking(Trainer):
         def step(self, batch, now):
-            noted = (batch.images.clone(), batch.epoch, self.stochastic_depth(batch, 1))
+            noted = (batch.images.clone(), batch.epoch, self.stochastic_depth(batch))
             seen.setdefault((now.step - 1) // 3, []).append(noted)
             super().step(batch, now)
 

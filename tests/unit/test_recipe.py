@@ -302,7 +302,7 @@ def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
         ("optim.lrr", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("repeated_aug", "here it is data.aug_repeats"),
         ("three_augment", "here it is augment.policy"),
-        ("run.accumulate", "run.accumulate: unknown key (known: "),
+        ("run.accumulate", "run.accumulate: unknown key; here it is run.micro_batch ("),
         ("run.frobnicate", "run.frobnicate: unknown key (known: "),
     ],
 )

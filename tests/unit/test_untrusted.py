@@ -32,6 +32,7 @@ from pipelines.read.source import open_source
 from pipelines.untrusted import Refused, confined, read_bytes, read_json
 from std_fast import cli
 from std_fast.config import recipe as recipes
+from std_fast.config.options import LOADERS
 from std_fast.config.recipe import StudentSpec, TeacherSpec
 from std_fast.config.schema import read_yaml
 from std_fast.runtime import checkpoint
@@ -152,7 +153,7 @@ def test_a_malicious_pickle_does_not_run(place, how, tmp_path):
     assert target.exists()  # it would have run
 
 
-@pytest.mark.parametrize("key", recipes.LOADERS)
+@pytest.mark.parametrize("key", LOADERS)
 def test_a_builders_options_load_nothing_by_themselves(key, tmp_path):
     """timm's builders take `checkpoint_path`, which older releases unpickle, and other ways to files and downloads."""
     torch.save({"hook": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
