@@ -47,6 +47,9 @@ class Job:
     about: Overrides = field(default_factory=dict)
 
 
+COSTS = Job("costs", "costs", dict, (TARGETS,))
+
+
 class Study:
     """The jobs of a size in a folder.
 
@@ -74,22 +77,20 @@ class Study:
         length = f"{size.epochs} epochs"
         first = next(iter(size.students))
         yield Job(TARGETS, "teach", functools.partial(self._student, Setting({}), first, length=length))
-        chosen: tuple[str, ...] = ()
+        yielded: set[str] = set()
         for init in range(max(len(inits) for inits in size.inits.values())):
             for student in size.students:
-                if init >= len(size.inits[student]):
-                    continue
-                for name in size.settings:
+                for name in size.settings if init < len(size.inits[student]) else ():
                     setting = SETTINGS[name]
                     if setting.once and init > 0:
                         continue
-                    if (setting.labels == OTHER or setting.cost_of) and not chosen:
-                        yield from self._choice(first)
-                        yield Job("costs", "costs", dict, (TARGETS,))
-                        chosen = tuple(f"choice-{loss}" for loss in CHOICE)
-                    yield self._run(student, name, size.inits[student][init], chosen)
-        if not chosen:
-            yield Job("costs", "costs", dict, (TARGETS,))
+                    needed = [*self._choice(first)] if setting.labels == OTHER else []
+                    needed += [COSTS] if setting.cost_of else []
+                    yield from (job for job in needed if job.name not in yielded)
+                    yielded |= {job.name for job in needed}
+                    yield self._run(student, name, size.inits[student][init], tuple(job.name for job in needed))
+        if COSTS.name not in yielded:
+            yield COSTS
 
     def _choice(self, student: str) -> Iterator[Job]:
         """STD with each soft loss, compared on the images held out."""
@@ -99,12 +100,10 @@ class Study:
             recipe = functools.partial(self._student, setting, student, f"choice-{loss}", 0, length)
             yield Job(f"choice-{loss}", "train", recipe, (TARGETS,), {"student": student, "loss": loss})
 
-    def _run(self, student: str, name: str, init: int, chosen: tuple[str, ...]) -> Job:
+    def _run(self, student: str, name: str, init: int, after: tuple[str, ...]) -> Job:
         setting = SETTINGS[name]
         job = run_name(student, name, init)
-        after: tuple[str, ...] = (TARGETS,) if setting.labels else ()
-        after += chosen if setting.labels == OTHER else ()
-        after += ("costs",) if setting.cost_of else ()
+        after += (TARGETS,) if setting.labels else ()
 
         def recipe() -> Overrides:
             distill = dict(setting.distill)
@@ -114,6 +113,7 @@ class Study:
             if setting.cost_of:
                 costs, base = self.costs(), name.split(",")[0]
                 epochs *= costs[cost_name(student, setting.cost_of)] / costs[cost_name(student, base)]
+                distill |= {"views": self.size.epochs} if setting.labels else {}  # there are no other targets
             return self._student(Setting(distill, setting.labels), student, job, init, f"{epochs:.3f} epochs")
 
         return Job(job, "train", recipe, after, {"student": student, "setting": name, "init": init})

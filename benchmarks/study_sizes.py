@@ -17,7 +17,7 @@ class Setting:
     labels: str = "hard"
     """of the teachers: `hard`, `other` (the soft loss that the choice found best), or empty: no teachers"""
     cost_of: str = ""
-    """as many epochs as cost what this setting costs, instead of the study's"""
+    """as many epochs as cost what this setting costs, instead of the study's; the views of the targets are cycled"""
     once: bool = False
     """of the first initialisation alone"""
 
@@ -38,7 +38,7 @@ SETTINGS = {
     "STD, 5 views": Setting({"views": 5}, once=True),
     "STD, 10 views": Setting({"views": 10}, once=True),
 }
-HARD = ("plain", "no tokens", "DeiT token", "STD", "STD narrow")
+HARD = ("plain", "no tokens", "DeiT token", "STD", "STD narrow", "plain, STD's cost", "no tokens, STD's cost")
 CHOICE = ("kl", "dkd", "dist", "ofa")
 """the soft losses of which the choice takes the best"""
 
