@@ -1,7 +1,7 @@
-"""Do runs with a GPU-hour budget land on it: plain, with teachers, with a slow disk, killed, and asked to stop?
+"""Do runs with a GPU-hour budget land on it: plain, with teachers, with a slow disk, killed, and stopped by a signal?
 
 Each case is a real `std-fast train` in a process of its own, timed by this one from its start to its exit. Asked of
-each case: the wall clock is within 97 to 100 % of the budget (time between a kill and the resumption is nobody's), the
+each case: the wall clock is within 97 to 100 % of the budget (time from a kill to the resumption is not counted), the
 last learning rate is the final one, and the run's ledger equals the wall clock within 1 %. Else the exit code is 1.
 
     python -m benchmarks.budget_runs --json benchmarks/results/budget_runs.json
@@ -79,7 +79,7 @@ def throttle(seconds: float) -> None:
 
 
 def run_case(case: Case, hours: float, out: Path, overrides: list[str], throttled_by: float) -> dict[str, Any]:
-    """Trains, interrupted as the case says, to the end of the budget."""
+    """Trains to the end of the budget, with the interruptions of the case."""
     child = ["-m", "benchmarks.budget_runs", "--throttle", str(throttled_by), "--child"]
     program = child if case.throttled else ["-m", "std_fast.cli", "train"]
     command = [sys.executable, *program, case.recipe, "--quiet", "--run.out", str(out), *overrides]

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(args: argparse.Namespace, mode: str, cache: str) -> dict[str, Any]:
-    """The row of a process of its own; `failed` says why there are no numbers."""
+    """The row of a separate process; `failed` is the reason where there are no numbers."""
     words = [sys.executable, "-m", "benchmarks.compile", "--one", "--json", "--compile", mode, "--device", args.device]
     for name in ("model", "batch", "image_size", "classes", "precision", "repeats", "threads", "turn_seconds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

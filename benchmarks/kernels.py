@@ -237,7 +237,7 @@ def inductor_count() -> Iterator[list[int]]:
         return
     level, before = log.level, metrics.num_bytes_accessed
     propagate = log.propagate
-    log.setLevel(logging.INFO)  # it counts only when it would say so
+    log.setLevel(logging.INFO)  # it counts only where it would log the count
     log.propagate = False
     try:
         with config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):

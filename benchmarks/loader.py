@@ -1,7 +1,7 @@
 """How fast, and at what cost, the loaders give batches; in turns with them, the plain libraries that they stand on.
 
 Every contestant runs in a process of its own and loads one epoch after the other, in turns, so that the machine's load
-is the same for all; between its turns it is idle. All read the same encoded images: the libraries that want files get
+is the same for all; between its turns it is idle. All read the same encoded images: libraries that read files get
 the beton's JPEGs, written to a temporary folder. A turn gives images per second (from the start of the epoch to its
 last batch) and CPU time per image (the process and its children). Measured once: seconds from opening (with the imports
 of the library, without torch's) to the first batch, peak memory beyond what the process held before, and images per
@@ -155,7 +155,7 @@ def _cold(names: list[str], settings: Settings, say: Callable[[str], None]) -> t
 
 
 def _ratios(rows: list[dict[str, Any]], backends: tuple[str, ...], missing: list[str]) -> list[dict[str, Any]]:
-    """Ours over the other: medians of images per second and of CPU time per image (the rival's over ours)."""
+    """Ours over the other: medians of images per second and of CPU time per image (the other's over ours)."""
     by_name = {row["name"]: row for row in rows}
     ratios = []
     for ours in backends:

@@ -1,6 +1,6 @@
 """What `std-fast bench loader` compares: the loaders of this project, the libraries that they stand on, decoding alone.
 
-All read the same encoded images: the libraries that want files get the beton's JPEGs from `extract`.
+All read the same encoded images: libraries that read files get the beton's JPEGs from `extract`.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _serve(connection: Any, name: str, settings: Settings) -> None:
 
 
 class Contestant:
-    """A contestant in its process, started when it is first asked."""
+    """A contestant, in a process that is started here."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Does the estimator measure? Mutual information of correlated Gaussians, which is known, against MINE's estimate.
+"""MINE's estimate against the known mutual information of correlated Gaussians.
 
 Two vectors of d components, correlated with rho component by component, have `-d/2 log(1 - rho^2)` nats of mutual
 information. The project's `MutualInformation` is trained with Adam on fresh samples. The estimate is its bound on

@@ -1,8 +1,8 @@
-"""What the options that a budget may want are worth in time: one training step with each, over the step without.
+"""Time that the cheaper options save: one training step with each, over the step without.
 
 Student (targets given): stochastic depth that skips what it drops, smaller images (students that take them), a step
 without MINE, as all are but the first of an epoch, Muon. Teachers alone: input of five sevenths of the side. Time is
-all that is measured here; what an option does to accuracy is for a training to say.
+all that is measured here; the effect on accuracy needs a training.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     if getattr(base.trainer.student.backbone, "any_size", False):
         for side in (5 * args.image_size // 7, 4 * args.image_size // 7):
             contestants[f"images of {side} px"] = functools.partial(steppers[BASE], given, image_size=side)
-    asked = {"teachers, full size": base, f"teachers, {5 * args.image_size // 7} px": cheap}
-    for name, parts in asked.items():
-        contestants[name] = asking(parts, given)
+    sizes = {"teachers, full size": base, f"teachers, {5 * args.image_size // 7} px": cheap}
+    for name, parts in sizes.items():
+        contestants[name] = teacher_pass(parts, given)
     times = harness.measure(contestants, args)
     for step in steppers.values():
         step.check()
-    full_size, other = asked
+    full_size, other = sizes
     ratios = [
         harness.ratio(f"{name} over {BASE}", times[name], times[BASE])
         for name in contestants
-        if name not in (BASE, *asked)
+        if name not in (BASE, *sizes)
     ]
     return {
         "variant": workload.variant(args),
@@ -85,13 +85,13 @@ def compare(args: argparse.Namespace, built: dict[str, Parts]) -> dict[str, Any]
     }
 
 
-def asking(parts: Parts, batch: TrainBatch) -> Callable[[], object]:
-    def ask() -> None:
+def teacher_pass(parts: Parts, batch: TrainBatch) -> Callable[[], object]:
+    def run_teachers() -> None:
         assert parts.teachers is not None
         with torch.no_grad(), parts.trainer.autocast():
             parts.teachers(batch.images)
 
-    return ask
+    return run_teachers
 
 
 if __name__ == "__main__":

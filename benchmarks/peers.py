@@ -4,7 +4,7 @@
 - plain, timm: timm's model of the same size in timm's own training step (its loss, AdamW and moving average).
 - STD, ours and plain, ours: `Trainer.step` as `std-fast train` builds it, with and without STD.
 
-At equal work compare STD with STD and plain with plain; STD, ours over plain, timm does more work than its rival.
+At equal work compare STD with STD and plain with plain; in STD, ours over plain, timm the student does more work.
 """
 
 from __future__ import annotations

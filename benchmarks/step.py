@@ -2,7 +2,7 @@
 
 The plain backbone's step; the STD student's with the teacher targets given, with MINE (as in the first step of an epoch
 of the published recipes) and without (as in the others); with the targets read from a store, and
-with the teachers asked (both from a raw batch that lies on the device, augmentation included); and augmentation and
+with the teachers running (both from a raw batch that lies on the device, augmentation included); and augmentation and
 teachers on their own. MFU counts the products' operations, forward and backward, against the matrix product that this
 machine was measured to reach just before.
 """
@@ -23,7 +23,7 @@ from std_fast.teachers.stream import CachedSource, TeacherSource
 from std_fast.teachers.target_format import pack
 from std_fast.training.build import Parts
 
-PLAIN, GIVEN, STORED, ASKED = "plain backbone", "STD, targets given", "STD, targets stored", "STD, teachers asked"
+PLAIN, GIVEN, STORED, RUNNING = "plain backbone", "STD, targets given", "STD, targets stored", "STD, teachers running"
 NO_MINE = "STD, targets given, no MINE"
 
 
@@ -58,14 +58,14 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
     plain_step, step = workload.Stepper(plain), workload.Stepper(std)
     stored = workload.same_batch_stream(std, CachedSource(std.target_cache, None))
     teachers = TeacherSource(std.teachers, std.trainer.autocast)
-    asked = workload.same_batch_stream(std, teachers)
+    batches = workload.same_batch_stream(std, teachers)
 
     contestants: dict[str, Callable[[], object]] = {
         PLAIN: lambda: plain_step(bare),
         GIVEN: lambda: step(given),
         NO_MINE: lambda: step(given, with_mine=False),
         STORED: lambda: step(next(stored)),
-        ASKED: lambda: step(next(asked)),
+        RUNNING: lambda: step(next(batches)),
         "augmentation alone": torch.no_grad()(lambda: std.augment(raw)),
         "teachers alone": lambda: teachers.targets(given),
     }
@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
         rows.append(harness.row(name, one, args.batch, **more))
     ratios = [
         harness.ratio("STD (targets given) over the plain backbone", times[GIVEN], times[PLAIN]),
-        harness.ratio("targets stored over teachers asked", times[STORED], times[ASKED]),
+        harness.ratio("targets stored over teachers running", times[STORED], times[RUNNING]),
     ]
     parts = sum(times[name].seconds for name in (GIVEN, "augmentation alone", "teachers alone"))
     report = {
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
         "ratios": ratios,
         "matmul_ceiling_tflops": harness.significant(ceiling / 1e12),
         "shares": [share(name, flops, times) for name in (GIVEN, NO_MINE)],
-        "asked_over_sum_of_parts": harness.significant(times[ASKED].seconds / parts),
+        "asked_over_sum_of_parts": harness.significant(times[RUNNING].seconds / parts),
         "precision": str(workload.compute_dtype(std)).removeprefix("torch."),
     }
     if args.profile:
@@ -159,7 +159,7 @@ def show(report: dict[str, Any]) -> str:
     }  # fmt: skip
     text += "\n\n" + harness.table(report["shares"], columns)
     text += (
-        f"\n\nWith the teachers asked, a step takes {report['asked_over_sum_of_parts']} of the sum of its parts. "
+        f"\n\nWith the teachers running, a step takes {report['asked_over_sum_of_parts']} of the sum of its parts. "
         f"Ceiling of matrix products: {report['matmul_ceiling_tflops']} TFLOP/s in {report['precision']}."
     )
     if "profile" in report:

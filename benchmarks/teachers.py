@@ -69,18 +69,18 @@ def compare(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
         # float32 first: what the others are compared with, also where it is not asked for
         for precision in dict.fromkeys(("float32", *args.precisions)):
             name = f"{number} {spec.name or spec.weights}, {precision}"
-            harness.progress(f"{name}: answering")
+            harness.progress(f"{name}: predicting")
             try:
-                ask = answering(recipe, replace(spec, precision=precision), classes, device)
+                predict = teacher_of(recipe, replace(spec, precision=precision), classes, device)
             except UserError as error:
                 failed.append({"name": name, "failed": str(error)})
                 continue
-            targets = [ask(one) for one in images]
+            targets = [predict(one) for one in images]
             labels = torch.cat([answer.labels for answer in targets])
             confidence = torch.cat([answer.confidence.float() for answer in targets])
             exact = exact or (labels, confidence)
             if precision in args.precisions:
-                calls[name] = lambda ask=ask: ask(images[0])  # type: ignore[misc]
+                calls[name] = lambda predict=predict: predict(images[0])  # type: ignore[misc]
                 numbers[name] = {
                     "agree_percent": round(100 * (labels == exact[0]).float().mean().item(), 3),
                     "confidence_off": harness.significant((confidence - exact[1]).abs().mean().item(), 3),
@@ -102,8 +102,8 @@ def batches(recipe: Recipe, device: torch.device, count: int) -> tuple[list[Tens
             return [augment(batch).images.clone() for batch in itertools.islice(steps, count)], loader.num_classes
 
 
-def answering(recipe: Recipe, spec: TeacherSpec, classes: int, device: torch.device) -> Callable[[Tensor], Any]:
-    """One teacher, as a run would have it."""
+def teacher_of(recipe: Recipe, spec: TeacherSpec, classes: int, device: torch.device) -> Callable[[Tensor], Any]:
+    """One teacher as in a run of `recipe`: images `[B, 3, H, W]` -> targets."""
     alone = replace(recipe, distill=replace(recipe.distill, teachers=(spec,), assign=None, taps=None))
     teachers = build_teachers(alone, classes, device)
     assert isinstance(teachers, Teachers)
@@ -111,11 +111,11 @@ def answering(recipe: Recipe, spec: TeacherSpec, classes: int, device: torch.dev
     precision = precision_of(alone.run.precision, device)
 
     @torch.no_grad()
-    def ask(images: Tensor) -> Any:
+    def predict(images: Tensor) -> Any:
         with autocast(device, precision):
             return teachers(images)
 
-    return ask
+    return predict
 
 
 COLUMNS = {

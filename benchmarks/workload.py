@@ -164,7 +164,7 @@ def write_images(folder: Path, classes: int, count: int, side: int) -> None:
 
 
 def write_teacher(path: Path, name: str, classes: int, side: int, options: dict[str, Any]) -> None:
-    """Random weights of a timm model. UserError when timm does not know it."""
+    """Random weights of a timm model. Raises UserError for a name that timm does not have."""
     from safetensors.torch import save_file
 
     try:
@@ -267,7 +267,7 @@ def step_flops(parts: Parts, batch: TrainBatch, with_mine: bool = True) -> int:
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype, size: int = 0) -> float:
-    """FLOP/s of the best of some square matrix products: what the hardware reaches, not what its paper says."""
+    """FLOP/s of the best of some square matrix products: measured, not the data sheet's."""
     size = size or (8192 if device == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / best(lambda: torch.mm(a, b), device, calls=10 if device == "cuda" else 2)

@@ -14,7 +14,7 @@ if [ $# -lt 1 ]; then
     exit 2
 fi
 
-# Exit code of a process; a trapped signal ends bash's `wait` early, then it is asked again.
+# Exit code of a process; a trapped signal ends bash's `wait` early, so wait again.
 await() {
     local code
     while true; do
@@ -35,5 +35,5 @@ while true; do
     if [ "$code" -ne 3 ] || [ "$stopped" -eq 1 ]; then
         exit "$code" # done, a mistake, or the machine goes away
     fi
-    echo "saved; starting again" >&2 # somebody asked the run alone to stop
+    echo "saved; starting again" >&2 # only the run got the signal
 done

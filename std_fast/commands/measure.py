@@ -223,7 +223,7 @@ def time_evaluation(run: Run, seconds: float) -> float:
 
 
 def time_steps(run: Run, seconds: float) -> dict[str, Any]:
-    """Images per second of the run's loop after it has warmed up, and the memory that it took; where the student sees
+    """Images per second of the run's loop after it has warmed up, and the memory that it took; where the student gets
     smaller images early, also `early_images_per_second`."""
     if not run.recipe.student.early_size:
         return time_some(run, seconds)
@@ -279,7 +279,7 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def early(mode: dict[str, Any]) -> float:
-    """Images per second of a mode while the student sees smaller images; as later where it does not."""
+    """Images per second of a mode in its early phase of smaller images; those of the later phase where it has none."""
     return mode.get("early_images_per_second", mode["images_per_second"])
 
 

@@ -24,7 +24,7 @@ from std_fast.training.build import build_student, open_val_loader, pick_device,
 
 Record = dict[str, Any]
 
-# Okabe and Ito's colours, which most colour-blind people can tell apart
+# Okabe and Ito's colours, which most colour-blind people can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 
 

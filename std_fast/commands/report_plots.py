@@ -16,7 +16,7 @@ from std_fast.runtime.budget import PARTS
 PART_COLOURS = dict(
     zip(PARTS, ("#b8b8b8", "#8c6bb1", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#00614a", "#D55E00"), strict=True)
 )
-LIGHT = ("start", "teacher", "data")  # parts whose colour asks for dark numbers on it
+LIGHT = ("start", "teacher", "data")  # parts whose colour is light: dark numbers on them
 HEADS = {"top1_class": "class head", "top1_distill": "distillation heads", "top1_mean": "mean of both"}
 
 

@@ -38,7 +38,7 @@ def backend_of(chosen: str, device: torch.device) -> str | None:
     `auto` is inductor on a GPU with Triton.
 
     Raises:
-        UserError: inductor is asked for on a GPU where Triton is not installed, or any backend under python -O.
+        UserError: inductor on a GPU without Triton, or any backend under python -O.
     """
     if sys.flags.optimize and chosen != "off" and (chosen != "auto" or device.type == "cuda"):
         raise UserError(  # its tracer looks for the instructions of an assertion
@@ -69,7 +69,7 @@ def compiled(call: F, backend: str | None) -> F:
 
 
 def keep_cache() -> None:
-    """Compiled kernels stay in ~/.cache/std_fast (XDG_CACHE_HOME is heeded), so that the next run starts warm.
+    """Compiled kernels stay in ~/.cache/std_fast (or under XDG_CACHE_HOME), so that the next run starts warm.
 
     A TORCHINDUCTOR_CACHE_DIR of the user's decides instead. Call before anything is compiled.
     """

@@ -79,7 +79,7 @@ class World:
         """Rows `[B, ...]` of every rank, in the order of the ranks: `[W B, ...]`, without gradients."""
         if self.size == 1:
             return rows
-        flat = rows.detach().contiguous().view(torch.uint8)  # gloo knows no 16-bit integers
+        flat = rows.detach().contiguous().view(torch.uint8)  # gloo has no 16-bit integers
         everyone = flat.new_empty((self.size * len(flat), *flat.shape[1:]))
         dist.all_gather_into_tensor(everyone, flat)
         return everyone.view(rows.dtype)

@@ -64,7 +64,7 @@ class TargetCache:
     Args:
         rows: positions of an epoch that the run needs, from 0 on.
         batch: positions of a step over all ranks.
-        soft: whether the run wants the distribution.
+        soft: whether `read` gives the distribution too.
     """
 
     def __init__(

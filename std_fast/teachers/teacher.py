@@ -104,7 +104,7 @@ class Teachers(nn.Module):
         self.temperature, self.top_k = temperature, top_k
 
     def forward(self, images: Tensor) -> TeacherTargets:
-        """Images `[B, 3, H, W]`, mixed and normalised as the student sees them."""
+        """Images `[B, 3, H, W]`, mixed and normalised as for the student -> targets of the M teachers."""
         with torch.no_grad():
             logits = torch.stack([teacher(images) for teacher in self.teachers], dim=1)
             return targets_from_logits(logits, self.temperature, self.top_k)
@@ -244,7 +244,7 @@ def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) 
 def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """A file of weights for the model that the recipe names: a backbone of this project, or timm's."""
     if not spec.name:
-        raise UserError(f"{where}.name: is needed, because {spec.weights!r} is not a folder that says what it holds")
+        raise UserError(f"{where}.name: is needed, because {spec.weights!r} is a file, which does not name its model")
     state = read_weights(path)
     if spec.name not in BACKBONES:
         return load_timm(path, state, spec, data, image_size, where)
@@ -316,7 +316,7 @@ def load_timm(
 
 
 def converted(name: str, state: dict[str, Tensor], image_size: int, num_classes: int, options: dict) -> Any:
-    """The model with weights that timm knows how to convert; None where it does not."""
+    """The model with weights that timm can convert; None where it cannot."""
     overlay = {"state_dict": state, "num_classes": num_classes}  # with the right number of classes timm loads strictly
     options = {**options, "num_classes": num_classes, "pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
