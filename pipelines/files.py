@@ -1,7 +1,8 @@
-"""Files that are replaced in one piece, and what waits for the disk."""
+"""Files that are replaced in one piece or grow by complete records, and what waits for the disk."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,23 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class AppendFile:
+    """A file that records are appended to, each of them complete or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)
+
+    def append(self, record: bytes) -> None:
+        """Raises OSError where the record cannot be written; nothing of it then stays in the file."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(record) != len(record):  # the last bytes of a disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+
+    def close(self) -> None:
+        self._file.close()

@@ -67,7 +67,13 @@ def confined(function: Callable[..., Any], *args: Any, memory: int = MEMORY, sec
     command = [sys.executable, "-c", "from pipelines.untrusted import _child; _child()"]
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = os.environ | {"PYTHONPATH": paths, "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(command, input=json.dumps(call).encode(), capture_output=True, env=environment)
+    child = subprocess.run(
+        command,
+        input=json.dumps(call).encode(),
+        capture_output=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is the parent's affair: it may wait for the file
+    )
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         limit = f": it took more than {seconds} s" if -child.returncode in (signal.SIGXCPU, signal.SIGKILL) else ""

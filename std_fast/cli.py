@@ -12,13 +12,21 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from typing import NoReturn
 
 from pipelines.errors import UserError, did_you_mean, one_line
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
-from std_fast.commands.arguments import STOPPED, Parser, Verb, parse
+from std_fast.commands.arguments import STOPPED, Parser, Verb, output_lost, parse
 from std_fast.runtime.memory import ran_out
+from std_fast.runtime.process import (
+    INTERRUPTED,
+    STOP_SIGNALS,
+    LogHandler,
+    leave_on_signal,
+    open_streams,
+    say,
+    settle,
+)
 
 _ORDER = (
     "convert inspect verify warm train plan report teach eval predict export recipes preview info bench doctor demo"
@@ -33,19 +41,19 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is escaped, and no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[LogHandler(sys.stderr)])
     logging.getLogger("std_fast").setLevel(logging.INFO)
     try:
-        with stoppable() if argv[:1] == ["train"] else contextlib.nullcontext():
+        with leave_on_signal(STOPPED) if argv[:1] in (["train"], ["teach"]) else contextlib.nullcontext():
             return run(argv)
     except UserError as error:
-        print(f"std-fast: {error}", file=sys.stderr)
+        say(f"std-fast: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
         what = " ".join(str(error).split()) or "no more to be had"
-        print(f"std-fast: memory was short ({what}); use smaller batches or fewer workers", file=sys.stderr)
+        say(f"std-fast: memory was short ({what}); use smaller batches or fewer workers")
         return 2
     except BrokenPipeError:  # the reader of our output has left, e.g. `| head`
         return 0
@@ -53,45 +61,28 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         line = one_line(f"{os.fsdecode(error.filename)}: {error.strerror}; make it usable, or name another path")
-        print(f"std-fast: {line}", file=sys.stderr)
+        say(f"std-fast: {line}")
         return 2
     except KeyboardInterrupt:
-        print("std-fast: interrupted", file=sys.stderr)
-        return 130
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM or SIGUSR1 before a training has begun (importing torch takes seconds), or after it: exit code 3.
-
-    The process ends at once: an exception would be lost where a module is compiled, and the training would begin.
-    """
-
-    def leave(_signum: int, _frame: object) -> NoReturn:
-        with contextlib.suppress(Exception):  # a reader that has left, or the signal came in the middle of a write
-            sys.stdout.flush()
-        os._exit(STOPPED)
-
-    kept = {}
-    with contextlib.suppress(ValueError):  # not the main thread
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
-            kept[signum] = signal.signal(signum, leave)
-    try:
-        yield
-    finally:
-        for signum, handler in kept.items():
-            signal.signal(signum, handler)
+        say("std-fast: interrupted")
+        return INTERRUPTED
 
 
 def entry(argv: list[str] | None = None) -> NoReturn:
     """`main` as a process."""
-    code = main(argv)
-    for signum in (signal.SIGTERM, signal.SIGUSR1):  # all is saved and said: a late one must not change the exit code
-        signal.signal(signum, signal.SIG_IGN)
+    open_streams()
     try:
-        sys.stdout.flush()
-    except OSError:  # the reader has left: the interpreter must not try again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = main(argv)
+    except SystemExit as end:  # argparse, after --help
+        code = end.code if isinstance(end.code, int) else 0
+    for signum in STOP_SIGNALS:  # all is saved and said: a late one must not change the exit code
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL if signum == signal.SIGINT else signal.SIG_IGN)
+    lost = settle(sys.stdout)
+    if lost is not None and not isinstance(lost, BrokenPipeError):
+        say(f"std-fast: {output_lost(lost)}")
+        code = code or 2
+    settle(sys.stderr)
     sys.exit(code)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from pipelines.errors import UserError
+from std_fast.runtime.process import say, settle
 
 # exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
 STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
@@ -80,9 +82,28 @@ def split_overrides(words: list[str], options: Collection[str] = ()) -> tuple[li
     return own, overrides
 
 
-def show(args: argparse.Namespace, data: dict, text: str) -> None:
-    """One JSON document on standard output with --json, otherwise the text."""
-    print(json.dumps(data, indent=1) if args.json else text)
+def show(args: argparse.Namespace, data: dict, text: str, kept: str = "") -> None:
+    """One JSON document on standard output with --json, otherwise the text. A reader that has left is no error.
+
+    Args:
+        kept: the file that also holds it. Output that cannot be written is then only a warning.
+
+    Raises:
+        UserError: standard output cannot be written.
+    """
+    try:
+        print(json.dumps(data, indent=1) if args.json else text, flush=True)
+    except OSError as error:
+        settle(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return
+        if not kept:
+            raise UserError(output_lost(error)) from None
+        say(f"{output_lost(error)}; what it lost is in {kept}")
+
+
+def output_lost(error: OSError) -> str:
+    return f"standard output: cannot be written ({error.strerror})"
 
 
 def add_json(parser: Parser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, parse_seconds
-from std_fast.runtime.distributed import World, init_distributed
+from std_fast.runtime.distributed import Agreement, World, init_distributed
 from std_fast.runtime.metrics import Progress
+from std_fast.runtime.process import stop_on_signal
 from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.target_format import pack
 from std_fast.teachers.teacher import autocast
 from std_fast.training.build import build_teachers, make_fast, open_train_loader, pick_device, precision_of, uses_gpu
+from std_fast.training.run import Stopped
 
 log = logging.getLogger("std_fast")
 
@@ -33,6 +36,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     torchrun, the processes share the work.
 
     Raises:
+        Stopped: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP; what was done is stored.
         UserError: the recipe names no teachers, no folder or no length in epochs; whatever else the user can fix.
     """
     d, run = recipe.distill, recipe.run
@@ -40,46 +44,61 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
         raise UserError(
             "distill.target_cache: is empty; name the folder to be made, e.g. --distill.target-cache targets/run1"
         )
-    with init_distributed(uses_gpu(run.device), parse_seconds(run.timeout, "run.timeout")) as world:
+    limit = parse_seconds(run.timeout, "run.timeout")
+    with stop_on_signal() as asked, init_distributed(uses_gpu(run.device), limit) as world:
         device = pick_device(run.device)
         with open_train_loader(recipe, device, world, drop_last=False) as loader:
             epochs = epochs_needed(recipe, loader.source.num_samples // run.batch)
             if epochs is None:
                 raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
-            asked, seconds = fill_cache(recipe, loader, device, world, epochs, quiet)
+            try:
+                images, seconds = fill_cache(recipe, loader, device, world, epochs, quiet, asked)
+            except Stopped:  # all ranks alike: they stay until rank 0 has stored all, or torchrun would end it
+                world.wait_for_all()
+                raise
             world.wait_for_all()
     return {
         "targets": d.target_cache,
         "epochs": epochs,
         "views": d.views,
-        "asked": asked,
-        "images_per_second": round(asked / seconds, 1),
+        "asked": images,
+        "images_per_second": round(images / seconds, 1),
         "bytes": sum(file.stat().st_size for file in Path(d.target_cache).glob("epoch-*") if file.suffix != ".partial"),
     }
 
 
 def fill_cache(
-    recipe: Recipe, loader: Loader, device: torch.device, world: World, epochs: int, quiet: bool
+    recipe: Recipe,
+    loader: Loader,
+    device: torch.device,
+    world: World,
+    epochs: int,
+    quiet: bool,
+    signals: Sequence[int] = (),
 ) -> tuple[int, float]:
     """Stores what is missing of the first `epochs` epochs.
 
+    Args:
+        signals: that asked it to stop; the caller adds to it.
+
     Returns:
         How many images the teachers were run on, and in how many seconds.
+
+    Raises:
+        Stopped: `signals` holds one, on any rank.
     """
     run, samples = recipe.run, loader.source.num_samples
     precision = precision_of(run.precision, device)
     even = samples // 2 * 2  # a last odd one has no neighbour to be mixed with
     cache = open_target_cache(recipe, loader, precision, even, world)
-    teachers = build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
-    assert cache is not None and teachers is not None
-    augment = Augment(recipe.augment, run.seed).to(device)
-    make_fast(run.compile, device, augment, teachers)
-    source = TeacherSource(teachers, functools.partial(autocast, device, precision))
-    stream = BatchStream(loader, augment, source)
+    assert cache is not None
+    stream = teacher_stream(recipe, loader, device, precision)
     bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
     began, asked, steps = time.perf_counter(), 0, loader.steps_per_epoch
+    agreement = Agreement(world)
     try:
         for epoch in range(epochs):
+            check_signals(agreement, signals, epoch, cache)
             if world.broadcast(world.main and is_complete(cache, epoch)):
                 bar.note(epoch + 1, "is there")
                 continue
@@ -87,6 +106,7 @@ def fill_cache(
             first = world.broadcast(writer.filled()) // run.batch
             stream.seek(epoch * steps + first)
             for step in range(first, steps):
+                check_signals(agreement, signals, epoch, cache)
                 batch = next(stream)
                 writer.add(step, pack(batch.targets))
                 asked += min(run.batch, even - step * run.batch)
@@ -100,6 +120,22 @@ def fill_cache(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return asked, time.perf_counter() - began
+
+
+def teacher_stream(recipe: Recipe, loader: Loader, device: torch.device, precision: str) -> BatchStream:
+    """Augmented batches with the targets of the recipe's teachers."""
+    teachers = build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
+    assert teachers is not None
+    augment = Augment(recipe.augment, recipe.run.seed).to(device)
+    make_fast(recipe.run.compile, device, augment, teachers)
+    return BatchStream(loader, augment, TeacherSource(teachers, functools.partial(autocast, device, precision)))
+
+
+def check_signals(agreement: Agreement, signals: Sequence[int], epoch: int, cache: TargetCache) -> None:
+    """Raises Stopped, on all ranks alike, where one of them has got a signal."""
+    (stop,) = agreement(bool(signals))
+    if stop:
+        raise Stopped(f"stopped in epoch {epoch + 1}; the same command continues {cache.folder}")
 
 
 def is_complete(cache: TargetCache, epoch: int) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from std_fast.commands.arguments import NOT_FINITE, PEER_LOST, STOPPED, Parser, Verb, add_json, add_recipe, show
+from std_fast.runtime.process import say
 
 
 def add_train(parser: Parser) -> None:
@@ -33,10 +33,10 @@ def train(args: argparse.Namespace) -> int:
         summary = run_training(recipe, resume=args.resume, quiet=args.quiet)
     except (Stopped, NotFinite) as end:
         if rank() == 0:
-            print(f"std-fast: {end}", file=sys.stderr)
+            say(f"std-fast: {end}")
         return STOPPED if isinstance(end, Stopped) else NOT_FINITE
     except PeerLost as error:
-        print(f"std-fast: {error}", file=sys.stderr)
+        say(f"std-fast: {error}")
         return PEER_LOST
     if rank() != 0:
         return 0
@@ -44,7 +44,8 @@ def train(args: argparse.Namespace) -> int:
     heads = "  ".join(f"{k} {v:.2f} %" for k, v in result.items() if k.startswith("top1"))
     where = resolved(recipe).run.out
     lines = [heads or "no validation data", f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
-    show(args, summary, "\n".join([*lines, in_words(summary["seconds"])]))
+    text = "\n".join([*lines, in_words(summary["seconds"])])
+    show(args, summary, text, kept=f"{where}/summary.json")
     return 0
 
 
@@ -82,12 +83,17 @@ def teach(args: argparse.Namespace) -> int:
     from std_fast.commands.teach import teach as ask_teachers
     from std_fast.config import recipe as recipes
     from std_fast.runtime.distributed import PeerLost, rank
+    from std_fast.training.run import Stopped
 
     views = [("distill.views", args.views)] if args.views else []
     try:
         data = ask_teachers(recipes.load(args.recipe, [*args.overrides, *views]), quiet=args.quiet)
+    except Stopped as end:
+        if rank() == 0:
+            say(f"std-fast: {end}")
+        return STOPPED
     except PeerLost as error:
-        print(f"std-fast: {error}", file=sys.stderr)
+        say(f"std-fast: {error}")
         return PEER_LOST
     if rank() == 0:
         text = f"{data['targets']}: {data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB, {data['asked']} images asked"

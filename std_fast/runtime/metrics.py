@@ -1,24 +1,22 @@
-"""Meters on the device, read only when a line is logged; JSONL, TensorBoard and a progress line."""
+"""Meters on the device, read only when a line is logged; `metrics.jsonl` and a progress line."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import platform
+import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 import torch
 from torch import Tensor
 
-from pipelines.files import write_atomic
+from pipelines.files import AppendFile, write_atomic
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
-
-log = logging.getLogger("std_fast")
+from std_fast.runtime.trackers import Tracker
+from std_fast.runtime.write_faults import WriteFaults
 
 
 class Meters:
@@ -57,72 +55,47 @@ class Meters:
         return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
 
-class Board:
-    """Scalars in TensorBoard's file format, by its own record writer. Its SummaryWriter would write in a thread, where
-    a full disk ends in a traceback, and the metrics in nothing.
-
-    Raises ImportError without TensorBoard, OSError when the file cannot be written.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        """purge_step: what earlier files hold from this step on is void."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = Event, Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
-        self._records = RecordWriter(open(folder / name, "ab"))
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **fields: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-        self._records.flush()
-
-    def add(self, values: dict[str, float], step: int) -> None:
-        values_of = self._summary.Value
-        summary = self._summary(value=[values_of(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._write(step=step, summary=summary)
-
-    def close(self) -> None:
-        self._records.close()
-
-
 class Journal:
-    """The run's record: `metrics.jsonl` (one JSON object a line) and TensorBoard's files beside it.
+    """The run's record: `metrics.jsonl` (one JSON object a line) and its trackers.
 
-    Every record has `step`, `samples`, `epoch` and `time` (Unix seconds) and a `kind`: "train", "eval" or "end".
+    Every record has `step`, `samples`, `epoch` and `time` (Unix seconds) and a `kind`: "train", "eval" or "end". What
+    cannot be written is counted in `faults`; a later record is tried again.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_jsonl(self.path) if r["step"] <= resume_step] if resume_step else []
-        # what was logged after the checkpoint is about to be logged again
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board: Board | None = None
-        try:
-            self._board = Board(folder / "tensorboard", resume_step + 1 if resume_step else None)
-        except ImportError:
-            log.warning("TensorBoard is not installed, metrics go to %s only: pip install tensorboard", self.path)
+    def __init__(self, folder: Path, resume_step: int, trackers: dict[str, Tracker], faults: WriteFaults) -> None:
+        """resume_step: what was logged after it is removed, since it will be logged again."""
+        self.path, self.faults, self.trackers = folder / "metrics.jsonl", faults, trackers
+        self._resume_step, self._finished = resume_step, False
+        self._file: AppendFile | None = None
+        with faults.counted(self.path.name):
+            self._open()
+
+    def _open(self) -> AppendFile:
+        if self._file is None:
+            records = read_jsonl(self.path) if self._resume_step else []
+            kept = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= self._resume_step]
+            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+            self._file = AppendFile(self.path)
+        return self._file
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """`record` needs `step`; metrics also go to TensorBoard as `kind/name`."""
+        """`record` needs `step`; its numbers also go to the trackers, as `kind/name`."""
         record = {"kind": kind, "time": round(time.time(), 3), **record}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            named = {f"{kind}/{name}": value for name, value in numbers.items() if name not in ("step", "time")}
-            self._board.add(named, record["step"])
+        with self.faults.counted(self.path.name):
+            self._open().append((json.dumps(record) + "\n").encode())
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        metrics = {f"{kind}/{name}": value for name, value in numbers.items() if name not in ("step", "time")}
+        for name, tracker in self.trackers.items():
+            with self.faults.counted(name):
+                tracker.log(record["step"], metrics)
+        self._finished |= kind == "end"
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._file is not None:
+            self._file.close()
+        for name, tracker in self.trackers.items():
+            with self.faults.counted(name):
+                tracker.close(self._finished)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -138,13 +111,34 @@ def read_jsonl(path: Path) -> list[dict]:
     return records
 
 
-LINE_SECONDS, LINE_SHARE, LINE_GAP = 10.0, 0.05, 1.0
+FIRST_LINES, LINE_SECONDS, LINE_SHARE, LINE_GAP = 2, 10.0, 0.05, 1.0
+STDERR = "standard error"
+
+
+class CountingStream:
+    """A text stream whose writes raise nothing: errors, as of a terminal that is gone, are counted. For rich, which
+    also writes in a thread of its own."""
+
+    def __init__(self, stream: TextIO, faults: WriteFaults) -> None:
+        self._stream, self._faults = stream, faults
+
+    def write(self, text: str) -> int:
+        with self._faults.counted(STDERR):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._faults.counted(STDERR):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere. Everything goes to standard error.
+    """A progress bar on a terminal, plain lines elsewhere, on standard error; what cannot be written there is counted.
 
-    Away from a terminal a line is printed at the beginning and at the end, and between them when LINE_SECONDS have
+    Away from a terminal the first FIRST_LINES and the last are printed, and between them a line when LINE_SECONDS have
     passed since the last one, or LINE_SHARE of the total is done since then and LINE_GAP seconds have passed.
     """
 
@@ -155,13 +149,15 @@ class Progress:
         unit: str,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        faults: WriteFaults | None = None,
     ) -> None:
         """clock: seconds, for tests."""
-        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self._clock = clock
-        self._printed: tuple[float, float] | None = None  # when the last line was printed, and how much was done
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet or sys.stderr is None
+        self._clock, self._faults = clock, faults or WriteFaults()
+        self._printed = (0.0, 0.0)  # when the last line was printed, and how much was done
+        self._lines = 0
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -173,7 +169,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                console=Console(file=cast(IO[str], CountingStream(sys.stderr, self._faults))),
                 transient=False,
             )
             self._bar.start()
@@ -189,15 +185,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=text)
         elif not self.quiet and self._line_due(done):
-            print(f"{self.what} {done:g}/{self.total:g} {self.unit}  {text}", file=sys.stderr, flush=True)
+            self._print(f"{self.what} {done:g}/{self.total:g} {self.unit}  {text}")
 
     def _line_due(self, done: float) -> bool:
         now = self._clock()
-        if self._printed is not None and not 0 < self.total <= done:
+        if self._lines >= FIRST_LINES and not 0 < self.total <= done:
             seconds, amount = now - self._printed[0], done - self._printed[1]
             if seconds < LINE_SECONDS and (not 0 < LINE_SHARE * self.total <= amount or seconds < LINE_GAP):
                 return False
-        self._printed = now, done
+        self._printed, self._lines = (now, done), self._lines + 1
         return True
 
     def say(self, text: str) -> None:
@@ -205,7 +201,11 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            self._print(text)
+
+    def _print(self, line: str) -> None:
+        with self._faults.counted(STDERR):
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

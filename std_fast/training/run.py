@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from std_fast.runtime.budget import Clock, Ledger, Pace, in_words, process_secon
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
+from std_fast.runtime.process import stop_on_signal
 from std_fast.runtime.trace import open_trace
 from std_fast.training.build import build, resolved, uses_gpu
 from std_fast.training.content import content_of
@@ -275,7 +275,7 @@ def train(
 
     Raises:
         UserError: something that the user can fix, a batch too large for the memory too.
-        Stopped: SIGTERM, SIGUSR1 or `stop_wanted`; the run is saved.
+        Stopped: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP or `stop_wanted`; the run is saved.
         NotFinite: a loss or gradient was not finite, and the recipe says to stop; the state before it is saved.
         PeerLost: started by torchrun, and another process has died or hangs.
     """
@@ -310,27 +310,3 @@ def _train(
                 run.folder.writer.wait()
             finally:
                 run.close()
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """SIGTERM and SIGUSR1 ask a run to save and stop after the present step: they are put into the list.
-
-    Nothing where signals cannot be set.
-    """
-    asked: list[int] = []
-
-    def ask(signum: int, _frame: object) -> None:
-        asked.append(signum)
-
-    kept = {}
-    try:
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
-            kept[signum] = signal.signal(signum, ask)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield asked
-    finally:
-        for signum, handler in kept.items():
-            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, the progress on standard error, and `summary.json`."""
+"""What a run reports: `metrics.jsonl` and its trackers, the progress on standard error, and `summary.json`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from std_fast.runtime.budget import Clock, Ledger, productive_seconds
 from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import Journal, Progress
 from std_fast.runtime.speed import peak_memory, speed_in_words
+from std_fast.runtime.trackers import TensorBoard, Tracker
+from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.build import Parts
 from std_fast.training.run_folder import versions
 from std_fast.training.schedule import StepSettings
@@ -35,13 +37,17 @@ class RunLog:
         self.folder, self.parts, self.clock, self.ledger, self.world = folder, parts, clock, ledger, world
         self.batch, self.steps_per_epoch = batch, parts.train_loader.steps_per_epoch
         self._closing = ExitStack()
-        self._journal = Journal(folder, step) if world.main else None
+        self._write_faults = WriteFaults()
+        self._journal = Journal(folder, step, self._trackers(step), self._write_faults) if world.main else None
         if self._journal is not None:
             self._closing.callback(self._journal.close)
         what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
-        self.progress = Progress(what, total or 0, unit, quiet or not world.main)
+        self.progress = Progress(what, total or 0, unit, quiet or not world.main, faults=self._write_faults)
         self._closing.callback(self.progress.close)
         self.start()
+
+    def _trackers(self, step: int) -> dict[str, Tracker]:
+        return {"tensorboard": TensorBoard(self.folder / "tensorboard", step)}
 
     def start(self) -> None:
         """The next line of the log is about what follows this call."""
@@ -97,7 +103,8 @@ class RunLog:
             "recipe": dump(parts.recipe),
         }
         if self.world.main:
-            write_atomic(path, json.dumps(report, indent=1))
+            with self._write_faults.counted(path.name):  # the state before the step is still to be saved
+                write_atomic(path, json.dumps(report, indent=1))
         return path
 
     def faults(self, bad_steps: int) -> dict[str, int]:
@@ -124,6 +131,7 @@ class RunLog:
             "best": best,
             **self.faults(len(bad_steps)),
             "bad_steps": bad_steps,
+            "lost_writes": self._write_faults.counts,
             "corrupt_names": [source.name(index) for index in sorted(corrupt)],
             "images_per_second": round(samples / busy, 1) if busy else None,
             "peak_memory_gib": round(peak_memory(parts.device) / 2**30, 3),

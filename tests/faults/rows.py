@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
+from std_fast.runtime.process import SAME_PRESS
 from tests.faults.ground import Ground, Seen, ends, enlarge, fault, logged, small_disk, steps_saved
 from tests.faults.kills import KilledTraining, assert_same_bits, final_tensors
 from tests.killing import ROOT, Child, kill_again_and_again
@@ -509,6 +511,116 @@ def _(ground: Ground) -> Seen:
         assert "Traceback" not in child.text and checkpoint.newest(ground.folder / "run" / "checkpoints")
     ground.resumed(recipe, expected)
     return Seen("saved, exit 3, the same bits", times)
+
+
+@fault("train: Ctrl-C, and the terminal is closed (SIGINT, SIGHUP)", "saved, exit 3; resumed, the same bits")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    expected = ground.expected(recipe)
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        with ground.train(recipe, before=heed_all) as child:
+            before = logged(ground.folder / "run")
+            child.until(lambda before=before: logged(ground.folder / "run") > before)
+            child.send(signum)
+            assert child.wait() == 3, child.text[-1500:]
+        assert "Traceback" not in child.text and checkpoint.newest(ground.folder / "run" / "checkpoints")
+    ground.resumed(recipe, expected)
+    return Seen("saved, exit 3, the same bits", 2)
+
+
+def heed_all() -> None:
+    """As started from a terminal, whoever runs the campaign."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+@fault("train: Ctrl-C twice", "exit 130 at once, though a save is slow; resumed, the same bits")
+def _(ground: Ground) -> Seen:
+    recipe = ground.recipe()
+    expected = ground.expected(recipe)
+    times = 2 * ground.scale
+    for _number in range(times):
+        (ground.folder / "run" / "metrics.jsonl").unlink(missing_ok=True)
+        with ground.train(recipe, before=slow_saves) as child:
+            child.until(lambda: logged(ground.folder / "run") >= 2)
+            child.send(signal.SIGINT)
+            child.until(lambda child=child: "Ctrl-C again" in child.text)
+            child.sleep(2 * SAME_PRESS)
+            child.send(signal.SIGINT)
+            began = time.monotonic()
+            assert child.wait() == 130 and "Traceback" not in child.text, child.text[-1500:]
+            notice = time.monotonic() - began
+    ground.resumed(recipe, expected)
+    return Seen("left at once, the same bits", times, notice=notice, lost=SINCE_THE_SAVE)
+
+
+def slow_saves() -> None:
+    heed_all()
+    kept = checkpoint.save
+
+    def save(*args: object) -> None:
+        time.sleep(30.0)
+        kept(*args)  # type: ignore[arg-type]
+
+    checkpoint.save = save
+
+
+@fault("convert: Ctrl-C", "exit 130 with one line; started again, the same bytes")
+def _(ground: Ground) -> Seen:
+    child, _ = converting(ground, before=heed_python)
+    with child:
+        child.send(signal.SIGINT)
+        seconds, _line = ends(child, 130, "interrupted")
+    converts_to_the_end(ground)
+    return Seen("one line, the same bytes", notice=seconds, lost="the last second of converting")
+
+
+def heed_python() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def loses_its_log(name: str, before: Callable[[], None]) -> None:
+    @fault(f"train: {name}", "it trains to its end, exit 0, the same bits; what was lost is counted")
+    def _(ground: Ground) -> Seen:
+        recipe = ground.recipe()
+        expected = ground.expected(recipe)
+        with ground.start(["train", ground.write(recipe)], before=before) as child:
+            assert child.wait() == 0, child.text[-1500:]
+        run = ground.folder / "run"
+        assert_same_bits(final_tensors(run), expected)
+        lost = json.loads((run / "summary.json").read_text())["lost_writes"]
+        # a stream that was closed at the start leads to the null device
+        assert set(lost) == (set() if before is closed_streams else {"standard error"}), lost
+        assert "Traceback" not in child.text
+        return Seen("the same bits", lost=f"lines of the log: {lost.get('standard error', 'all')}")
+
+
+def reader_gone() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    write_to(writer)
+
+
+def log_disk_full() -> None:
+    write_to(os.open("/dev/full", os.O_WRONLY))
+
+
+def write_to(fd: int) -> None:
+    for number in (1, 2):
+        os.dup2(fd, number)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)
+
+
+def closed_streams() -> None:
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    for number in (0, 1, 2):
+        os.close(number)
+
+
+loses_its_log("the reader of its log leaves (| head)", reader_gone)
+loses_its_log("the disk of its log is full", log_disk_full)
+loses_its_log("its standard streams are closed", closed_streams)
 
 
 @fault("two trainings into one folder", "the second: exit 2, one line; the first is not disturbed")

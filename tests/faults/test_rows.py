@@ -11,7 +11,7 @@ from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.ground import FAULTS, Ground
 from tests.faults.kills import KilledTraining, small_recipe
 
-QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints")
+QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints", "the reader of its log")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Training from stored targets is training with the teachers, to the bit and without them."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -140,6 +142,24 @@ def test_teach_continues_and_rewrites_what_is_damaged(recipe, tmp_path, monkeypa
         train(recipe, quiet=True)
     assert teach(recipe, quiet=True)["asked"] == 24
     assert path.read_bytes() == complete
+
+
+def test_teach_stops_on_a_signal_and_continues(recipe, tmp_path, monkeypatch):
+    recipe = into(recipe, tmp_path / "run", target_cache=str(tmp_path / "store"))
+    kept, calls = EpochWriter.add, []
+
+    def signalled(self, step, words):
+        calls.append((self.epoch, step))
+        kept(self, step, words)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # whoever runs the tests may ignore some
+    monkeypatch.setattr(EpochWriter, "add", signalled)
+    with pytest.raises(Stopped, match=r"stopped in epoch 2; the same command continues .*store"):
+        teach(recipe, quiet=True)
+    assert teach(recipe, quiet=True)["asked"] == 8
+    assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 def fifteen(image_folder, to):

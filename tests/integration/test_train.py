@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import resource
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -180,10 +182,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(recipe, t
     assert all(t.isfinite().all() for n, t in tensors.items() if n.startswith("model.") and "log_average" not in n)
 
 
-def test_sigterm_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys, monkeypatch, signum):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe))
-    original = cli_train_with(lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # whoever runs the tests may ignore some
+    original = cli_train_with(lambda run: os.kill(os.getpid(), signum) if run.step == 2 else None)
     try:
         assert cli.main(["train", str(path), "--quiet"]) == STOPPED
     finally:
@@ -191,6 +195,32 @@ def test_sigterm_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys):
     assert "step 2, saved" in capsys.readouterr().err
     assert cli.main(["train", str(path), "--quiet", "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 9
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeypatch):
+    """The disk is full from step 2 to step 7; standard error leads to a reader that has left."""
+    undisturbed = train(at(recipe, tmp_path / "undisturbed", recipe.data.train), quiet=True)
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def fill(run):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 if 2 <= run.step < 7 else kept[0], kept[1]))
+
+    with open(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        try:
+            summary = train(at(recipe, tmp_path / "run", recipe.data.train, log_every=1), on_step=fill)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    lost = summary["lost_writes"]
+    assert lost["standard error"] >= 5
+    assert lost["metrics.jsonl"] == lost["tensorboard"] == 7  # two evaluations among them
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["lost_writes"] == lost
+    assert summary["result"] == undisturbed["result"] and undisturbed["lost_writes"] == {}
+    logged = [r["step"] for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert logged == [1, 2, 8, 9]
 
 
 def cli_train_with(on_step):

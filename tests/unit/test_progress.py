@@ -1,17 +1,22 @@
-"""Progress away from a terminal: few lines, the first and the last always among them."""
+"""Progress away from a terminal: few lines, the first two and the last always among them."""
+
+import os
+import pty
+import sys
 
 import pytest
 
-from std_fast.runtime.metrics import Progress
+from std_fast.runtime.metrics import STDERR, Progress
+from std_fast.runtime.write_faults import WriteFaults
 
 
 @pytest.mark.parametrize(
     ("total", "seconds", "printed"),
     [
-        (1000, 1000.0, list(range(1, 1000, 10)) + [1000]),  # 1 image/s: every 10 s
-        (1000, 100.0, list(range(1, 1000, 50)) + [1000]),  # every 5 %, which takes 5 s
-        (1000, 4.0, [1, 251, 501, 751, 1000]),  # never more than one a second
-        (0, 1000.0, list(range(1, 1000, 10))),  # the total is unknown
+        (1000, 1000.0, [1, *range(2, 1000, 10), 1000]),  # 1 image/s: every 10 s
+        (1000, 100.0, [1, *range(2, 1000, 50), 1000]),  # every 5 %, which takes 5 s
+        (1000, 4.0, [1, 2, 252, 502, 752, 1000]),  # never more than one a second
+        (0, 1000.0, [1, *range(2, 1000, 10)]),  # the total is unknown
     ],
 )
 def test_lines_printed(total: int, seconds: float, printed: list[int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,3 +33,37 @@ def test_lines_printed(total: int, seconds: float, printed: list[int], capsys: p
 def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Progress("converted", 10, "images", quiet=True).note(10, "done")
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_has_left_is_counted_and_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    faults = WriteFaults()
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        progress = Progress("step", 2, "", faults=faults)
+        progress.note(1, "loss 1.0")
+        progress.note(2, "loss 0.5")
+        progress.say("the end")
+        progress.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # what is in the buffer
+    assert faults.counts == {STDERR: 3}
+    assert [r.message for r in caplog.records if "Broken pipe" in r.message] == [caplog.records[0].message]
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a lost ssh session: its bar is written by a thread too."""
+    reader, writer = pty.openpty()
+    faults = WriteFaults()
+    with open(writer, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress("step", 2, "", faults=faults)
+        os.close(reader)
+        progress.update(1)
+        progress.note(1, "loss 1.0")
+        progress.say("step 1: top-1 50 %")
+        progress.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert faults.counts[STDERR] > 0

@@ -1,0 +1,126 @@
+"""Signals and standard streams, in real processes. They import no torch, so that they start at once."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from std_fast import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPING = """
+import signal, sys, time
+from std_fast.runtime.process import stop_on_signal
+with stop_on_signal() as asked:
+    print("ready", flush=True)
+    while len(asked) < 1:
+        time.sleep(0.01)
+    print(signal.Signals(asked[0]).name, flush=True)
+    if "save" in sys.argv:
+        time.sleep(60)
+"""
+
+
+def start(code, *words, **more):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def heed():
+    """In the child: as started from a terminal, whoever runs the tests."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_each_of_them_asks_once(signum):
+    with start(STOPPING, preexec_fn=heed) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == (f"{signum.name}\n", 0)
+    assert ("Ctrl-C again" in err) == (signum == signal.SIGINT)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    with start(STOPPING, preexec_fn=nohup) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "SIGTERM\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    with start(STOPPING, "save", preexec_fn=heed) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT\n"
+        while process.poll() is None:  # one within SAME_PRESS counts as the same
+            process.send_signal(signal.SIGINT)
+            with_limit(process)
+        assert process.returncode == 130
+
+
+def with_limit(process):
+    try:
+        process.wait(0.1)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def test_a_closed_stream_gives_its_descriptor_to_no_file(tmp_path):
+    code = (
+        "import os, sys\nfrom std_fast.runtime.process import open_streams\nopen_streams()\n"
+        "print('lost', file=sys.stderr)\nos.write(2, b'lost')\n"
+        "file = open(sys.argv[1], 'w')\nsys.exit(file.fileno() < 3)"
+    )
+    with start(code, str(tmp_path / "file"), preexec_fn=lambda: (os.close(0), os.close(2))) as process:
+        assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("word", "unbuffered"), [("recipes", ""), ("recipes", "1"), ("--help", "")])
+def test_output_on_a_full_disk_is_an_error_of_one_line(word, unbuffered):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "std_fast.cli", word]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    line = "std-fast: standard output: cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code():
+    command = [sys.executable, "-m", "std_fast.cli", "trian"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=full, stderr=full)
+    assert done.returncode == 2
+
+
+def test_log_lines_that_cannot_be_written_are_lost_without_a_traceback(monkeypatch):
+    """logging would print one for each of them."""
+    with open("/dev/full", "w", buffering=1) as full:
+        record = cli.logging.LogRecord("std_fast", 30, __file__, 1, "resumed %s", ("run",), None)
+        monkeypatch.setattr(sys, "stderr", shown := Shown())
+        cli.LogHandler(full).handle(record)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert shown.text == ""
+    cli.LogHandler(shown).handle(cli.logging.LogRecord("std_fast", 30, __file__, 1, "%d", ("no number",), None))
+    assert "Traceback" in shown.text
+
+
+class Shown:
+    text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
