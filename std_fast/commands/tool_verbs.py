@@ -12,8 +12,8 @@ from pipelines.errors import UserError
 from std_fast.commands.arguments import Parser, Verb, add_json, show
 
 BENCHMARKS = (
-    "peers", "kernels", "step", "options", "overlap", "end_to_end", "compile", "roofline", "students", "teachers",
-    "loader", "mine_gaussians", "ranks", "budget_runs", "soak", "evidence", "codegen", "gpu_suite",
+    "peers", "kernels", "step", "options", "accumulate", "overlap", "end_to_end", "compile", "roofline", "students",
+    "teachers", "loader", "mine_gaussians", "ranks", "budget_runs", "soak", "evidence", "codegen", "gpu_suite",
 )  # fmt: skip
 
 

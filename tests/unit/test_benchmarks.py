@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_suite, harness, kernels, naive, peers, step, workload
+from benchmarks import accumulate, gpu_suite, harness, kernels, naive, peers, step, workload
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast import cli
@@ -117,6 +117,14 @@ def test_naive_std_is_the_same_function(teachers):
     z = torch.randn(4, 9, 12, dtype=torch.float64)
     for ours, plain in zip(module(z), naive.std_by_concatenation(module, z), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_pieces_of_a_batch_are_trained_alike():
+    report = accumulate.run(tiny_args(pieces=[1, 2, 4], steps=0))
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["1 x 16", "2 x 8", "4 x 4"]
+    for row in report["rows"]:
+        assert len(row["losses"]) == 4 and row["largest_difference"] < 1e-5 and row["images_per_second"] > 0
 
 
 def test_naive_mine_is_the_same_function():
