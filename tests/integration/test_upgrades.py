@@ -14,6 +14,7 @@ from pipelines.errors import UserError
 from pipelines.read.beton import BetonSource
 from std_fast import __version__
 from std_fast.commands.export import trained_student
+from std_fast.config import legacy
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint
 from std_fast.teachers.target_cache import TargetCache
@@ -78,9 +79,10 @@ def test_a_run_is_evaluated_and_exported(old):
 
 
 def test_targets_are_replayed(old):
-    header = read_header(Path("answers"))
+    folder = next(path for path in (Path("targets"), Path(legacy.CACHE_HEADER).with_suffix("")) if path.is_dir())
+    header = read_header(folder)
     assert (header.classes, header.teachers, header.top_k) == (3, 1, 2)
-    store = TargetCache(Path("answers"), header, 24, 8, soft=True)
+    store = TargetCache(folder, header, 24, 8, soft=True)
     for epoch in range(2):
         words = store.open(epoch)
         assert words.shape == (24, 1, header.words) and words[..., 0].all()
