@@ -61,9 +61,10 @@ def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
 
 
 @pytest.mark.parametrize(("field", "value"), [("cuda_graphs", "teachers"), ("compress_gradients", "true")])
-def test_a_recipe_with_a_field_that_is_gone(old, field, value):
+def test_a_recipe_with_a_field_that_is_gone(field, value, tmp_path, monkeypatch):
     """It is read where the field has its default, and refused in one line where it asks for something."""
-    text = Path("run/recipe.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    text = (DATA / "v0.1.0" / "run" / "recipe.yaml").read_text(encoding="utf-8")
     assert f"  {field}: " in text and recipes.loads(text)
     Path("new.yaml").write_text(re.sub(f"  {field}: .*", f"  {field}: {value}", text), encoding="utf-8")
     with pytest.raises(UserError, match=f"run.{field}: .* is no longer offered; leave run.{field} out") as caught:
