@@ -14,8 +14,8 @@ from benchmarks import harness
 from benchmarks.study_data import unpack
 from benchmarks.study_sizes import SETTINGS
 
-AGAINST = ("plain", "no tokens")
-"""settings that the others are compared with"""
+AGAINST = ("plain", "no tokens", "plain, STD's cost", "no tokens, STD's cost")
+"""settings that the others are compared with; one that costs what another costs, with that one alone"""
 
 
 class Group(NamedTuple):
@@ -162,7 +162,9 @@ def differences(every: list[Group], name: str) -> str:
     rows = []
     for group in every:
         other = next((g for g in every if g.student == group.student and g.setting == name), None)
-        if other is None or group.setting == name or (found := difference(group, other)) is None:
+        if other is None or group.setting == name or SETTINGS[name].cost_of not in ("", group.setting):
+            continue
+        if (found := difference(group, other)) is None:
             continue
         rows.append(
             {
@@ -187,6 +189,13 @@ def differences(every: list[Group], name: str) -> str:
     return harness.table(rows, columns) if rows else ""
 
 
+def look(setting: str) -> tuple[str, str]:
+    """Colour and marker: a setting that only lasts longer, or cycles views, has the colour of what it repeats."""
+    repeats = setting.split(", ")[0] if SETTINGS[setting].cost_of or SETTINGS[setting].once else setting
+    own = [name for name, one in SETTINGS.items() if not (one.cost_of or one.once)]
+    return f"C{own.index(repeats)}", "o" if repeats == setting else "s"
+
+
 def draw(report: harness.Report, path: Path) -> None:
     """Accuracy over cost: lines on the images held out in the course of training, points on the validation images.
 
@@ -204,7 +213,7 @@ def draw(report: harness.Report, path: Path) -> None:
     )
     for group in every:
         axis = axes[0][students.index(group.student)]
-        color = matplotlib.colormaps["tab20"](list(SETTINGS).index(group.setting) % 20)
+        color, marker = look(group.setting)
         points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
         x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
         axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)
@@ -214,7 +223,7 @@ def draw(report: harness.Report, path: Path) -> None:
             error = math.hypot(error, standard_error(correct.mean(1).tolist()))
         end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
         label = f"{group.setting} ({len(correct)})"
-        axis.errorbar(end, correct.mean(), error, fmt="o", color=color, capsize=3, markersize=5, label=label)
+        axis.errorbar(end, correct.mean(), error, fmt=marker, color=color, capsize=3, markersize=5, label=label)
     unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{12}$ multiply-accumulates of the student"
     for axis, student in zip(axes[0], students, strict=False):
         axis.set(

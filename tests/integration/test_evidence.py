@@ -100,7 +100,13 @@ def test_a_study_stopped_and_gone_on_with(source, tmp_path, capsys):
     capsys.readouterr()
     assert evidence.command(["--from", str(stored), "--out", str(tmp_path / "again")]) == 0
     shown = capsys.readouterr().out
-    for text in ("| C 16 | STD | 2 |", "points over plain", "points over no tokens", "The other loss, by STD's top-1"):
+    for text in (
+        "| C 16 | STD | 2 |",
+        "points over plain",
+        "points over no tokens",
+        "points over plain, STD's cost",
+        "The other loss, by STD's top-1",
+    ):
         assert text in shown
     assert len(list((tmp_path / "again").glob("evidence-smoke-*.png"))) == 1
 
