@@ -247,8 +247,8 @@ class Stepper:
 
     def check(self) -> None:
         """RuntimeError when a loss or gradient was not finite: the optimizer then did nothing."""
-        if (bad := int(self.parts.trainer.guard.first_bad)) >= 0:
-            raise RuntimeError(f"step {bad} was not finite: these times are not of training")
+        if bad := self.parts.trainer.guard.read()[0]:
+            raise RuntimeError(f"step {bad[0]} was not finite: these times are not of training")
 
 
 def step_flops(parts: Parts, batch: TrainBatch, with_mine: bool = True) -> int:

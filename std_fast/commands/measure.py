@@ -26,7 +26,7 @@ from std_fast.config.recipe import Distill, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.all_reduce import all_reduce_seconds
-from std_fast.runtime.budget import productive_seconds
+from std_fast.runtime.budget import process_seconds, productive_seconds
 from std_fast.teachers.stream import NoTargets
 from std_fast.training.build import pick_device, resolved
 from std_fast.training.run import Run, Stopped
@@ -144,7 +144,7 @@ def time_all_reduce(gradient_bytes: int, gpus: int, on_gpu: bool) -> float | Non
 
 def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     modes: dict[str, Any] = {}
-    run = start(recipe, scratch / "one")
+    run = start(recipe, scratch / "one", process_seconds())
     try:
         parts = run.parts
         data = parts.train_loader
@@ -190,14 +190,14 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     }
 
 
-def start(recipe: Recipe, out: Path) -> Run:
-    """A run that stores nothing of the user's and has no end of its own."""
+def start(recipe: Recipe, out: Path, already: float = 0.0) -> Run:
+    """A run without end that writes to `out` only. already: seconds that the process was held before it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     distill = replace(recipe.distill, target_cache="", views=0)
     own = replace(recipe.run, out=str(out), length="1e12 steps", eval_every="0 steps")
-    return Run(replace(recipe, distill=distill, run=own), quiet=True)
+    return Run(replace(recipe, distill=distill, run=own), quiet=True, already=already)
 
 
 def time_evaluation(run: Run, seconds: float) -> float:

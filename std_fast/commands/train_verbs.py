@@ -23,14 +23,14 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = recipes.load(args.recipe, args.overrides)
 
-    from std_fast.runtime.budget import in_words
+    from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
     from std_fast.training.not_finite import NotFinite
     from std_fast.training.run import Stopped, resolved
     from std_fast.training.run import train as run_training
 
     try:
-        summary = run_training(recipe, resume=args.resume, quiet=args.quiet)
+        summary = run_training(recipe, args.resume, args.quiet, already=process_seconds())
     except (Stopped, NotFinite) as end:
         if rank() == 0:
             say(f"std-fast: {end}")

@@ -22,7 +22,7 @@ from std_fast.config.recipe import Duration
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
 PRODUCTIVE = ("train", "teacher", "data")  # the rest is overhead
 UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
-CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter itself
+CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter's exit
 HELD = "held.json"
 log = logging.getLogger("std_fast")
 
@@ -258,7 +258,7 @@ class Clock:
         return after + 3 * self._step_seconds * self.ledger.devices / 3600 < self.hours - self.reserve
 
     def progress(self, step: int) -> float:
-        """Share of the training that is done when step number `step` (from 1) is, in (0, 1]."""
+        """Share of the training that is done when step number `step` (from 1) is: in (0, 1], 0 as a budget begins."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
         if self.share >= 1:

@@ -37,8 +37,8 @@ class Meters:
         self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, over all ranks, each of which must ask; starts anew. What was always left out has
-        none."""
+        """Means since the last read, over all ranks, each of which must call it; then starts anew. A name whose values
+        were all left out is missing."""
         kinds, self.steps = self._sums, 0
         self._sums = {}
         if not kinds:

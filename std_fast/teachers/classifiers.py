@@ -27,7 +27,7 @@ def build_classifier(name: str, num_classes: int, image_size: int, drop_path: fl
         options: the builder's own. timm's ResNets also take `small_stem: true`, see `use_small_stem`.
 
     Raises:
-        UserError: nobody knows the name, or timm refuses the options.
+        UserError: an unknown name, or options that timm refuses.
     """
     refuse_loaders(options, "options")
     if name in BACKBONES:

@@ -121,7 +121,7 @@ class TargetCache:
         digest = h.digest(epoch)
         digest.update(words.reshape(-1).data)
         if digest.digest() != expected:
-            raise UserError(f"{path}: its digest does not match: the file is damaged, or of another store; {fix}")
+            raise UserError(f"{path}: its digest does not match: the file is damaged, or of another cache; {fix}")
         if fault := fault_of(words, h.classes):
             raise UserError(f"{path}: holds {fault}; {fix}")
         return words
@@ -271,13 +271,13 @@ class EpochWriter:
 def open_target_cache(
     recipe: Recipe, loader: Loader, precision: str, rows: int, world: World = SINGLE_PROCESS
 ) -> TargetCache | None:
-    """The store of a recipe, made where there is none yet; None when the recipe names none.
+    """The target cache of a recipe, created where there is none yet; None when the recipe names none.
 
     Args:
         rows: positions of an epoch that will be read or written.
 
     Raises:
-        UserError: the folder is no store, was made with other settings, or cannot be made.
+        UserError: the folder is no target cache, was made with other settings, or cannot be made.
     """
     if not recipe.distill.target_cache:
         return None

@@ -75,13 +75,13 @@ class Header:
         return 2 * self.teachers * self.words
 
     def digest(self, epoch: int) -> hashlib.blake2b:
-        """Begun with all but the content, so that a file from another store or of another epoch is noticed."""
+        """Begun with all but the content, so that a file of another cache or epoch is noticed."""
         about = json.dumps([FORMAT, self.fingerprint, self.classes, self.teachers, self.top_k, epoch], sort_keys=True)
         return hashlib.blake2b(about.encode(), digest_size=DIGEST_BYTES)
 
 
 def header_for(recipe: Recipe, values: dict[str, Any]) -> Header:
-    """The header of a new store. UserError: too many classes, or weights of a teacher that are not there."""
+    """The header of a new cache. UserError: too many classes, or weights of a teacher that are not there."""
     classes = values["classes"]
     if classes > MOST_CLASSES:
         raise UserError(
@@ -96,7 +96,7 @@ def header_for(recipe: Recipe, values: dict[str, Any]) -> Header:
 
 
 def read_header(folder: Path) -> Header:
-    """UserError when it is no store's, damaged, or of another format."""
+    """UserError when it is missing, damaged, or of another format."""
     path = cache_file(folder / "targets.json")
     fix = "give another folder, or remove it and run `std-fast teach`"
     try:
@@ -115,7 +115,7 @@ def read_header(folder: Path) -> Header:
 
 
 def fault_of(words: np.ndarray, classes: int) -> str:
-    """What an undamaged file may not hold, since it would be used as an index or end in a NaN; empty if all is well."""
+    """What a valid file never holds (an index out of range, a value that is not finite); empty if all is well."""
     labels, k = words[..., 0], (words.shape[2] - 2) // 2
     if not labels.all():
         return "positions without a target"

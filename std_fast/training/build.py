@@ -370,7 +370,7 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
     s = recipe.student
     if s.drop_path_mode == "subset":
         if not hasattr(student.backbone, "drop_rates"):
-            raise UserError(f"student.drop_path_mode: {s.name} is timm's own, which knows only scale; leave it out")
+            raise UserError(f"student.drop_path_mode: {s.name} is timm's own, which has only scale; leave it out")
         if recipe.run.batch % (GROUP * world.size):
             raise UserError(
                 f"student.drop_path_mode: subset needs a run.batch that is a multiple of {GROUP * world.size}, "

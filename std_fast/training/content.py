@@ -1,6 +1,6 @@
-"""What a run reads, apart from where it lies: its content travels with the checkpoints, and a resumed run compares it.
+"""Digests of what a run reads: they are stored in its checkpoints, and a resumed run compares them.
 
-So the same bytes on another path are no other training, and other bytes on the same path are.
+So the same bytes on another path are the same training, and other bytes on the same path are another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.teachers.fingerprint import names_digest, weights_digest
 
 NOT_COMPARED = ("data.val", "run.device", "student.weights")
-"""of these, other content is no other training: a resumed run reads no initial weights"""
+"""may differ in a resumed run: it reads no initial weights"""
 
 
 def content_of(recipe: Recipe, train: Loader) -> dict[str, str]:

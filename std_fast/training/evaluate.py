@@ -26,7 +26,7 @@ from std_fast.training.build import build_student, open_val_loader, pick_device,
 
 
 class Abandoned(Exception):
-    """An evaluation was asked to stop before its end."""
+    """An evaluation was stopped before its end."""
 
 
 @torch.no_grad()

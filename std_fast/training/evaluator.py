@@ -1,4 +1,4 @@
-"""The evaluations of a run: of the moving average where there is one, timed for the budget, the best remembered."""
+"""The evaluations of a run: of the moving average where there is one, timed for the budget, the best one kept."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Evaluator:
         return result
 
     def time_evaluation(self, step: int) -> None:
-        """Evaluates before the first step, so that the clock of a budget knows the cost of the last evaluation."""
+        """Evaluates before the first step, so that the clock of a budget has the cost of the last evaluation."""
         self(step, "start")
         if self.clock.costs.get("evaluate", 0.0) > 0.01 * (self.clock.hours or 0.0):
             self(step, "start", record=False)  # the first one is slower than the last will be

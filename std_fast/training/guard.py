@@ -53,11 +53,6 @@ class Guard:
         self.bad_values.copy_(torch.where(new, bits, self.bad_values))
         self.found_inf.copy_(new | frozen)
 
-    @property
-    def first_bad(self) -> Tensor:
-        """The first bad step, -1 while there is none: on the device."""
-        return self.steps[0]
-
     def read(self) -> tuple[list[int], bool]:
         """The bad steps so far, oldest first, and whether the guard is frozen. Waits for the device."""
         *steps, allowed = torch.cat([self.steps, self.allowed[None]]).tolist()

@@ -81,15 +81,17 @@ class NonFiniteMonitor:
         run, guard = self._run, self._guard
         bad, frozen = guard.read()
         new, self.steps = bad[len(self.steps) :], bad
-        for step in new if run.not_finite == "skip" else ():
-            self._log.bad_step(step, "skipped", len(bad))
+        if run.not_finite == "skip":
+            for step in new[: len(new) - frozen]:  # the last one of a frozen guard ends the run
+                self._log.bad_step(step, "skipped", len(bad) - frozen)
         if not frozen:
             return None
         if run.not_finite != "rollback" or len(bad) > run.not_finite_limit:
-            self._end(bad.pop())
+            self.steps = bad[:-1]
+            self._end(bad[-1])
         self._state.rollback()
         guard.allowed.fill_(len(bad))
-        text = f"back to the weights of step {self._snapshot_step}, on with the batch behind it"
+        text = f"rolled back to the weights of step {self._snapshot_step}, continuing with the next batch"
         self._log.bad_step(bad[-1], text, len(bad))
         return bad[-1]
 

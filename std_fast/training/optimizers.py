@@ -43,10 +43,10 @@ class Muon(torch.optim.AdamW):
     factor gives it the size of an AdamW update (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so
     that a recipe keeps AdamW's learning rate and decay. 1x1 convolutions are matrices too.
 
-    The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which goes matrix by matrix, wants its
-    learning rate on the host and knows no `found_inf`. Here the matrices of one shape (one or two from every block) are
-    orthogonalised together, in bfloat16 on a GPU: for Mixer-S16 118 operations a step instead of 738, for ResMLP-S24 89
-    instead of 1658. Every process of many does all of them.
+    The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which goes matrix by matrix, needs its
+    learning rate on the host and does not read `found_inf`. Here the matrices of one shape (one or two from each
+    block) are orthogonalised together, in bfloat16 on a GPU: for Mixer-S16 118 operations a step instead of 738, for
+    ResMLP-S24 89 instead of 1658. Every process of many does all of them.
 
     Gradients of the `muon` groups are used up: `step` leaves None.
     """
@@ -165,7 +165,7 @@ def _on_device(base: Any) -> Any:
             """FusedAdam's own takes no argument."""
             torch.optim.Optimizer.zero_grad(self, set_to_none)
 
-        # what apex asks a gradient scaler
+        # the interface of a gradient scaler that apex calls
         def _check_inf_per_device(self, _: Any) -> dict[torch.device, Tensor]:
             return {self.found_inf.device: self.found_inf}
 

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.files import write_atomic
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds, unkept_durations
-from std_fast.runtime.budget import Clock, Ledger, Pace, in_words, process_seconds
+from std_fast.runtime.budget import Clock, Ledger, Pace, in_words
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
@@ -67,13 +67,14 @@ class Run:
         quiet: bool = False,
         world: World = SINGLE_PROCESS,
         signals: Sequence[int] = (),
+        already: float = 0.0,
     ) -> None:
-        """signals: that asked the run to stop; the caller adds to it."""
+        """signals: received so far; the caller appends to it. already: see `train`."""
         self.recipe, self.world, self.signals = resolved(recipe), world, signals
-        self.ledger = Ledger(world.size, already=process_seconds())
+        self.ledger = Ledger(world.size, already=already)
         self.step = 0
-        self.complete = False  # whether the checkpoint that the run was resumed from is that of its end
-        self.evaluation_pending = False  # an evaluation was stopped, and is made up for
+        self.complete = False  # whether the checkpoint that the run was resumed from is of a finished run
+        self.evaluation_pending = False  # an evaluation was abandoned, and is still to be done
         self.stop_wanted = False
         self.folder = RunFolder(self.recipe, world, self.ledger, resume)
         self._closing = ExitStack()
@@ -264,14 +265,20 @@ class Run:
 
 
 def train(
-    recipe: Recipe, resume: bool = False, quiet: bool = False, on_step: Callable[[Run], None] | None = None
-) -> dict:
+    recipe: Recipe,
+    resume: bool = False,
+    quiet: bool = False,
+    on_step: Callable[[Run], None] | None = None,
+    already: float = 0.0,
+) -> dict[str, Any]:
     """Trains a recipe to its end; returns the summary that is also written to the run's folder.
 
     Args:
         resume: continue from the newest complete checkpoint of the run's folder, if it has one.
         quiet: no progress on standard error.
         on_step: called after each step; it may set `run.stop_wanted`.
+        already: seconds that count as held before the call. The command line passes those since its process started;
+            a process that trains many runs leaves it at 0.
 
     Raises:
         UserError: something that the user can fix, a batch too large for the memory too.
@@ -282,7 +289,7 @@ def train(
     limit = parse_seconds(recipe.run.timeout, "run.timeout")
     with init_distributed(uses_gpu(recipe.run.device), limit) as world, locked(Path(resolved(recipe).run.out), world):
         try:
-            return _train(recipe, resume, quiet, world, on_step)
+            return _train(recipe, resume, quiet, world, on_step, already)
         except OSError as error:  # those of data and target cache are UserErrors already
             out = Path(resolved(recipe).run.out)
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
@@ -295,10 +302,10 @@ def train(
 
 
 def _train(
-    recipe: Recipe, resume: bool, quiet: bool, world: World, on_step: Callable[[Run], None] | None
+    recipe: Recipe, resume: bool, quiet: bool, world: World, on_step: Callable[[Run], None] | None, already: float
 ) -> dict[str, Any]:
     with stop_on_signal() as asked:  # to the end: a second signal must not cut the save short
-        run = Run(recipe, resume, quiet, world, asked)
+        run = Run(recipe, resume, quiet, world, asked, already)
         try:
             return run.finish(run.loop(on_step))
         except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it

@@ -1,4 +1,4 @@
-"""A run's folder: one owner at a time, its checkpoints, and word of how long the run was held."""
+"""A run's folder: one owner at a time, its checkpoints, and the record of how long the run was held."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class RunFolder:
 
     Args:
         recipe: resolved, so that `run.out` is a path.
-        ledger: takes over what earlier processes of a resumed run were held, also where nothing of them was saved.
-        resume: go on from `found`, the newest complete checkpoint, if there is one.
+        ledger: gets the seconds that earlier processes of a resumed run were held, also where they saved nothing.
+        resume: continue from `found`, the newest complete checkpoint, if there is one.
 
     Raises:
         UserError: the folder holds a run and `resume` is not asked for, or a run that cannot be read.
@@ -206,7 +206,7 @@ class RunFolder:
         return self.copy_seconds + self.writer.seconds if self.writer.seconds else None
 
     def close(self, step: int) -> None:
-        """Leaves word of how long the run was held. At `step`: where it is saved, no second is lost."""
+        """Records how long the run was held. `step`: steps done; if they are saved, no second counts as lost."""
         if self._heartbeat is not None:
             self._heartbeat.stop(step if step == self._saved_step else None)
 
@@ -227,5 +227,5 @@ def locked(folder: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """Versions that produced the numbers."""
     return {"std_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -70,7 +70,7 @@ class Objective:
         head_teacher: tuple[int, ...] | None = None,
         head_weights: tuple[float, ...] | None = None,
     ) -> Tensor:
-        """`distillation_loss` as the recipe says."""
+        """`distillation_loss` with the settings of `distill`."""
         d = self.distill
         temperature = d.temperature if d.labels == "soft" else None
         labels_B = torch.where(batch.lam >= 0.5, batch.labels_a, batch.labels_b)

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from std_fast import cli
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
-from std_fast.runtime import checkpoint
+from std_fast.runtime import budget, checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import run as train
 
-# Kills itself as soon as the heartbeat says more than the newest checkpoint. The time of interpreter and imports is
-# left out, here and in the child: it depends on who else uses the machine.
+# Kills itself as soon as the heartbeat counts more than the newest checkpoint.
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -28,7 +28,6 @@ from std_fast.runtime import checkpoint
 from std_fast.config import recipe
 from std_fast.training import run as train
 torch.set_num_threads(1)
-train.process_seconds = lambda: 0.0
 began = time.perf_counter()
 def die(run):
     folder = Path(run.recipe.run.out)
@@ -41,8 +40,7 @@ train.train(recipe.load(sys.argv[1]), quiet=True, on_step=die)
 
 
 @pytest.fixture
-def recipe(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "process_seconds", lambda: 0.0)
+def recipe(image_folder, tmp_path):
     return from_dict(
         Recipe,
         {
@@ -80,6 +78,17 @@ def test_a_budget_of_seconds(recipe, tmp_path):
     # a run that is complete is not trained any further
     again, _ = trained(of_hours(recipe, 0.001), resume=True)
     assert again["steps"] == summary["steps"] and again["result"] == summary["result"]
+
+
+def test_only_a_run_of_the_command_line_counts_the_seconds_of_its_process(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "process_seconds", lambda: 1000.0)
+    recipe = replace(recipe, run=replace(recipe.run, length="1 steps"))
+    summary, _ = trained(replace(recipe, run=replace(recipe.run, out=str(tmp_path / "own"))))
+    assert summary["seconds"]["start"] < 500
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    assert cli.main(["train", str(path), "--quiet", "--json"]) == 0
+    assert 1000 < json.loads(capsys.readouterr().out)["seconds"]["start"] < 1500
 
 
 def test_killed_and_resumed(recipe, tmp_path):

@@ -140,6 +140,8 @@ def test_one_more_than_the_limit_ends_the_run_which_may_go_on_later(recipe, tmp_
     with pytest.raises(NotFinite, match=r"step 7 is not finite \(loss, gradient.*\) after 2 others"):
         train(run, quiet=True)
     assert json.loads((tmp_path / "run" / "not_finite.json").read_text())["bad_steps"] == [3, 5]
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "not_finite"] == [3, 5]  # step 7 was neither skipped nor undone
     tensors, meta = final(tmp_path / "run")
     assert meta["step"] == 6 and meta["bad_steps"] == [3, 5]
     with pytest.raises(NotFinite, match="step 7"):  # it meets the batch again

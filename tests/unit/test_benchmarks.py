@@ -201,7 +201,7 @@ def test_peers_do_equal_work_and_learn():
             for _ in range(30):
                 last = rival(batch)
             assert last < first
-            std.trainer.guard.first_bad.fill_(1)
+            std.trainer.guard.steps.fill_(1)
             with pytest.raises(RuntimeError, match="step 1 was not finite"):
                 step.check()
 
