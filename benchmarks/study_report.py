@@ -189,7 +189,7 @@ def differences(every: list[Group], name: str) -> str:
     return harness.table(rows, columns) if rows else ""
 
 
-def look(setting: str) -> tuple[str, str]:
+def color_and_marker(setting: str) -> tuple[str, str]:
     """Colour and marker: a setting that only lasts longer, or cycles views, has the colour of what it repeats."""
     repeats = setting.split(", ")[0] if SETTINGS[setting].cost_of or SETTINGS[setting].once else setting
     own = [name for name, one in SETTINGS.items() if not (one.cost_of or one.once)]
@@ -213,7 +213,7 @@ def draw(report: harness.Report, path: Path) -> None:
     )
     for group in every:
         axis = axes[0][students.index(group.student)]
-        color, marker = look(group.setting)
+        color, marker = color_and_marker(group.setting)
         points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
         x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
         axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)
