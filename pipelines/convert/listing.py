@@ -176,4 +176,4 @@ def read_text(path: str) -> str:
     try:
         return read_bytes(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{printable(path)}: cannot be read as text ({error}); give a text file") from None
+        raise UserError(f"{printable(path)}: cannot be read as text ({error}); save it as UTF-8") from None

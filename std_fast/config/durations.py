@@ -57,7 +57,7 @@ def parse_seconds(text: str, where: str) -> float:
         seconds = float(words[0]) * scale  # type: ignore[operator]
         if 0 <= seconds <= LONGEST:
             return seconds
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError):
         pass
     raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
 

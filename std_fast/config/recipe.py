@@ -311,7 +311,7 @@ class Run:
     rollback_every: str = opt("500 steps", "with rollback: how often a snapshot of the state is taken, on the device")
 
     def __post_init__(self) -> None:
-        require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a multiple of 4")
+        require(self.batch >= 4 and self.batch % 4 == 0, "run.batch", f"{self.batch} must be a positive multiple of 4")
         if self.micro_batch != "auto":
             require(
                 self.micro_batch >= 0 and self.micro_batch % 4 == 0 and self.batch % (self.micro_batch or 1) == 0,

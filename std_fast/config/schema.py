@@ -189,6 +189,8 @@ def read_yaml(text: str, where: str, words: bool = False) -> Any:
                 return None
             if _values(node, {}) > MAX_VALUES:
                 raise yaml.YAMLError(f"more than {MAX_VALUES} values, all aliases written out")
+            if twice := _repeated(node):
+                raise yaml.YAMLError(f"line {twice.start_mark.line + 1} repeats the key {twice.value!r}; keep one")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -208,6 +210,23 @@ def _values(node: yaml.Node, known: dict[int, float]) -> float:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_values(part, known) for part in parts)
     return known[id(node)]
+
+
+def _repeated(node: yaml.Node) -> yaml.ScalarNode | None:
+    """The first key that a mapping has twice: YAML would silently keep the last value."""
+    if not isinstance(node, yaml.CollectionNode):
+        return None
+    seen = set()
+    for part in node.value:
+        key, *inner = part if isinstance(node, yaml.MappingNode) else ("", part)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                return key
+            seen.add(key.value)
+        for child in inner:
+            if found := _repeated(child):
+                return found
+    return None
 
 
 def _plain(value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,9 +91,12 @@ def match(
 ) -> tuple[int, ...]:
     """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id.
 
+    Names are equal in any Unicode normal form: macOS stores an accent as a character of its own.
+
     Raises:
         UserError: `who`, whose names `theirs` are, lacks one of ours, or has one class for two of ours.
     """
+    theirs, ours = ([unicodedata.normalize("NFC", name) for name in names] for names in (theirs, ours))
     place = {name: i for i, name in enumerate(theirs)}
     by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
     found = [place[name] if name in place else by_id.get(wordnet_id(name) or "") for name in ours]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,23 +13,44 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import StudentSpec
 from std_fast.method.student import Student
 from std_fast.teachers.classes import DataClasses, match
-from std_fast.teachers.classifiers import (
-    StoredRun,
-    head_names,
-    load_weights,
-    other_shapes,
-    read_run,
-    read_weights,
-)
+from std_fast.teachers.classifiers import head_names, load_weights, other_shapes, read_run, read_weights
+from std_fast.teachers.hub_folder import read_hub_folder
 
+MODEL_FILE = "model.safetensors"  # of an export, as timm and the Hugging Face hub name it
 log = logging.getLogger("std_fast")
 
 
-def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None = None) -> None:
-    """Loads `spec.weights`: all of a run's student, or a file's weights into the backbone.
+class InitialWeights(NamedTuple):
+    """What `student.weights` names."""
 
-    The classes of a run are matched by name with the data's, `class_names`, which may be some of them in another order:
-    each class takes its row of the heads.
+    state: dict[str, Tensor]
+    num_classes: int | None = None  # None where that is not stated
+    class_names: Sequence[str] | None = None
+    image_size: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is all of a student, as a run and an export hold it, or a backbone."""
+        return any(name.startswith("backbone.") for name in self.state)
+
+
+def read_initial_weights(path: Path) -> InitialWeights:
+    """Of a run's folder, of an export's (config.json), or of a file. UserError where it cannot be read."""
+    folder = path.parent if path.name == MODEL_FILE else path  # an export's file stands for its folder
+    if not (folder / "recipe.yaml").is_file() and (folder / "config.json").is_file():
+        hub = read_hub_folder(folder)
+        return InitialWeights(read_weights(folder / MODEL_FILE), hub.num_classes, hub.class_names, hub.image_size)
+    if path.is_dir():
+        run = read_run(path)
+        return InitialWeights(run.state, run.num_classes, run.class_names, run.recipe.data.image_size)
+    return InitialWeights(read_weights(path))
+
+
+def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None = None) -> None:
+    """Loads `spec.weights`: all of the student of a run or an export, or a file's weights into the backbone.
+
+    The classes of a run or an export are matched by name with the data's, `class_names`, which may be some of them in
+    another order: each class takes its row of the heads.
 
     With `spec.new_head` all heads stay as they are, for data of other classes, and a plain student takes only the
     backbone of a distilled one.
@@ -43,17 +65,14 @@ def load_initial_weights(student: Student, spec: StudentSpec, class_names: Seque
             f"student.weights: `pretrained` is for teachers; save the state_dict() of timm.create_model({spec.name!r}, "
             "pretrained=True) as .safetensors and name that file"
         )
-    model, size = student if path.is_dir() else student.backbone, ""
-    if path.is_dir():
-        stored = read_run(path)
-        state, size = stored.state, f" {stored.recipe.data.image_size}"
-    else:
-        state = read_weights(path)
+    stored = read_initial_weights(path)
+    state, model = stored.state, student if stored.complete else student.backbone
+    size = f" {stored.image_size}" if stored.image_size else ""
     heads = set(head_names(model))
-    if path.is_dir() and not spec.new_head:
+    if not spec.new_head:
         state |= matched_heads(stored, heads, DataClasses.of(student.num_classes, class_names), where)
     if spec.new_head:
-        plain = path.is_dir() and not student.head_teacher
+        plain = stored.complete and not student.head_teacher
         kept = {name: tensor for name, tensor in state.items() if name.startswith("backbone.") or not plain}
         own = model.state_dict()
         state = {name: t for name, t in kept.items() if name not in heads} | {name: own[name] for name in heads}
@@ -73,13 +92,13 @@ def load_initial_weights(student: Student, spec: StudentSpec, class_names: Seque
     load_weights(model, state, where)
 
 
-def matched_heads(stored: StoredRun, heads: set[str], data: DataClasses, where: str) -> dict[str, Tensor]:
-    """The tensors of a run's heads, one row for each class of the data; empty where one of the two has no class names.
+def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, where: str) -> dict[str, Tensor]:
+    """The tensors of the stored heads, one row for each class of the data; empty where one of the two has no names.
 
     Raises:
-        UserError: names a class of the data that the run lacks.
+        UserError: names a class of the data that the weights lack.
     """
-    names = DataClasses.of(stored.num_classes, stored.class_names).names
+    names = DataClasses.of(stored.num_classes or 0, stored.class_names).names
     if names is None or data.names is None:
         return {}
     fix = "set student.new_head true to start with new heads"

@@ -12,6 +12,7 @@ import torch
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.errors import UserError
 from pipelines.read.source import open_source
+from std_fast.commands.export import export_run
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
@@ -44,6 +45,7 @@ def data(names, labels, number=None):
         (TEN_AND_ONE, ("01", "02", "10"), [0, 1, 2], [1, 3, 2]),
         (11, TEN_AND_ONE, [0, 2, 3], [0, 10, 2]),  # a model without names: its classes are numbers
         (11, ("1", "10"), [0, 1, 1], [1, 10, 10]),
+        (("\u00e5", "z"), ("z", "a\u030a"), [0, 1, 1], [1, 0, 0]),  # an accent in macOS's normal form
         (4, LETTERS, [0, 3, 1], [0, 3, 1]),  # as many: taken to be the same
         (4, None, [0, 2, 1], [0, 2, 1]),
         (("n01440764", "n02102040_springer"), ("English springer", "tench"), [0, 1, 1], [1, 0, 0]),
@@ -173,6 +175,19 @@ def test_heads_of_a_run_take_the_order_of_the_data(run):
         build_student(recipe, 4, "abcz")
     fresh = build_student(make_recipe("", "", **weights, new_head=True), 4, "abcz")
     assert fresh.num_classes == 4
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_heads_of_an_export_take_the_order_of_the_data(run, tmp_path, file):
+    """Its folder, or the file in it, starts a student as the run does."""
+    export_run(run / "run", tmp_path / "out", ("timm",))
+    exported, own = (make_recipe("", "", weights=str(path)) for path in (tmp_path / "out" / file, run / "run"))
+    for names in ("dbca", "db"):
+        state = build_student(own, len(names), names).state_dict()
+        same = build_student(exported, len(names), names).state_dict()
+        assert same.keys() == state.keys() and all(torch.equal(same[name], state[name]) for name in state)
+    with pytest.raises(UserError, match="lacks the class 'z' .*set student.new_head true"):
+        build_student(exported, 4, "abcz")
 
 
 def test_a_run_without_class_names(run, tmp_path):

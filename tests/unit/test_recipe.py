@@ -36,7 +36,7 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ({"optim": {"lr": "fast"}}, "optim.lr: expected float"),
         ({"optim": {"lr": True}}, "optim.lr: expected float"),
         ({"run": {"batch": 130.5}}, "run.batch: expected int"),
-        ({"run": {"batch": 130}}, "run.batch: 130 must be a multiple of 4"),
+        ({"run": {"batch": 130}}, "run.batch: 130 must be a positive multiple of 4"),
         ({"run": {"length": "300 epoch s"}}, "run.length"),
         ({"run": {"device": "tpu"}}, "run.device: 'tpu' is not one of"),
         ({"distill": {"mode": "std"}}, "distill.teachers: is empty"),
@@ -164,6 +164,8 @@ def test_other_times():
             parse_warmup(bad)
     with pytest.raises(UserError, match="run.save_every"):
         parse_seconds("10", "run.save_every")
+    with pytest.raises(UserError, match="run.timeout: '' is no time"):
+        parse_seconds("", "run.timeout")
 
 
 def test_difference_names_fields():

@@ -206,6 +206,8 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("a: " + "{b: " * 5000, "nested too deeply"),
         ("x" * (1 << 21), "more than"),
         ("!!python/object/apply:os.system ['touch harm']", "could not determine a constructor"),
+        ("run: {batch: 8}\nrun:\n  seed: 1\n", "line 2 repeats the key 'run'; keep one"),
+        ("student: {options: {dim: 8, dim: 16}}", "line 1 repeats the key 'dim'; keep one"),
     ],
 )
 def test_yaml_that_is_a_bomb_ends_in_one_line(text, complaint, tmp_path):
@@ -578,7 +580,7 @@ def test_a_checkpoint_with_a_right_digest_and_wrong_content_is_refused(tensors, 
     checkpoint.save(tmp_path / "good", {"model.x": torch.ones(1)}, META)
     checkpoint.load(tmp_path / "good")
     checkpoint.save(tmp_path / "x", {"model.x": torch.ones(1), **tensors}, META | meta)
-    with pytest.raises(UserError, match=f"{complaint}.*not to be trusted"):
+    with pytest.raises(UserError, match=f"{complaint}.*do not trust the file"):
         checkpoint.load(tmp_path / "x")
 
 
