@@ -36,7 +36,24 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out or dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(linear(x, self.fc1.weight, self.fc1.bias)))
+
+
+def spread(parameter: Tensor, batch: int) -> Tensor:
+    """`parameter` [1, ...], which is about to be broadcast over a batch: compiled, as a view [B, ...].
+
+    Its gradient is then the sum over each image and, of these, over the batch. Inductor fuses the first one with what
+    computed the gradient (that of GELU, or a layer norm); the sum over all at once reads it from memory again.
+    """
+    return parameter.expand(batch, *parameter.shape[1:]) if torch.compiler.is_compiling() else parameter
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear` before an activation: [B, ..., C] -> [B, ..., H]. Compiled, the bias is added with the activation."""
+    if not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    hidden = F.linear(x, weight)
+    return hidden + spread(bias.to(hidden.dtype).view(*[1] * (x.dim() - 1), -1), x.shape[0])
 
 
 def mix_tokens(weight_TS: Tensor, x_BSC: Tensor) -> Tensor:
@@ -62,7 +79,10 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | Non
     if keep is None:
         return (x + branch(x)).to(x.dtype)
     if keep.is_floating_point():
-        return torch.addcmul(x, branch(x), keep.view(-1, *(1,) * (x.dim() - 1))).to(x.dtype)
+        scale = keep.view(-1, *(1,) * (x.dim() - 1))
+        if torch.compiler.is_compiling():  # one kernel either way; this one's gradient of x has x's dtype throughout
+            return x + (branch(x) * scale).to(x.dtype)
+        return torch.addcmul(x, branch(x), scale).to(x.dtype)
     return x.index_add(0, keep, branch(x.index_select(0, keep)).to(x.dtype), alpha=x.shape[0] / keep.shape[0])
 
 

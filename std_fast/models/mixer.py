@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from std_fast.models.common import Isotropic, Mlp, add_branch, mix_tokens
+from std_fast.models.common import Isotropic, Mlp, add_branch, mix_tokens, spread
 
 
 class TokenMlp(Mlp):
@@ -17,9 +17,9 @@ class TokenMlp(Mlp):
     def forward(self, x_BSC: Tensor) -> Tensor:
         hidden_BHC = mix_tokens(self.fc1.weight, x_BSC)
         # biases take the product's dtype: under autocast a float32 bias would widen the activations
-        hidden_BHC = F.gelu(hidden_BHC + self.fc1.bias[:, None].to(hidden_BHC.dtype))
+        hidden_BHC = F.gelu(hidden_BHC + spread(self.fc1.bias[None, :, None].to(hidden_BHC.dtype), x_BSC.shape[0]))
         out_BSC = mix_tokens(self.fc2.weight, hidden_BHC)
-        return out_BSC + self.fc2.bias[:, None].to(out_BSC.dtype)
+        return out_BSC + spread(self.fc2.bias[None, :, None].to(out_BSC.dtype), x_BSC.shape[0])
 
 
 class MixerBlock(nn.Module):

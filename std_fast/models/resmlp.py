@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from std_fast.models.common import Isotropic, Mlp, add_branch, mix_tokens
+from std_fast.models.common import Isotropic, Mlp, add_branch, linear, mix_tokens
 
 
 class Affine(nn.Module):
@@ -55,7 +55,7 @@ class ResMlpBlock(nn.Module):
         bias1 = fc1.bias + torch.mv(fc1.weight, self.norm2.beta.flatten())
 
         def channels(x_BSC: Tensor) -> Tensor:
-            hidden = F.gelu(F.linear(x_BSC, fc1.weight * self.norm2.alpha[0], bias1))
+            hidden = F.gelu(linear(x_BSC, fc1.weight * self.norm2.alpha[0], bias1))
             return F.linear(hidden, self.ls2[:, None] * fc2.weight, self.ls2 * fc2.bias)
 
         return add_branch(x_BSC, channels, keep_channels)

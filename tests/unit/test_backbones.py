@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.errors import UserError
@@ -151,6 +155,38 @@ def test_the_graph_has_no_breaks(family: str) -> None:
     compiled = torch.compile(lambda x, k: model.forward_taps(x, (1, 3), k), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images(), keep), model.forward_taps(images(), (1, 3), keep))
     torch._dynamo.reset()
+
+
+@every_family
+def test_compiled_gradients_are_those_of_uncompiled_code(family: str) -> None:
+    """And no sum takes the batch together with the rows of the activations between the layers of an MLP: it would be a
+    kernel of its own (`spread`). Biases of last layers are left, whose sums read [B, S, C] alone."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def logits(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return model.forward_taps(x, (), keep).logits
+
+    def gradients(call: Callable[..., torch.Tensor]) -> list[torch.Tensor | None]:
+        model.zero_grad()
+        call(images(), keep).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model = build(family, drop_path=0.2).train()
+    keep = torch.rand(len(model.drop_rates), 4)
+    expected = gradients(logits)
+    torch._dynamo.reset()
+    found = gradients(torch.compile(logits, fullgraph=True, backend=aot_autograd(fw_compiler=keep_graph)))
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    sums = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.aten.sum.dim_IntList]
+    widths = {linear.out_features for name, linear in model.named_modules() if name.endswith("mlp_channels.fc1")}
+    summed = [tuple(node.args[0].meta["val"].shape) for node in sums]
+    assert widths or family == "cyclemlp"
+    assert not [shape for shape in summed if len(shape) == 2 and shape[0] >= 4 * 16 and shape[1] in widths]
 
 
 @every_family
