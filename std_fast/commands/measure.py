@@ -43,7 +43,7 @@ SAME_WORK = (
     "distill.reweight", "distill.predict", "distill.mine.weight", "distill.mine.lr", "optim.lr", "optim.lr_batch",
     "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.eps", "optim.smoothing",
     "run.out", "run.seed", "run.length", "run.timeout", "run.eval_every", "run.save_every", "run.keep_checkpoints",
-    "run.log_every",
+    "run.log_every", "run.trackers",
 )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def start(recipe: Recipe, out: Path, already: float = 0.0) -> Run:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     distill = replace(recipe.distill, target_cache="", views=0)
-    own = replace(recipe.run, out=str(out), length="1e12 steps", eval_every="0 steps")
+    own = replace(recipe.run, out=str(out), length="1e12 steps", eval_every="0 steps", trackers=())
     return Run(replace(recipe, distill=distill, run=own), quiet=True, already=already)
 
 

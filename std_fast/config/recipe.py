@@ -153,9 +153,7 @@ class Distill:
     target_cache: str = opt(
         "", "folder of stored teacher targets: epochs that it holds are read, others are added to it"
     )
-    views: int = opt(
-        0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new ones"
-    )
+    views: int = opt(0, "epoch e shows the images (order, crops, augmentation) of epoch e mod views; 0: always new")
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
@@ -301,6 +299,9 @@ class Run:
     profile: str = opt(
         "",
         "steps that torch.profiler traces into the run's folder, e.g. `steps 20-30`, on a GPU with its memory; '' none",
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = opt(
+        ("tensorboard",), "where metrics go beside metrics.jsonl; each package's environment variables hold"
     )
     not_finite: Literal["stop", "skip", "rollback"] = opt(
         "stop",

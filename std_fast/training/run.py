@@ -20,6 +20,7 @@ from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_
 from std_fast.runtime.memory import out_of_memory_line, ran_out
 from std_fast.runtime.process import stop_on_signal
 from std_fast.runtime.trace import open_trace
+from std_fast.runtime.trackers import check_trackers
 from std_fast.training.build import build, resolved, uses_gpu
 from std_fast.training.content import content_of
 from std_fast.training.evaluate import Abandoned
@@ -71,6 +72,7 @@ class Run:
     ) -> None:
         """signals: received so far; the caller appends to it. already: see `train`."""
         self.recipe, self.world, self.signals = resolved(recipe), world, signals
+        check_trackers(recipe.run.trackers)
         self.ledger = Ledger(world.size, already=already)
         self.step = 0
         self.complete = False  # whether the checkpoint that the run was resumed from is of a finished run

@@ -37,6 +37,7 @@ RESUMABLE_CHANGES = (
     "run.save_every",
     "run.keep_checkpoints",
     "run.timeout",
+    "run.trackers",
     "data.on_corrupt",
     "data.corrupt_limit",
     "run.not_finite",

@@ -11,11 +11,12 @@ import torch
 
 from pipelines.files import write_atomic
 from std_fast.config.recipe import dump
+from std_fast.config.schema import to_dict
 from std_fast.runtime.budget import Clock, Ledger, productive_seconds
 from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import Journal, Progress
 from std_fast.runtime.speed import peak_memory, speed_in_words
-from std_fast.runtime.trackers import TensorBoard, Tracker
+from std_fast.runtime.trackers import open_trackers
 from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.build import Parts
 from std_fast.training.run_folder import versions
@@ -38,16 +39,16 @@ class RunLog:
         self.batch, self.steps_per_epoch = batch, parts.train_loader.steps_per_epoch
         self._closing = ExitStack()
         self._write_faults = WriteFaults()
-        self._journal = Journal(folder, step, self._trackers(step), self._write_faults) if world.main else None
-        if self._journal is not None:
+        self._journal: Journal | None = None
+        if world.main:
+            names, config = parts.recipe.run.trackers, to_dict(parts.recipe)
+            trackers = open_trackers(names, folder, config, step, self._write_faults)
+            self._journal = Journal(folder, step, trackers, self._write_faults)
             self._closing.callback(self._journal.close)
         what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
         self.progress = Progress(what, total or 0, unit, quiet or not world.main, faults=self._write_faults)
         self._closing.callback(self.progress.close)
         self.start()
-
-    def _trackers(self, step: int) -> dict[str, Tracker]:
-        return {"tensorboard": TensorBoard(self.folder / "tensorboard", step)}
 
     def start(self) -> None:
         """The next line of the log is about what follows this call."""
