@@ -173,9 +173,11 @@ class TargetCache:
 
     def close(self) -> None:
         """Ends all writers, waits for them, and ends the thread."""
-        for writer in self._writers.values():
-            writer.end()
-        self._pool.shutdown(wait=True)
+        try:
+            for writer in self._writers.values():
+                writer.end()
+        finally:
+            self._pool.shutdown(wait=True)
         self.wait()
 
 
