@@ -8,7 +8,6 @@ from contextlib import nullcontext
 
 import torch
 
-from std_fast.method.student import Prediction
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.distributed import World
 from std_fast.training.build import Parts
@@ -20,7 +19,6 @@ class Evaluator:
     """Evaluates the student of `parts` on its validation data.
 
     Args:
-        predict: which heads are evaluated.
         stop: called before each batch; True abandons the evaluation. All ranks must get the same.
         best: of an earlier part of the run.
     """
@@ -28,7 +26,6 @@ class Evaluator:
     def __init__(
         self,
         parts: Parts,
-        predict: Prediction,
         clock: Clock,
         ledger: Ledger,
         log: RunLog,
@@ -36,7 +33,7 @@ class Evaluator:
         world: World,
         best: dict[str, float],
     ) -> None:
-        self.parts, self.predict, self.clock, self.ledger = parts, predict, clock, ledger
+        self.parts, self.clock, self.ledger = parts, clock, ledger
         self.log, self.stop, self.world, self.best = log, stop, world, best
 
     def __call__(self, step: int, part: str = "evaluate", record: bool = True) -> dict[str, float]:
@@ -57,7 +54,13 @@ class Evaluator:
                 self.world.share_buffers(student)
                 normalise = parts.augment.normalise_only
                 result = evaluate(
-                    student, parts.val_loader, normalise, parts.trainer.autocast, self.predict, self.world, self.stop
+                    student,
+                    parts.val_loader,
+                    normalise,
+                    parts.trainer.autocast,
+                    parts.recipe.distill.predict,
+                    self.world,
+                    self.stop,
                 )
             student.train()
         self.clock.cost("evaluate", self.world.broadcast(time.perf_counter() - began))

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_atomic
-from pipelines.read.batch import Loader
-from std_fast.config.recipe import Duration, Recipe, dump, parse_seconds, unkept_durations
+from std_fast.config.recipe import Duration, Recipe, parse_seconds
 from std_fast.runtime.budget import Clock, Ledger, Pace, in_words
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, Agreement, World, init_distributed
@@ -22,7 +20,6 @@ from std_fast.runtime.process import stop_on_signal
 from std_fast.runtime.trace import open_trace
 from std_fast.runtime.trackers import check_trackers
 from std_fast.training.build import build, resolved, uses_gpu
-from std_fast.training.content import content_of
 from std_fast.training.evaluate import Abandoned
 from std_fast.training.evaluator import Evaluator
 from std_fast.training.micro_batch import micro_batch_of
@@ -89,16 +86,13 @@ class Run:
 
     def _build(self, quiet: bool) -> None:
         recipe, run, world = self.recipe, self.recipe.run, self.world
-        self.parts = parts = build(self.folder.pinned(recipe), world, self.ledger, self._check_data)
+        self.parts = parts = build(self.folder.pinned(recipe), world, self.ledger, self.folder.check_data)
         parts.recipe = recipe
         self._closing.callback(parts.close)
         self.trainer, self.stream = parts.trainer, parts.stream
         self.per_epoch = parts.train_loader.steps_per_epoch
         self.clock = Clock(Duration.parse(run.length, "run.length"), self.per_epoch, run.batch, self.ledger)
-        for line in unkept_durations(recipe, self.per_epoch) if world.main else ():
-            log.warning(line)
-        if parts.val_loader is not None:
-            self.content["data.val"] = world.broadcast(parts.val_loader.source.fingerprint() if world.main else "")
+        self.folder.add_validation(parts.val_loader)
         meta = self._restore() if self.folder.found is not None else {}
         self.schedule = build_schedule(recipe, self.clock, self.per_epoch, world)
         self.trace = open_trace(run.profile, self.folder.path, parts.device, parts.stream.watch) if world.main else None
@@ -106,22 +100,14 @@ class Run:
             self._closing.callback(self.trace.close)
         self.agreement = Agreement(world)
         self.pace = Pace() if parts.device.type == "cuda" and self.clock.hours else None
-        if world.main:
-            write_atomic(self.folder.path / "recipe.yaml", dump(recipe))
+        self.folder.write_recipe()
         self.log = RunLog(self.folder.path, parts, self.clock, self.ledger, world, self.step, run.batch, quiet)
         self._closing.callback(self.log.close)
-        takes_snapshots = self.schedule.snapshot_every > 0
-        self.monitor = NonFiniteMonitor(run, self.trainer.guard, parts.state, self.log, meta, takes_snapshots)
-        self.evaluator = Evaluator(
-            parts, recipe.distill.predict, self.clock, self.ledger, self.log, self.agree, world, meta.get("best", {})
-        )
+        snapshots, best = self.schedule.snapshot_every > 0, meta.get("best", {})
+        self.monitor = NonFiniteMonitor(run, self.trainer.guard, parts.state, self.log, meta, snapshots)
+        self.evaluator = Evaluator(parts, self.clock, self.ledger, self.log, self.agree, world, best)
         if not self.clock.hours or "checkpoint" in self.clock.costs:  # else the first save of a budget is made early,
             self.schedule.saved_at = time.perf_counter()  # so that the cost of the last one is known
-
-    def _check_data(self, train: Loader) -> None:
-        """UserError where a run that is resumed was trained on something else."""
-        self.content = self.world.broadcast(content_of(self.recipe, train) if self.world.main else {})
-        self.folder.check(self.content, train.source)
 
     def _restore(self) -> dict[str, Any]:
         """Continues from the checkpoint that was found; returns its metadata."""
@@ -130,11 +116,6 @@ class Run:
         self.complete = meta.get("complete", False)
         self.evaluation_pending = meta.get("evaluation_pending", False)
         self.trainer.micro_batch = micro_batch_of(self.recipe, self.world, meta.get("micro_batch", 0))
-        val = meta["content"].get("data.val")
-        if val is not None and val != self.content.get("data.val"):
-            log.info("data.val: is other data than before; the best accuracy so far does not count")
-            self.clock.costs.pop("evaluate", None)
-            meta = {**meta, "best": {}}
         return meta
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> dict[str, float]:
@@ -241,7 +222,6 @@ class Run:
         self.schedule.saved_at = time.perf_counter()
         if not self.world.main:
             return
-        loader = self.parts.train_loader
         meta = {
             "best": self.evaluator.best,
             "costs": self.clock.costs,
@@ -249,21 +229,19 @@ class Run:
             "evaluation_pending": self.evaluation_pending,
             "micro_batch": self.trainer.micro_batch.size,
             **self.monitor.meta(),
-            "num_classes": loader.num_classes,
-            "class_names": loader.source.class_names,
-            "content": self.content,
         }
         self.folder.save(self.step, self.parts.state, meta)
-
-    def finish(self, result: dict[str, float]) -> dict[str, Any]:
-        """Waits for the last checkpoint and writes `summary.json`; returns it."""
-        with self.ledger.during("checkpoint"):
-            self.folder.writer.wait()
-        return self.log.summary(self.step, result, self.evaluator.best, self.monitor.steps)
 
     def close(self) -> None:
         """Closes everything that the run holds, and records how long it was held."""
         self._closing.close()
+
+
+def finish(run: Run, result: dict[str, float]) -> dict[str, Any]:
+    """Waits for the last checkpoint and writes `summary.json`; returns it."""
+    with run.ledger.during("checkpoint"):
+        run.folder.writer.wait()
+    return run.log.summary(run.step, result, run.evaluator.best, run.monitor.steps)
 
 
 def train(
@@ -309,7 +287,7 @@ def _train(
     with stop_on_signal() as asked:  # to the end: a second signal must not cut the save short
         run = Run(recipe, resume, quiet, world, asked, already)
         try:
-            return run.finish(run.loop(on_step))
+            return finish(run, run.loop(on_step))
         except (Stopped, NotFinite):  # all ranks alike: they stay until rank 0 has saved, or torchrun would end it
             run.folder.writer.wait()
             world.wait_for_all()

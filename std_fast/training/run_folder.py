@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.read.base import Source
+from pipelines.files import write_atomic
+from pipelines.read.batch import Loader
 from std_fast import __version__
 from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
-from std_fast.training.content import at_stored_paths, check_classes, check_content
+from std_fast.training.content import at_stored_paths, check_classes, check_content, content_of
 from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
@@ -97,6 +98,7 @@ class RunFolder:
             raise UserError(f"{self.path}: already holds a run; {self._way_on()}")
         self.found = self._newest() if resume else None
         self._saved_step, self.copy_seconds = 0, 0.0
+        self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
         if world.main:
             checkpoint.remove_drafts(self.path / "checkpoints")
@@ -155,18 +157,18 @@ class RunFolder:
             recipe = replace(recipe, data=replace(recipe.data, backend=backend))
         return replace(recipe, student=replace(recipe.student, weights=""))
 
-    def check(self, content: dict[str, str], train: Source) -> None:
-        """UserError where `found` was written by a recipe that computes something else, or on other data.
-
-        Args:
-            content: of the run, see `content_of`.
-            train: its training data.
-        """
+    def check_data(self, train: Loader) -> None:
+        """Notes what the run reads. UserError where `found` was written by a recipe that computes something else, or on
+        other data."""
+        content = self.world.broadcast(content_of(self.recipe, train) if self.world.main else {})
+        self.data = {
+            "num_classes": train.num_classes, "class_names": train.source.class_names, "content": content,
+        }  # fmt: skip
         if self.found is None:
             return
         path, _, meta = self.found
         saved = loads(meta["recipe"])
-        check_classes(meta, train.num_classes, train.class_names)
+        check_classes(meta, train.num_classes, train.source.class_names)
         check_content(self.recipe, meta["content"], content)
         if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):
             raise UserError(
@@ -174,14 +176,28 @@ class RunFolder:
                 f"start a new run with --run.out {unused_beside(self.path)}"
             )
 
+    def add_validation(self, val: Loader | None) -> None:
+        """Notes the validation data, if there is any."""
+        if val is not None:
+            self.data["content"]["data.val"] = self.world.broadcast(val.source.fingerprint() if self.world.main else "")
+
+    def write_recipe(self) -> None:
+        if self.world.main:
+            write_atomic(self.path / "recipe.yaml", dump(self.recipe))
+
     def restore(self, state: TrainState) -> dict[str, Any]:
-        """Loads `found` into the state; returns its metadata."""
+        """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data."""
         assert self.found is not None
         path, tensors, meta = self.found
         state.load(tensors)
         self._saved_step = meta["step"]
         log.info("resumed %s at step %d", path, self._saved_step)
         self.found = None  # frees its tensors
+        val = meta["content"].get("data.val")
+        if val is not None and val != self.data["content"].get("data.val"):
+            log.info("data.val: is other data than before; the best accuracy so far does not count")
+            costs = {name: cost for name, cost in meta.get("costs", {}).items() if name != "evaluate"}
+            meta = {**meta, "best": {}, "costs": costs}
         return meta
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
@@ -198,7 +214,7 @@ class RunFolder:
                 "devices": self.world.size,
                 "versions": versions(),
             }
-            self.writer.save(step, state.tensors(), own | meta)
+            self.writer.save(step, state.tensors(), own | self.data | meta)
             self.copy_seconds, self._saved_step = time.perf_counter() - began, step
 
     @property

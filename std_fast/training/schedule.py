@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup
+from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup, unkept_durations
 from std_fast.runtime.budget import Clock
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.training.optim import peak_learning_rate
@@ -113,8 +113,10 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
 
 
 def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: World = SINGLE_PROCESS) -> Schedule:
-    """The table of a recipe, its durations converted to steps."""
+    """The table of a recipe, its durations converted to steps; what cannot be kept is logged."""
     r, run, mine = recipe, recipe.run, recipe.distill.mine
+    for line in unkept_durations(recipe, steps_per_epoch) if world.main else ():
+        log.warning(line)
 
     def steps(duration: str) -> int:
         return Duration.parse(duration).steps(steps_per_epoch, run.batch)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import codegen, fake_gpu
+from benchmarks import codegen, codegen_report, fake_gpu
 
 MEGA = 1_000_000
 
@@ -49,13 +49,13 @@ def test_the_least_time_is_by_the_larger_of_arithmetic_and_bytes():
     assert recorder.add("arithmetic", 10.0, 10.0, 5000.0).seconds == 5.0
     assert recorder.add("single", 10.0, 10.0, 50.0, low=False).seconds == 5.0
     assert recorder.add("bytes", 150.0, 50.0, 1000.0).seconds == 4.0
-    total = codegen.sum_of("all", list(recorder.kernels.values()))
+    total = codegen_report.sum_of("all", list(recorder.kernels.values()))
     assert total["launches"] == 4 and total["least_ms"] == 14_000 and total["spilling"] == 0
 
 
 def test_a_report_sums_regions_and_steps():
     def kernel(region, seconds, compiled=()):
-        return codegen.Kernel(region, "k", 1, 8e9, 4e9, 790e9, seconds, list(compiled))
+        return codegen_report.Kernel(region, "k", 1, 8e9, 4e9, 790e9, seconds, list(compiled))
 
     spills = {"registers": 255, "spilled": 8, "shared": 0, "warps": 4}
     kernels = [
@@ -67,7 +67,7 @@ def test_a_report_sums_regions_and_steps():
         kernel("teachers", 0.016),
     ]
     args = SimpleNamespace(batch=300, tflops=790.0, model="m", target="sm_90", precision="auto", no_teachers=False)
-    report = codegen.report_of(args, kernels)
+    report = codegen_report.report_of(args, kernels)
     plain, std, asked = report["steps"]
     assert (plain["least_ms"], std["least_ms"], asked["least_ms"]) == (30, 33, 50)
     assert plain["images_per_second"] == 10_000 and report["std_percent"] == 10
