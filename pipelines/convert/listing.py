@@ -113,10 +113,7 @@ class Builder:
             if classes is None:
                 classes = [str(i) for i in range(highest + 1)]
             if highest >= len(classes):
-                raise UserError(
-                    f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
-                    "fix the labels or give `classes` with all names"
-                )
+                raise too_few(src, highest, classes)
         if len(set(classes)) != len(classes):
             twice = next(name for name in classes if classes.count(name) > 1)
             raise UserError(f"{printable(src)}: two classes are called {twice!r}; rename one")
@@ -125,16 +122,29 @@ class Builder:
 
     @staticmethod
     def _numbered(names: list[str], classes: list[str] | None, src: str) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Numbers of the classes called so, and all classes. Raises UserError for a name that is not among them."""
+        """Numbers of the classes called so, and all classes. Names that are numbers, none of them a class's name, are
+        those of classes, as in a label file. Raises UserError for a name that is not among them."""
         classes = classes or sorted(set(names))
         number = {name: i for i, name in enumerate(classes)}
         unknown = sorted(set(names) - number.keys())
+        if len(unknown) == len(set(names)) and all(name.isascii() and name.isdecimal() for name in unknown):
+            highest = max(map(int, unknown))
+            if highest >= len(classes):
+                raise too_few(src, highest, classes)
+            return np.array([int(name) for name in names], np.int64), classes
         if unknown:
             raise UserError(
                 f"{printable(src)}: class {unknown[0]!r} ({len(unknown)} such) is not among the {len(classes)} "
                 "classes given; fix the list of classes or the source"
             )
         return np.array([number[name] for name in names], np.int64), classes
+
+
+def too_few(src: str, highest: int, classes: list[str]) -> UserError:
+    return UserError(
+        f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
+        "fix the labels or give `classes` with all names"
+    )
 
 
 def has_image_ending(name: str) -> bool:

@@ -34,7 +34,7 @@ def open_loader(spec: LoaderSpec, backend: str = "auto", source: Source | None =
     """
     if backend not in BACKENDS:
         raise UserError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    source = open_source(spec.path) if source is None else source
+    source = open_source(spec.path, spec.one_part) if source is None else source
     if backend == "auto":
         backend, reason = _choose(spec, source)
         log.info("%s: backend %s (%s)", source.path, backend, reason)

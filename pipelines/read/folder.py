@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,14 +95,14 @@ class FileSource:
         return printable(self.file(index))
 
     def fingerprint(self) -> str:
-        """Digest of the files' names, in order, and their lengths in bytes."""
+        """Digest of the files' names, in order and in any Unicode normal form, and their lengths in bytes."""
         digest = hashlib.sha256(b"folder\n")
         for index, file in enumerate(self._files):
             try:
                 size = os.stat(self.file(index)).st_size
             except OSError as error:
                 raise self._unreadable(index, error.strerror) from error
-            digest.update(os.fsencode(file) + b"\0%d\n" % size)
+            digest.update(os.fsencode(unicodedata.normalize("NFC", file)) + b"\0%d\n" % size)
         return digest.hexdigest()
 
 

@@ -32,6 +32,7 @@ class ReadSettings:
         "repeated augmentation (DeiT: 3): an epoch, no longer than without, shows each of its images so many times, "
         "augmented anew",
     )
+    one_part: bool = opt(False, "accept a beton that is one part of several of a conversion, without the others")
     threads: int = opt(0, "decoding threads; 0: all cores that this process may use")
     ahead: int = opt(2, "batches prepared beyond the one in use; bounds the loader's memory")
     on_corrupt: OnCorrupt = opt(

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,8 +21,10 @@ from pipelines.read.remote import cached, is_url
 log = logging.getLogger("std_fast")
 
 
-def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Source:
+def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], one_part: bool = False) -> Source:
     """Opens a beton, an image folder (SRC/CLASS/*), or several betons as one dataset.
+
+    With `one_part`, a beton may be one of several parts of a conversion, opened without the others.
 
     Several betons are a sequence of paths, or one path with *, ? or [] in it. They follow each other in the given
     order, the matches of a pattern in the order of their names. A URL is that of a beton which `std-fast warm` has
@@ -32,11 +35,13 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     if isinstance(path, (str, os.PathLike)):
         only = os.fspath(path)
         if is_url(only):
-            return open_source(cached(only))
+            return open_source(cached(only), one_part)
         if os.path.isdir(only):
             return FolderSource(only)
+        if not os.path.exists(only) and os.path.exists(only.partition(",")[0]):
+            raise UserError(f"{printable(only)}: no such file; name several betons by one pattern with *, ? or [ab]")
         if os.path.exists(only) or not glob.has_magic(only):
-            return _complete(BetonSource(only))
+            return _complete(only, one_part)
         paths = sorted(p for p in glob.glob(only) if not p.endswith(".json"))
         if not paths:
             raise UserError(f"{printable(only)}: no file matches this pattern; give betons made by `std-fast convert`")
@@ -47,15 +52,23 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
             raise UserError("data: the list of betons is empty; give at least one path")
     if len(paths) > 1:
         return JoinedSource([BetonSource(p) for p in paths])
-    return _complete(BetonSource(paths[0]))
+    return _complete(paths[0], one_part)
 
 
-def _complete(beton: BetonSource) -> BetonSource:
-    """The beton, with a warning if it is one shard of several."""
-    if beton.shard is not None and beton.shard[1] > 1:
-        i, n = beton.shard
-        log.warning("%s: shard %d/%d of its conversion, opened without the others", printable(beton.path), i, n)
-    return beton
+def _complete(path: str, one_part: bool) -> BetonSource:
+    """A beton. UserError where it is one shard of several, unless it is asked for."""
+    beton = BetonSource(path)
+    if one_part or beton.shard is None or beton.shard[1] == 1:
+        return beton
+    i, n = beton.shard
+    name = re.sub(r"\d+(?=\D*$)", "*", os.path.basename(path))
+    pattern = os.path.join(os.path.dirname(path), name)
+    found = [file for file in glob.glob(pattern) if not file.endswith(".json")]
+    way = f"give all {n}: {pattern!r}" if len(found) == n else f"give all {n} by a pattern with *"
+    raise UserError(
+        f"{printable(path)}: shard {i}/{n} of its conversion, without the others; {printable(way)}, or set "
+        "data.one_part true to use it alone"
+    )
 
 
 class JoinedSource:

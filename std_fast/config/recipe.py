@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.crops import CropSpec
@@ -21,7 +19,7 @@ from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
 from std_fast.config.options import refuse_loaders
-from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict
+from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict, write_yaml
 
 
 @dataclass(frozen=True)
@@ -396,4 +394,4 @@ def read_saved(folder: Path) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `loads` reads it back to an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+    return write_yaml(to_dict(recipe))

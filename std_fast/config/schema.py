@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -157,23 +158,62 @@ def plain_value(value: Any) -> Any:
     return [plain_value(item) for item in value] if isinstance(value, list) else value
 
 
+_DIGITS = "[0-9]+(_[0-9]+)*"
+_NUMBERS = {
+    "int": re.compile(rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(
+        rf"[-+]?(\.{_DIGITS}|{_DIGITS}\.?|{_DIGITS}\.{_DIGITS})([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+"""YAML 1.2's numbers, and Python's underscores: in PyYAML's 1.1, 010 is 8, 1e3 text, 12:30 a number"""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose unquoted numbers, dates and truth values are `Word`s."""
+    """SafeLoader with YAML 1.2's numbers, and dates as text; truth values are still those of 1.1: on, off, yes, no."""
 
     where = ""
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value
+        if _NUMBERS["int"].fullmatch(text):
+            return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+        return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
     def word(self, node: yaml.ScalarNode) -> Word:
         return Word(node.value, self.where)
 
 
-for _tag in ("bool", "int", "float", "timestamp"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.word)
+class _WordLoader(_Loader):
+    """The same, with unquoted numbers and truth values as `Word`s."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which is a number in YAML 1.2."""
+
+
+for _kind, _pattern in _NUMBERS.items():
+    for _class in (_Loader, _WordLoader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern.pattern})\Z"), "-+.0123456789"
+        )
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+for _kind in ("bool", "timestamp", *_NUMBERS):
+    _WordLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _WordLoader.word)
+
+
+def write_yaml(values: Any) -> str:
+    """Plain values as YAML that `read_yaml` reads back to the same, keys in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str, where: str, words: bool = False) -> Any:
     """Plain values from YAML, tags of Python's refused. UserError for what is no YAML, or expands beyond all use.
 
-    With `words`, unquoted numbers, dates and truth values are `Word`s, for `from_dict`.
+    With `words`, unquoted numbers and truth values are `Word`s, for `from_dict`.
 
     A few lines of aliases to aliases can stand for any number of values, and so can merges (`<<`); and the composer
     calls itself for each level. So the document's size with all aliases written out is counted before it is built.
@@ -181,7 +221,7 @@ def read_yaml(text: str, where: str, words: bool = False) -> Any:
     try:
         if len(text) > MAX_YAML:
             raise yaml.YAMLError(f"{len(text)} characters, more than {MAX_YAML}")
-        loader = _Loader(text) if words else yaml.SafeLoader(text)
+        loader = (_WordLoader if words else _Loader)(text)
         loader.where = where
         try:
             node = loader.get_single_node()
@@ -197,7 +237,7 @@ def read_yaml(text: str, where: str, words: bool = False) -> Any:
     except RecursionError:
         raise UserError(f"{where}: cannot be read as YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
-        # PyYAML lets what its constructors meet through, such as the 13th month of a date, or `=` where a list is due
+        # PyYAML lets what its constructors meet through, such as `!!int x`, or `=` where a list is due
         raise UserError(f"{where}: cannot be read as YAML ({' '.join(str(error).split())})") from None
 
 

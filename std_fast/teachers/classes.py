@@ -10,7 +10,7 @@ import functools
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +38,6 @@ class DataClasses(NamedTuple):
         """With whatever names there are."""
         return cls(count, None if names is None or len(names) != count else tuple(names))
 
-    @classmethod
-    def of(cls, count: int, names: Sequence[str] | None) -> DataClasses:
-        """Names that only repeat the labels (0, 1, 2 ...) are none."""
-        known = names is not None and len(names) == count and list(names) != [str(i) for i in range(count)]
-        return cls(count, tuple(names) if known and names is not None else None)
-
 
 def select_classes(
     asked: str, count: int, own: Sequence[str] | None, data: DataClasses, where: str
@@ -67,12 +61,12 @@ def select_classes(
         raise UserError(f"{where}: classes: {asked} names {len(names)} classes, but the teacher has {count}")
     if names is None and data.names is not None and count in SUBSET_OF and set(data.names) <= set(imagenet(IMAGENET)):
         names = imagenet(SUBSET_OF[count])
-    if names is None or data.names is None or len(names) != count:
-        if count != data.number:
-            raise UserError(wrong_classes(where, count, data.number))
-        return None
-    selected = match(tuple(names), data.names, where)
-    return None if selected == tuple(range(count)) else selected
+    theirs = DataClasses.named(count, names)
+    if count != data.number and (theirs.names is None or data.names is None or counts(data.names)):
+        raise UserError(wrong_classes(where, count, data.number))
+    decides = "name those of the teacher in their order (classes: FILE)"
+    found = places(theirs, data, where, "the teacher", "take a teacher of these classes", decides)
+    return None if found == tuple(range(count)) else found
 
 
 def wrong_classes(where: str, found: int, needed: int) -> str:
@@ -80,6 +74,11 @@ def wrong_classes(where: str, found: int, needed: int) -> str:
         f"{where}: a teacher of {found} classes, but the data has {needed}; take one that was trained on this data, or "
         "name its classes (classes: imagenet-1k, or a file) and convert the data with its class names"
     )
+
+
+def normal(names: Sequence[str] | None) -> list[str] | None:
+    """Names in the form in which they are compared: macOS stores an accent as a character of its own."""
+    return None if names is None else [unicodedata.normalize("NFC", name) for name in names]
 
 
 def match(
@@ -91,12 +90,12 @@ def match(
 ) -> tuple[int, ...]:
     """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id.
 
-    Names are equal in any Unicode normal form: macOS stores an accent as a character of its own.
+    Names are equal in any Unicode normal form.
 
     Raises:
         UserError: `who`, whose names `theirs` are, lacks one of ours, or has one class for two of ours.
     """
-    theirs, ours = ([unicodedata.normalize("NFC", name) for name in names] for names in (theirs, ours))
+    theirs, ours = normal(theirs) or [], normal(ours) or []
     place = {name: i for i, name in enumerate(theirs)}
     by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
     found = [place[name] if name in place else by_id.get(wordnet_id(name) or "") for name in ours]
@@ -112,12 +111,75 @@ def match(
     return tuple(at for at in found if at is not None)
 
 
+def places(
+    theirs: DataClasses,
+    ours: DataClasses,
+    where: str,
+    who: str,
+    fix: str,
+    decides: str,
+    present: Sequence[int] | None = None,
+) -> tuple[int, ...] | None:
+    """For each of our classes the place of the same one among `theirs`; None where there are no names to match.
+
+    Names are matched (`match`), numbers by their value: 01 is 1. Where one side has numbers and the other words or no
+    names, number n means class n of the other, and the log says so. But folders 0, 1, 10, 2 are numbered in the order
+    of text, in which 10 is class 2: where that gives another class, and the names do not count from 0, it is an error.
+
+    Args:
+        who, fix: as in `match`.
+        decides: what to do where numbers are ambiguous.
+        present: labels of our classes that have images, if only these are wanted.
+
+    Raises:
+        UserError: a class that `theirs` lacks, or a number that may mean two.
+    """
+    labels = list(range(ours.number) if present is None else present)
+    names = None if ours.names is None else [ours.names[label] for label in labels]
+    their_numbers, our_numbers = class_numbers(theirs.names or ()), class_numbers(names or ())
+    if their_numbers and our_numbers:
+        return match(_texts(their_numbers), _texts(our_numbers), where, who, fix)
+    if our_numbers and ours.names is not None and not set(names or ()) & set(theirs.names or ()):
+        found = match(_texts(range(theirs.number)), _texts(our_numbers), where, who, fix)
+        _check_certain(our_numbers, ours.names, theirs, f"{where}: the data's classes", who, decides)
+        return found
+    if their_numbers and theirs.names is not None and names is not None and theirs.number == ours.number:
+        found = match(_texts(their_numbers), _texts(labels), where, who, fix)
+        _check_certain(their_numbers, theirs.names, ours, f"{where}: the classes of {who}", "the data", decides)
+        return found
+    return None if theirs.names is None or names is None else match(theirs.names, names, where, who, fix)
+
+
+def _check_certain(
+    numbers: list[int], names: Sequence[str], other: DataClasses, what: str, who: str, decides: str
+) -> None:
+    """Logs which classes of `other`, those of `who`, the numbers mean. UserError where one may mean two of them."""
+    by_text = sorted(_texts(range(other.number)))
+    unsure = next((n for n in numbers if by_text[n] != str(n)), None)
+    if unsure is not None and not counts(names):
+        raise UserError(
+            f"{what} are numbers: {unsure} may be number {unsure} of {who}, or number {by_text.index(str(unsure))}, as "
+            f"in the order of text; {decides}"
+        )
+    if other.names is not None:
+        pairs = ", ".join(f"{n} {other.names[n]!r}" for n in sorted(numbers)[:10])
+        log.info("%s are numbers, taken as those of %s: %s%s", what, who, pairs, " ..." * (len(numbers) > 10))
+
+
+def counts(names: Sequence[str]) -> bool:
+    """Whether the names only repeat the labels: 0, 1, 2 ..."""
+    return list(names) == _texts(range(len(names)))
+
+
+def _texts(numbers: Iterable[int]) -> list[str]:
+    return [str(n) for n in numbers]
+
+
 def relabel(source: Source, model: DataClasses, where: str, who: str) -> None:
     """Gives the images of `source`, in place, the labels of the model's classes, matched by name or WordNet id.
 
-    Classes named by numbers (0, 1, 10) mean the model's classes of these numbers, if it has none of these names. Labels
-    without names are the model's already, and so are those of as many classes as a model without names has. A class
-    without images need not be one of the model's.
+    See `places`. Labels without names are the model's already, and so are those of as many classes as a model without
+    names has. A class without images need not be one of the model's.
 
     Args:
         who: whose classes `model` are, for messages.
@@ -126,26 +188,22 @@ def relabel(source: Source, model: DataClasses, where: str, who: str) -> None:
         UserError: names a class that the model lacks, or says that one of the two has no names and another number.
     """
     number, theirs = model
-    ours = source.class_names
     fix = "use data of its classes"
+    decides = f"convert it with --classes FILE, in which the classes of {who} stand in their order"
     present = np.unique(source.labels).tolist()
-    wanted = [] if ours is None else [ours[label] for label in present]
-    values, numbers = class_numbers(wanted), class_numbers(theirs or ())
-    if values is not None and (numbers is not None or not set(wanted) & set(theirs or ())):
-        places = match([str(n) for n in numbers or range(number)], [str(n) for n in values], where, who, fix)
-    elif theirs is not None and wanted:
-        places = match(theirs, wanted, where, who, fix)
-    elif source.num_classes == number or (not wanted and source.num_classes < number):
-        return
-    else:
-        lacking = where if theirs is not None or not wanted else who
+    ours = DataClasses(source.num_classes, tuple(source.class_names) if source.class_names else None)
+    found = places(model, ours, where, who, fix, decides, present)
+    if found is None:
+        if ours.number == number or (ours.names is None and ours.number < number):
+            return
+        lacking = where if ours.names is None else who
         raise UserError(
-            f"{where}: has {source.num_classes} classes, {who} {number}, and {lacking} has no class names by which to "
+            f"{where}: has {ours.number} classes, {who} {number}, and {lacking} has no class names by which to "
             f"match them; {fix}, or convert with class names"
         )
-    table = np.zeros(source.num_classes, np.int64)
-    table[present] = places
-    if list(places) != present:
+    table = np.zeros(ours.number, np.int64)
+    table[present] = found
+    if list(found) != present:
         log.info("%s: its classes are matched by name with those of %s", where, who)
     source.labels = table[source.labels]
     source.num_classes, source.class_names = number, list(theirs) if theirs is not None else None

@@ -142,7 +142,7 @@ def build_teacher(
         UserError: unknown name, weights that are missing or do not fit, a class that the teacher lacks, images of a
             size that the model cannot take.
     """
-    data = DataClasses.of(num_classes, class_names)
+    data = DataClasses.named(num_classes, class_names)
     if not spec.weights:
         raise UserError(f"{where}.weights: is empty, but a teacher needs trained weights; give a file")
     path = Path(spec.weights)
@@ -274,7 +274,7 @@ def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, 
     recipe, state, count, names = read_run(path)
     if recipe.distill.mode != "none":
         raise UserError(f"{where}.weights: {path} is a distilled student; a teacher is a plain run (distill: none)")
-    classes = select_classes(spec.classes, count, DataClasses.of(count, names).names, data, f"{where} ({path})")
+    classes = select_classes(spec.classes, count, names, data, f"{where} ({path})")
     state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     size = recipe.data.image_size
     model = build_classifier(recipe.student.name, count, size, **recipe.student.options)

@@ -121,7 +121,7 @@ def open_val_loader(
     path = path or recipe.data.val
     if not path:
         return None
-    source = open_source(path)
+    source = open_source(path, recipe.data.one_part)
     if classes is not None:
         relabel(source, classes, where, who)
     spec = LoaderSpec(

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.teachers.classes import normal
 from std_fast.teachers.fingerprint import names_digest, weights_digest
 
 NOT_COMPARED = ("data.val", "run.device", "student.weights")
@@ -55,10 +56,14 @@ def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) 
 def check_classes(stored: dict[str, Any], number: int, names: Sequence[str] | None) -> None:
     """UserError unless the training data has the classes of a checkpoint's metadata, in the same order: a resumed run
     maps none."""
-    theirs, advice = stored["class_names"], "resume with the data of the run, or start a new one with another --run.out"
+    theirs, advice = (
+        normal(stored["class_names"]),
+        "resume with the data of the run, or start a new one with another --run.out",
+    )
     if number != stored["num_classes"]:
         raise UserError(f"data.train: has {number} classes, the run {stored['num_classes']}; {advice}")
-    if theirs is None or names is None or list(theirs) == list(names):
+    names = normal(names)
+    if theirs is None or names is None or theirs == names:
         return
     label = next(i for i, (there, here) in enumerate(zip(theirs, names, strict=False)) if there != here)
     raise UserError(f"data.train: class {label} is {names[label]!r}, and was {theirs[label]!r} in the run; {advice}")

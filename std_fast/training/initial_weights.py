@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.errors import UserError
 from std_fast.config.recipe import StudentSpec
 from std_fast.method.student import Student
-from std_fast.teachers.classes import DataClasses, match
+from std_fast.teachers.classes import DataClasses, places
 from std_fast.teachers.classifiers import head_names, load_weights, other_shapes, read_run, read_weights
 from std_fast.teachers.hub_folder import read_hub_folder
 
@@ -70,7 +70,7 @@ def load_initial_weights(student: Student, spec: StudentSpec, class_names: Seque
     size = f" {stored.image_size}" if stored.image_size else ""
     heads = set(head_names(model))
     if not spec.new_head:
-        state |= matched_heads(stored, heads, DataClasses.of(student.num_classes, class_names), where)
+        state |= matched_heads(stored, heads, DataClasses.named(student.num_classes, class_names), where)
     if spec.new_head:
         plain = stored.complete and not student.head_teacher
         kept = {name: tensor for name, tensor in state.items() if name.startswith("backbone.") or not plain}
@@ -98,9 +98,10 @@ def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, wh
     Raises:
         UserError: names a class of the data that the weights lack.
     """
-    names = DataClasses.of(stored.num_classes or 0, stored.class_names).names
-    if names is None or data.names is None:
+    if stored.num_classes is None:
         return {}
+    theirs = DataClasses.named(stored.num_classes, stored.class_names)
     fix = "set student.new_head true to start with new heads"
-    rows = list(match(names, data.names, where, "the run", fix))
-    return {name: stored.state[name][rows] for name in heads & stored.state.keys()}
+    decides = f"convert the data with --classes FILE, in which its classes stand in their order, or {fix}"
+    rows = places(theirs, data, where, "the model", fix, decides)
+    return {} if rows is None else {name: stored.state[name][list(rows)] for name in heads & stored.state.keys()}

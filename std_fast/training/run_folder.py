@@ -44,6 +44,7 @@ RESUMABLE_CHANGES = (
     "run.not_finite",
     "run.not_finite_limit",
     "run.rollback_every",
+    "data.one_part",
     "data.threads",
     "data.ahead",
     "data.hw_decoder_load",

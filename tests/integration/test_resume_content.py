@@ -110,9 +110,11 @@ def test_an_image_folder_on_another_path(base, tmp_path):
     recipe = make_recipe(
         base, tmp_path / "run", distill={"mode": "none"}, student={"name": "mixer", "options": OPTIONS}
     )
-    stop(replace(recipe, data=replace(recipe.data, train=str(base / "val"))))
-    shutil.copytree(base / "val", tmp_path / "elsewhere")
-    moved = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "elsewhere")))
+    for name, accent in (("here", "\u00e5"), ("elsewhere", "a\u030a")):  # as Linux and macOS store it
+        shutil.copytree(base / "val", tmp_path / name)
+        (tmp_path / name / "cat").rename(tmp_path / name / f"cat {accent}")
+    stop(replace(recipe, data=replace(recipe.data, train=str(tmp_path / "here"), val="")))
+    moved = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "elsewhere"), val=""))
     assert train(moved, resume=True, quiet=True)["steps"] == STEPS
     (tmp_path / "elsewhere/ant/00.jpg").unlink()
     assert "elsewhere holds other data than this run was trained with" in refusal(moved)

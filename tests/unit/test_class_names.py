@@ -21,6 +21,7 @@ from std_fast.training.build import build, build_student, open_val_loader
 from std_fast.training.evaluate import evaluate_run
 
 LETTERS = ("a", "b", "c", "d")
+COUNTED = tuple(map(str, range(11)))
 TEN_AND_ONE = tuple(sorted(map(str, range(11))))  # 0 1 10 2 3 ...: a folder's order
 
 
@@ -43,8 +44,10 @@ def data(names, labels, number=None):
         (TEN_AND_ONE, ("0", "1", "10"), [0, 1, 2], [0, 1, 2]),
         (TEN_AND_ONE, tuple(map(str, range(11))), [0, 2, 10], [0, 3, 2]),
         (TEN_AND_ONE, ("01", "02", "10"), [0, 1, 2], [1, 3, 2]),
-        (11, TEN_AND_ONE, [0, 2, 3], [0, 10, 2]),  # a model without names: its classes are numbers
-        (11, ("1", "10"), [0, 1, 1], [1, 10, 10]),
+        (11, COUNTED, [0, 2, 10], [0, 2, 10]),  # a model without names: its classes are numbers
+        (LETTERS, COUNTED, [0, 2, 3], [0, 2, 3]),  # classes without images
+        (COUNTED, tuple("klmnopqrstu"), [0, 2, 10], [0, 2, 10]),
+        (9, ("1", "8"), [0, 1, 1], [1, 8, 8]),  # also in the order of text
         (("\u00e5", "z"), ("z", "a\u030a"), [0, 1, 1], [1, 0, 0]),  # an accent in macOS's normal form
         (4, LETTERS, [0, 3, 1], [0, 3, 1]),  # as many: taken to be the same
         (4, None, [0, 2, 1], [0, 2, 1]),
@@ -68,6 +71,19 @@ def test_labels_become_the_models(model, names, labels, expected):
         (LETTERS, None, [0, 4, 3], "val: has 5 classes, the run 4, and val has no class names"),
         (2, None, [0, 4, 3], "val: has 5 classes, the run 2, and val has no class names"),
         (("tench", "b"), ("n01440764", "n01440764_tench"), [0, 1, 0], "and another class of the data mean one class"),
+        (
+            11,
+            ("1", "10"),
+            [0, 1, 1],
+            "10 may be number 10 of the run, or number 2, as in the order of text; convert it",
+        ),
+        (
+            11,
+            TEN_AND_ONE,
+            [0, 2, 3],
+            "10 may be number 10 of the run, or number 2, as in the order of text; convert it",
+        ),
+        (TEN_AND_ONE, "klmnopqrstu", [0, 2, 10], "val: the classes of the run are numbers: 10 may be number 10 of the"),
     ],
 )
 def test_a_class_that_the_model_lacks_is_named(model, names, labels, complaint):
@@ -171,7 +187,7 @@ def test_heads_of_a_run_take_the_order_of_the_data(run):
         assert torch.equal(build_student(recipe, 4).eval()(images), same)
         assert torch.allclose(build_student(recipe, 4, "dbca").eval()(images), same[:, [3, 1, 2, 0]], atol=1e-6)
         assert torch.allclose(build_student(recipe, 2, "db").eval()(images), same[:, [3, 1]], atol=1e-6)
-    with pytest.raises(UserError, match=r"run\): the run lacks the class 'z' .*set student.new_head true"):
+    with pytest.raises(UserError, match=r"run\): the model lacks the class 'z' .*set student.new_head true"):
         build_student(recipe, 4, "abcz")
     fresh = build_student(make_recipe("", "", **weights, new_head=True), 4, "abcz")
     assert fresh.num_classes == 4
@@ -204,3 +220,29 @@ def test_a_run_without_class_names(run, tmp_path):
     shutil.copytree(run / "all" / "b", tmp_path / "named" / "b")
     numbered = evaluate_run(tmp_path / "old", str(tmp_path / "one"))
     assert numbered == evaluate_run(run / "run", str(tmp_path / "named"))
+
+
+def test_numbers_are_said_to_be_those_of_the_models_classes(caplog):
+    caplog.set_level("INFO", "std_fast")
+    relabel(data(("0", "1", "3"), [0, 1, 2]), DataClasses(4, LETTERS), "val", "the run")
+    assert "val: the data's classes are numbers, taken as those of the run: 0 'a', 1 'b', 3 'd'" in caplog.text
+
+
+def test_numbered_folders_are_the_numbers_of_given_classes(run, tmp_path):
+    """`--classes` decides what the numbers mean: the way on where a number may mean two classes."""
+    for number, name in enumerate(LETTERS):
+        shutil.copytree(run / "all" / name, tmp_path / "folders" / f"{number + 7}")
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in "stuvwxyabcd"))
+    convert(
+        str(tmp_path / "folders"),
+        str(tmp_path / "d.beton"),
+        settings=ConvertSettings(classes=f"{tmp_path}/classes.txt"),
+    )
+    assert right(evaluate_run(run / "run", str(tmp_path / "d.beton"))) == right(evaluate_run(run / "run"))
+    (tmp_path / "folders" / "7").rename(tmp_path / "folders" / "11")
+    with pytest.raises(UserError, match="has label 11, but only 11 classes are named"):
+        convert(
+            str(tmp_path / "folders"),
+            str(tmp_path / "e.beton"),
+            settings=ConvertSettings(classes=f"{tmp_path}/classes.txt"),
+        )

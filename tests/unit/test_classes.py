@@ -80,10 +80,10 @@ def test_names_in_a_file_and_words_for_wordnet_ids(of_a_thousand, tmp_path):
         ["English springer", "class 7", "n01440764"], name="test_resnet", weights=weights, classes=f"{names}"
     )
     assert teacher.classes.tolist() == [999, 7, 998]
-    data = DataClasses.of(2, ["crane", "church"])
+    data = DataClasses.named(2, ["crane", "church"])
     with pytest.raises(UserError, match=r"lacks the class 'crane' of the data \(1 of 2 such\)"):
         select_classes("imagenet-1k", 1000, None, data, "t")
-    both = DataClasses.of(2, ["tench", "n01440764"])
+    both = DataClasses.named(2, ["tench", "n01440764"])
     with pytest.raises(UserError, match="'tench' and another class of the data mean one class"):
         select_classes("imagenet-1k", 1000, None, both, "t")
 
@@ -136,6 +136,19 @@ def test_a_run_or_folder_with_class_names_is_matched_by_them(kind, tmp_path):
         ["ant", "bee", "cat", "emu"], **spec
     )
     assert build(None, count=4, **spec).classes is None  # data without names: as many classes are enough
+
+
+def test_numbers_are_matched_by_their_value_and_refused_where_they_may_mean_two_classes(of_a_thousand, tmp_path):
+    by_text = sorted(map(str, range(11)))
+    spec = teachers_with_names(tmp_path, by_text)["run"]
+    assert build([str(i) for i in range(11)], **spec).classes.tolist() == [by_text.index(str(i)) for i in range(11)]
+    assert build(by_text, **spec).classes is None
+    nameless = {"name": "test_resnet", "weights": str(tmp_path / "w.safetensors")}
+    save_file(timm.create_model("test_resnet", num_classes=11).state_dict(), tmp_path / "w.safetensors")
+    assert "10 may be number 10 of the teacher, or number 2" in complaint(by_text, **nameless)
+    (tmp_path / "names.txt").write_text("\n".join(by_text))
+    assert build(by_text, **nameless, classes=str(tmp_path / "names.txt")).classes is None
+    assert build([str(i) for i in range(11)], **nameless).classes is None
 
 
 @pytest.fixture

@@ -240,6 +240,9 @@ def test_an_unquoted_word_in_a_file_is_text_where_text_is_due(tmp_path, written,
         ("data.hw_decoder_load", "null", None),
         ("data.hw_decoder_load", "0.5", 0.5),
         ("student.options", "{patch_size: 4, act: no, name: 0x10}", {"patch_size": 4, "act": False, "name": 16}),
+        ("student.options", "{a: 010, b: 1e3, c: 1_000, d: 0o17}", {"a": 10, "b": 1000.0, "c": 1000, "d": 15}),
+        ("student.options", "{a: 12:30:00, b: 2020-01-01}", {"a": "12:30:00", "b": "2020-01-01"}),
+        ("student.options", "{a: '010', b: '1e3', c: '0o7'}", {"a": "010", "b": "1e3", "c": "0o7"}),
         ("optim.betas", "[0.9, 1e-1]", (0.9, 0.1)),
     ],
 )
@@ -251,6 +254,7 @@ def test_other_fields_read_the_word_by_their_type(tmp_path, key, word, value, in
     recipe = recipes.load(str(path), [] if in_file else [(key, word)])
     got = getattr(getattr(recipe, section), field)
     assert got == value and type(got) is type(value)
+    assert recipes.loads(recipes.dump(recipe)) == recipe
 
 
 def test_a_section_keeps_its_own_defaults_when_one_of_its_fields_is_set():

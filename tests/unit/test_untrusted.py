@@ -223,9 +223,8 @@ def test_yaml_that_is_a_bomb_ends_in_one_line(text, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [
-        ("2001-13-45", "month must be in 1..12"),
         ("9" * 5000, "Exceeds the limit"),
-        ("!!int x", "invalid literal"),
+        ("!!int x", "could not convert"),
         ("!!timestamp x", "cannot be read as YAML"),
     ],
 )
