@@ -34,6 +34,11 @@ def active() -> bool:
     return "FAKE_GPU_HOME" in os.environ and "libcudart" in os.environ.get("LD_PRELOAD", "")
 
 
+def computes() -> bool:
+    """Whether the results of this process's kernels are true: not where the tool compiles, or gives no values."""
+    return not active() or os.environ.get("FAKE_GPU_VALUES") == "1"
+
+
 def command(words: Sequence[str], tool: Path) -> list[str]:
     """`python WORDS` under the tool."""
     return [str(tool), sys.executable, *words]

@@ -68,8 +68,12 @@ def other(model: str) -> Part:
     return bench("step", "--model", model, "--batch", "512", "--profile", *tiny, name=f"step {model}")
 
 
+TESTS = (
+    "tests/gpu",
+    "tests/integration/test_out_of_memory.py",
+)  # all that are marked gpu: the others need more packages
 PARTS = (
-    Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", "tests"), 90),
+    Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", *TESTS), 90),
     bench("step", "--profile", name="step mixer_s16", expected=150),
     bench("peers", "--only", "compiled", name="peers compiled"),
     bench("peers", "--only", "eager", name="peers eager", expected=60),

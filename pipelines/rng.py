@@ -70,25 +70,27 @@ def bits(
     seed: int, epoch: int, position: npt.NDArray[np.integer], purpose: int, draw: int = 0
 ) -> npt.NDArray[np.uint32]: ...
 @overload
-def bits(seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int = 0) -> torch.Tensor: ...
+def bits(
+    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int | torch.Tensor = 0
+) -> torch.Tensor: ...
 def bits(
     seed: int,
     epoch: int | torch.Tensor,
     position: npt.NDArray[np.integer] | torch.Tensor,
     purpose: int,
-    draw: int = 0,
+    draw: int | torch.Tensor = 0,
 ) -> npt.NDArray[np.uint32] | torch.Tensor:
     """Random words [N, 4]: numpy uint32 for a numpy `position`, torch int64 holding 0..2^32-1 for a torch one.
 
     seed: any integer, taken modulo 2^64.
     epoch: 0..2^32-1; with a torch position it may be a 0-dim int64 tensor, so that compiled code does not depend on it.
     position: integers [N], taken modulo 2^64 (so the padding position -1 is legal).
-    purpose, draw: 0..2^16-1.
+    purpose, draw: 0..2^16-1; with a torch position `draw` may be an int64 tensor that broadcasts to it, not checked.
     The torch twin is elementwise int64 arithmetic on the position's device, without host synchronisation.
     Raises ValueError for a purpose, draw or epoch out of range.
     """
     purpose = int(purpose)  # torch.compile does not compare members of an enum
-    if not (0 <= purpose < 1 << 16 and 0 <= draw < 1 << 16):
+    if not (0 <= purpose < 1 << 16 and (isinstance(draw, torch.Tensor) or 0 <= draw < 1 << 16)):
         raise ValueError(f"purpose {purpose} and draw {draw} must lie in 0..65535")
     if not isinstance(epoch, torch.Tensor) and not 0 <= epoch <= _LOW:
         raise ValueError(f"epoch {epoch} must lie in 0..2^32-1")
@@ -114,18 +116,18 @@ def uniform(
 ) -> npt.NDArray[np.float32]: ...
 @overload
 def uniform(
-    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int = 0
+    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int | torch.Tensor = 0
 ) -> torch.Tensor: ...
 def uniform(
     seed: int,
     epoch: int | torch.Tensor,
     position: npt.NDArray[np.integer] | torch.Tensor,
     purpose: int,
-    draw: int = 0,
+    draw: int | torch.Tensor = 0,
 ) -> npt.NDArray[np.float32] | torch.Tensor:
     """Uniform float32 [N, 4] in [0, 1): the top 24 bits of `bits` times 2^-24, exact and so equal in both twins."""
     if isinstance(position, torch.Tensor):
         return (bits(seed, epoch, position, purpose, draw) >> 8).to(torch.float32) * 2.0**-24
-    if isinstance(epoch, torch.Tensor):
-        raise TypeError("a tensor epoch needs a tensor position: pass int(epoch) on the host")
+    if isinstance(epoch, torch.Tensor) or isinstance(draw, torch.Tensor):
+        raise TypeError("a tensor epoch or draw needs a tensor position: pass integers on the host")
     return (bits(seed, epoch, position, purpose, draw) >> 8).astype(np.float32) * np.float32(2.0**-24)

@@ -1,7 +1,7 @@
 """Stochastic depth drawn by position (Huang et al. 2016): scales that zero a branch, or rows that skip its work.
 
 Both draw from the counter-based generator, so that a sample's draw depends on seed, epoch and position alone. Shapes: B
-batch, L blocks (2 L residual branches), G images of a group, N groups, R rows.
+batch, L blocks (2 L residual branches), D draws of U = 4 words, G images of a group, N groups, R rows.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def residual_scales(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tenso
 
 
 def branch_draws(branches: int, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
-    """A uniform number in [0, 1) for each residual branch and sample: `[2 L, B]`."""
-    draws = range((branches + 3) // 4)
-    draws_BU = [rng.uniform(seed, epoch, positions, int(rng.Purpose.DROP_PATH), draw) for draw in draws]
-    return torch.cat(draws_BU, dim=1).T[:branches]
+    """A uniform number in [0, 1) for each residual branch and sample: `[2 L, B]`, in one pass over all draws."""
+    draws_D = torch.arange((branches + 3) // 4, device=positions.device)
+    positions_DB = positions.expand(len(draws_D), -1)
+    u_DBU = rng.uniform(seed, epoch, positions_DB, int(rng.Purpose.DROP_PATH), draws_D[:, None])
+    return u_DBU.transpose(1, 2).flatten(0, 1)[:branches]
 
 
 def kept_rows(drop_rates: Sequence[float]) -> Callable[..., list[Tensor | None]]:

@@ -1,8 +1,9 @@
 """Complete commands on "cuda" under the fake GPU: train with each backend, in each order, compiled, stopped and
-resumed, and what comes before and after a training."""
+resumed; what comes before and after a training; the benchmarks."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -18,9 +19,10 @@ import yaml
 from benchmarks import fake_gpu, gpu_suite, workload
 from benchmarks.harness import ROOT
 from std_fast.runtime import checkpoint
+from tests.rehearsal import steps
 
 VALUES, COMPILES = {"FAKE_GPU_VALUES": "1"}, {"FAKE_GPU_VALUES": "compile"}
-LIMIT = 900.0  # seconds that any command may take
+LIMIT = 1200.0  # seconds that any command may take
 RECIPE = {
     "data": {"train": "images", "val": "images", "image_size": 16, "threads": 1, "backend": "torch"},
     "student": {
@@ -46,17 +48,17 @@ class Ground:
         plain = {**RECIPE, "student": {"name": "test_resnet"}, "distill": {"mode": "none"}}
         (folder / "plain.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
 
-    def start(self, words: str, log: Path, settings: dict[str, str]) -> subprocess.Popen:
-        line = fake_gpu.command(["-m", "std_fast.cli", *shlex.split(words)], self.tool)
+    def start(self, words: str, log: Path, settings: dict[str, str], module: str = "std_fast.cli") -> subprocess.Popen:
+        line = fake_gpu.command(["-m", module, *shlex.split(words)], self.tool)
         env = fake_gpu.environment(settings)
         env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
         with open(log, "w", encoding="utf-8") as file:
             return subprocess.Popen(line, cwd=self.folder, env=env, stdout=file, stderr=file)
 
-    def run(self, words: str, settings: dict[str, str] = VALUES, code: int = 0) -> str:
+    def run(self, words: str, settings: dict[str, str] = VALUES, code: int = 0, module: str = "std_fast.cli") -> str:
         """Its output. AssertionError, with the last lines, when it ends otherwise than with `code`."""
         log = self.folder / "last.log"
-        process = self.start(words, log, settings)
+        process = self.start(words, log, settings, module)
         try:
             found = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -167,25 +169,57 @@ def reported(g: Ground) -> None:
     assert (g.folder / "report" / "report.html").stat().st_size > 1000
 
 
+def benchmarks_compiled(g: Ground) -> None:
+    """Those whose tiny sizes leave the compiler out, and the ones that count what it makes."""
+    tiny = "--model mixer --batch 8 --image-size 32 --classes 8 --repeats 1 --turn-seconds 0"
+    for name, words in {
+        "step": "--smoke",
+        "roofline": "--smoke",
+        "peers": f"--only compiled {tiny}",
+        "compile": f"--modes inductor {tiny}",
+    }.items():
+        report = json.loads(bench(g, name, f"{words} --json", COMPILES))
+        failed = [row for row in report["rows"] if "milliseconds" not in row]
+        assert report["conditions"]["gpu"] and not failed, (name, failed)
+
+
+def students(g: Ground) -> None:
+    bench(g, "students", "--smoke --json")
+
+
+def bench(g: Ground, name: str, words: str, settings: dict[str, str] = VALUES) -> str:
+    """What `std-fast bench NAME WORDS` prints, from the first line of its JSON on."""
+    text = g.run(f"{words} --device cuda", settings, module=f"benchmarks.{name}")
+    return text[text.index("\n{\n") :]
+
+
+def steady_steps(g: Ground) -> None:
+    for form, compile in steps.MOST:
+        if compile == "inductor":
+            steps.check(form, compile, g.tool)
+
+
 def suite_stopped_and_resumed(g: Ground) -> None:
-    """Every benchmark of the suite at tiny sizes; SIGTERM once the first has its result, then the others."""
-    words = ["-m", "benchmarks.gpu_suite", "--smoke", "--device", "cuda", "--out", str(g.folder / "suite")]
-    line, env = fake_gpu.command(words, g.tool), fake_gpu.environment(COMPILES)
-    with open(g.folder / "suite.log", "w", encoding="utf-8") as log:
-        first = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
-        until = time.monotonic() + LIMIT
-        while first.poll() is None and time.monotonic() < until and not list(g.folder.glob("suite/*.json")):
-            time.sleep(0.1)
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(LIMIT) == 143, f"exit code {first.returncode}"
-        (path,) = g.folder.glob("suite/*.json")
-        before = gpu_suite.results(path)
-        code = subprocess.run(line, cwd=ROOT, env=env, stdout=log, stderr=log, timeout=4 * LIMIT).returncode
-    after = gpu_suite.results(path)
+    """Every benchmark of the suite at tiny sizes; SIGTERM once the first has its result; then calls until all are."""
+    log, folder = g.folder / "suite.log", g.folder / "suite"
+    words = f"--smoke --device cuda --minutes 11 --out {folder}"
+    first = g.start(words, log, VALUES, "benchmarks.gpu_suite")
+    until = time.monotonic() + LIMIT
+    while first.poll() is None and time.monotonic() < until and not list(folder.glob("*.json")):
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(LIMIT) == 143, f"exit code {first.returncode}"
+    (path,) = folder.glob("*.json")
+    before = after = gpu_suite.results(path)
+    wanted = {part.question for part in gpu_suite.PARTS if part.question}
+    assert 0 < len(before) < len(wanted)
+    for _ in range(3):  # a call begins what fits into its minutes
+        if set(after) < wanted:
+            g.run(words, module="benchmarks.gpu_suite")
+            after = gpu_suite.results(path)
     wrong = {name: one.get("said", [""])[-1] for name, one in after.items() if one["state"] != "ok"}
-    assert code == 0 and not wrong, wrong
+    assert set(after) == wanted and not wrong, wrong or wanted - set(after)
     assert all(after[name] == one for name, one in before.items()), "a result that was there was taken again"
-    assert set(after) == {part.question for part in gpu_suite.PARTS if part.question}
 
 
 COMMANDS: dict[str, Callable[[Ground], None]] = {
@@ -204,7 +238,10 @@ COMMANDS: dict[str, Callable[[Ground], None]] = {
     "plan": planned,
     "export": exported,
     "report": reported,
-    "bench gpu_suite, tiny sizes, SIGTERM, again": suite_stopped_and_resumed,
+    "bench students": students,
+    "bench gpu_suite --minutes 11, tiny sizes, SIGTERM, again": suite_stopped_and_resumed,
+    "bench step, roofline, peers, compile, compiled by inductor": benchmarks_compiled,
+    "steady steps, compiled: no wait, so many launches": steady_steps,
 }
 
 

@@ -1,23 +1,38 @@
 """What the host asks of the GPU in a step: launches, copies and waits, from the fake GPU's log.
 
-python -m tests.rehearsal.steps --json FILE        # all forms of a step, eager and compiled
+python -m tests.rehearsal.steps --out benchmarks/results       # all forms of a step, eager and compiled
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import importlib
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks import fake_gpu, harness
 from benchmarks.harness import ROOT
+from pipelines.errors import UserError
 
-FORMS = ("plain", "teachers", "teachers beside", "targets written")
+FORMS = {
+    "plain": "plain",
+    "targets given": "STD, targets given",
+    "targets stored": "STD, targets read from a cache",
+    "targets written": "STD, two teachers in turn, targets written to a cache",
+    "teachers": "STD, two teachers in turn",
+    "teachers beside": "STD, two teachers beside the student",
+}
+MOST = {
+    ("teachers beside", "off"): 1590,
+    ("targets stored", "off"): 1470,
+}
+"""launches that a test allows: what was counted, and a tenth more"""
+BATCH = 16
 WARM, STEPS = 4, 3  # before counting; counted
 EPOCH = 64  # steps: none of those counted begins or ends an epoch
 
@@ -29,11 +44,11 @@ def recipe_of(form: str, compile: str, folder: Path):
     from tests.rehearsal.commands import RECIPE
 
     data = {**RECIPE["data"], "train": str(folder / "images"), "val": ""}
-    run = {**RECIPE["run"], "batch": 16, "out": str(folder / "run"), "compile": compile, "length": "2 epochs"}
+    run = {**RECIPE["run"], "batch": BATCH, "out": str(folder / "run"), "compile": compile, "length": "2 epochs"}
     run |= {"overlap": "on" if form == "teachers beside" else "off"}
     teacher = {"name": "test_resnet", "weights": str(folder / "resnet.safetensors"), "image_size": 16}
     distill = {"mode": "std", "teachers": [teacher] * 2, "mine": {"every": "1 step"}}
-    if form == "targets written":
+    if form in ("targets stored", "targets written"):
         distill["target_cache"] = str(folder / "targets")
     if form == "plain":
         distill = {"mode": "none"}
@@ -45,14 +60,22 @@ def take_steps(form: str, compile: str, folder: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    from benchmarks.workload import write_images
+    from benchmarks.step import store
+    from benchmarks.workload import given_targets, write_images
+    from std_fast.commands.measure import ConstantTargets
+    from std_fast.method.losses import TeacherTargets
     from std_fast.training.run import Run
     from std_fast.training.schedule import StepSettings
 
     tool = importlib.import_module("fake_gpu")  # after torch, which imports it itself
-    write_images(folder / "images", 3, 16 * EPOCH, 48)
+    write_images(folder / "images", 3, BATCH * EPOCH, 48)
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), folder / "resnet.safetensors")
     run = Run(recipe_of(form, compile, folder), quiet=True)
+    if form == "targets given":
+        run.stream.source = ConstantTargets(given_targets(run.parts))
+    if form == "targets stored":
+        on_host = (x if x is None else x.cpu() for x in given_targets(run.parts))  # where `pack` computes
+        store(run.parts, TeacherTargets._make(on_host))
     for step in range(1, WARM + STEPS + 1):
         tool.mark("step" if step > WARM else "warm")
         run.trainer.step(next(run.stream), StepSettings(step, 1e-3, 1e-3, with_mine=form != "plain"))
@@ -93,9 +116,7 @@ def count(form: str, compile: str, tool: Path) -> collections.Counter:
     """The most of each kind in any counted step. RuntimeError, with the last line, when the process fails."""
     with tempfile.TemporaryDirectory(prefix="std-fast-steps-") as name:
         log = Path(name) / "calls.log"
-        words = fake_gpu.command(
-            ["-m", "tests.rehearsal.steps", "--form", form, "--compile", compile, "--in", name], tool
-        )
+        words = fake_gpu.command(["-m", "tests.rehearsal.steps", "--take", form, compile, name], tool)
         env = fake_gpu.environment({"FAKE_GPU_LOG": str(log)})
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
@@ -105,31 +126,50 @@ def count(form: str, compile: str, tool: Path) -> collections.Counter:
     return collections.Counter({kind: max(step[kind] for step in steps) for kind in set().union(*steps)})
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.rehearsal.steps", description=__doc__)
-    parser.add_argument("--form", choices=FORMS)
-    parser.add_argument("--compile", choices=("off", "inductor"), default="off")
-    parser.add_argument("--in", dest="folder", help="used by this command itself, under the tool")
-    parser.add_argument("--json", metavar="FILE", help="write the counts there too")
-    args = parser.parse_args()
-    if args.folder:
-        take_steps(args.form, args.compile, Path(args.folder))
-        return 0
+def check(form: str, compile: str, tool: Path) -> None:
+    """AssertionError where a steady step waits, copies in a way that waits, or launches more kernels than it did."""
+    found = count(form, compile, tool)
+    assert found["host waits"] == found["blocking copies"] == 0, found
+    assert 0 < found["launches"] <= MOST[form, compile], found
+
+
+COLUMNS = {
+    "step": "name",
+    "compile": "compile",
+    "launches": "launches",
+    "of these, Triton's": "of Triton",
+    "copies": "copies",
+    "blocking copies": "blocking copies",
+    "waits of the thread that steps": "host waits",
+}
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
     tool = fake_gpu.find()
     if tool is None:
-        print(fake_gpu.missing(), file=sys.stderr)
-        return 2
+        raise UserError(fake_gpu.missing())
     rows = []
-    for compile in ("off", "inductor"):
-        for form in FORMS:
-            rows.append({"step": form, "compile": compile, **count(form, compile, tool)})
-            print(rows[-1], file=sys.stderr, flush=True)
-    if args.json:
-        report = {"conditions": harness.conditions(), "rows": rows}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    keys = ("step", "compile", "launches", "of Triton", "copies", "blocking copies", "host waits")
-    print(harness.table([{key: row.get(key, 0) for key in keys} for row in rows], {key: key for key in keys}))
-    return 0
+    for compile in args.compile:
+        for form in args.forms:
+            harness.progress(f"{form}, {compile}")
+            counts = count(form, compile, tool)
+            kinds = {key: counts[key] for key in list(COLUMNS.values())[2:]}
+            rows.append({"name": FORMS[form], "compile": compile, **kinds})
+    return {"variant": "fake-h200", "rows": rows, "batch": BATCH, "counted_steps": STEPS}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="[all]")
+    parser.add_argument("--compile", nargs="+", choices=("off", "inductor"), default=["off", "inductor"], help="[both]")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--take"]:  # the process under the tool
+        form, compile, folder = sys.argv[2:]
+        take_steps(form, compile, Path(folder))
+        return 0
+    show = functools.partial(harness.show, columns=COLUMNS)
+    return harness.main("steps", report, show, add_arguments, text=__doc__)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ import pytest
 from benchmarks import fake_gpu
 from tests.rehearsal import steps
 
-# launches of an eager step: measured, and a tenth more
-MOST = {"teachers beside": 1590, "targets written": 1590}
-
 
 @pytest.mark.skipif(fake_gpu.find() is None, reason=fake_gpu.missing())
-@pytest.mark.parametrize("form", ["teachers beside", "targets written"])
+@pytest.mark.parametrize("form", ["teachers beside", "targets stored"])
 def test_a_steady_step_waits_for_nothing(form):
-    found = steps.count(form, "off", fake_gpu.find())
-    assert found["host waits"] == found["blocking copies"] == 0, found
-    assert 0 < found["launches"] <= MOST[form], found
+    """Eager ones; `make rehearse` counts compiled ones."""
+    steps.check(form, "off", fake_gpu.find())
 
 
 def test_lines_of_the_log_are_counted(tmp_path):

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import fake_gpu
+from benchmarks import fake_gpu, gpu_suite
 from benchmarks.harness import ROOT
 
 WAYS = {
@@ -15,7 +15,6 @@ WAYS = {
     "lazy": {"FAKE_GPU_LAZY": "1"},  # nothing is done before the host waits; no values
     "compiled": {"FAKE_GPU_VALUES": "compile"},  # Triton's kernels are compiled and launched, and compute nothing
 }
-TESTS = ("tests/gpu", "tests/integration/test_out_of_memory.py")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Outcome:
     reason: str
 
 
-def rehearse(way: str, tool: Path, folder: Path, tests: tuple[str, ...] = TESTS) -> list[Outcome]:
+def rehearse(way: str, tool: Path, folder: Path, tests: tuple[str, ...] = gpu_suite.TESTS) -> list[Outcome]:
     """Runs the tests in one way, in a process of its own; its output goes to FOLDER/WAY.log."""
     report, log = folder / f"{way}.xml", folder / f"{way}.log"
     words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]

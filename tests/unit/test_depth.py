@@ -1,10 +1,12 @@
 """Stochastic depth that skips what it drops: the function of the scaling kind, the same for any number of ranks."""
 
+import numpy as np
 import pytest
 import torch
 
+from pipelines import rng
 from std_fast.models import build_backbone
-from std_fast.models.drop_path import GROUP, kept_rows
+from std_fast.models.drop_path import GROUP, branch_draws, kept_rows
 
 STUDENTS = {
     "mixer": {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
@@ -16,6 +18,15 @@ EPOCH = torch.tensor(3)
 
 def rows_of(rates, positions, epoch=EPOCH):
     return kept_rows(rates)(torch.tensor(rates)[:, None], 7, epoch, positions)
+
+
+@pytest.mark.parametrize("branches", [1, 6, 24])
+def test_draws_are_those_of_the_generator(branches):
+    """Branch 4 d + w has word w of draw d: resumed and distributed runs depend on it."""
+    positions = torch.tensor([5, 0, 1 << 33])
+    draws = [rng.uniform(7, 3, positions.numpy(), rng.Purpose.DROP_PATH, draw) for draw in range(6)]
+    expected = np.concatenate(draws, axis=1).T[:branches]
+    assert np.array_equal(branch_draws(branches, 7, EPOCH, positions).numpy(), expected)
 
 
 @pytest.mark.parametrize("family", ["mixer", "resmlp"])

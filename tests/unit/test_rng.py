@@ -124,5 +124,5 @@ def test_out_of_range_is_refused(bad):
 
 
 def test_a_tensor_epoch_with_a_host_position_is_refused():
-    with pytest.raises(TypeError, match="tensor epoch"):
+    with pytest.raises(TypeError, match="tensor epoch or draw"):
         rng.uniform(0, torch.tensor(1), np.arange(2), 0)
