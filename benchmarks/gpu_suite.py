@@ -197,8 +197,9 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     """Runs a part; returns its state, seconds, and report or last lines."""
     words = [sys.executable, "-m", *part.words] + (["--json"] if part.question else [])
     began = time.monotonic()
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=harness.ROOT, start_new_session=True
+        words, stdout=pipe, stderr=pipe, text=True, errors="replace", cwd=harness.ROOT, start_new_session=True
     )
     state = ""
     try:
@@ -214,7 +215,10 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
         file.write(f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
     if not state and process.returncode == 0 and part.question:
-        return {"state": "ok", **result, "report": json.loads(out)}
+        try:
+            return {"state": "ok", **result, "report": json.loads(out)}
+        except ValueError:
+            state = "wrote no report"
     state = state or ("ok" if process.returncode == 0 else f"exit code {process.returncode}")
     return {"state": state, **result, "said": f"{said}\n{out}".strip().splitlines()[-5:]}
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -308,6 +309,28 @@ def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, cap
     assert gpu_suite.main(["--out", str(tmp_path / "empty"), "--known", str(tmp_path)]) == 0 and len(calls) == 6
     monkeypatch.setattr(gpu_suite, "code", lambda: "another")
     assert gpu_suite.main(words) == 0 and calls[6:] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("fault", ["print('no report')", "raise SystemExit(3)", "os.abort()"])
+def test_a_piece_that_fails_stops_no_other(tmp_path, monkeypatch, fault):
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "bad.py").write_text(
+        f"import sys; sys.stderr.buffer.write(b'\\xff: why\\n'); sys.stderr.flush(); {fault}"
+    )
+    (package / "good.py").write_text("print('{}')")
+    monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
+    parts = [gpu_suite.Part(name, (f"benchmarks.{name}",), 0) for name in ("bad", "good")]
+    found = {}
+    gpu_suite.run(parts, found, tmp_path / "found.json", minutes=4)
+    assert gpu_suite.results(tmp_path / "found.json") == found
+    assert found["bad"]["state"] != "ok" and "why" in "".join(found["bad"]["said"]) and found["good"]["report"] == {}
+
+
+def test_the_suite_s_tests_are_those_marked_gpu():
+    files = {file for file in (harness.ROOT / "tests").glob("*/test_*.py") if "mark.gpu" in file.read_text()}
+    inside = {harness.ROOT / path for path in gpu_suite.TESTS}
+    assert len(files) >= 6 and all(inside & {file, *file.parents} for file in files - {Path(__file__)})
 
 
 def test_pieces_are_begun_only_where_they_fit(tmp_path, monkeypatch):
