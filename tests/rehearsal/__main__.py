@@ -38,7 +38,7 @@ def main() -> int:
         for one in failed:
             print(f"{one.test} ({one.way}): {one.reason}", file=sys.stderr)
         print(ways.table(outcomes) if outcomes else "", commands.table(found) if found else "", sep="\n\n")
-    return 1 if failed or any(not one.well for one in found) else 0
+    return 1 if failed or any(one.reason for one in found) else 0
 
 
 if __name__ == "__main__":

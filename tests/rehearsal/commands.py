@@ -248,9 +248,8 @@ COMMANDS: dict[str, Callable[[Ground], None]] = {
 @dataclass(frozen=True)
 class Outcome:
     name: str
-    well: bool
     reason: str
-    seconds: float
+    """why it is not as it should be; empty where it is"""
 
 
 def rehearse(tool: Path, folder: Path, only: str = "") -> list[Outcome]:
@@ -258,16 +257,16 @@ def rehearse(tool: Path, folder: Path, only: str = "") -> list[Outcome]:
     chosen = [name for name in COMMANDS if re.search(only, name)] if only != "-" else []
     ground, found = Ground(folder, tool), []
     for name in chosen:
-        began = time.monotonic()
+        reason, began = "", time.monotonic()
         try:
             COMMANDS[name](ground)
-            found.append(Outcome(name, True, "", time.monotonic() - began))
         except Exception as error:  # one that fails must not end the others
-            found.append(Outcome(name, False, f"{type(error).__name__}: {error}", time.monotonic() - began))
-        print(f"{name}: {'ok' if found[-1].well else found[-1].reason}", file=sys.stderr, flush=True)
+            reason = f"{type(error).__name__}: {error}"
+        found.append(Outcome(name, reason))
+        print(f"{name}: {reason or 'ok'}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
 def table(found: list[Outcome]) -> str:
-    lines = ["| command | outcome | seconds |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {o.name} | {o.reason or 'as it should'} | {o.seconds:.0f} |" for o in found])
+    lines = ["| command | outcome |", "|---|---|"]
+    return "\n".join(lines + [f"| {o.name} | {o.reason or 'as it should'} |" for o in found])
