@@ -44,7 +44,7 @@ class Guard:
     @torch.no_grad()
     def check(self, step: int, *values: Tensor) -> None:
         """Sets `found_inf` for this step, and in `bad_values` bit i where the i-th of `values` is not finite."""
-        bad_V = self.world.sum((~torch.stack([value.detach().isfinite() for value in values])).long()) > 0
+        bad_V = self.world.sum((~torch.stack([value.detach() for value in values]).isfinite()).long()) > 0
         count = (self.steps >= 0).sum()
         frozen = count > self.allowed
         new = bad_V.any() & ~frozen

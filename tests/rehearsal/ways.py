@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,11 @@ class Outcome:
     state: str
     """passed, failed or skipped"""
     reason: str
+
+    @property
+    def function(self) -> str:
+        """The test without its parameters."""
+        return self.test.partition("[")[0]
 
 
 def rehearse(way: str, tool: Path, folder: Path, tests: tuple[str, ...] = gpu_suite.TESTS) -> list[Outcome]:
@@ -51,20 +58,20 @@ def outcome_of(case: ElementTree.Element, way: str) -> Outcome:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """A line for each test, a column for each way; reasons of what was skipped or failed below."""
+    """A line for each test function, a column for each way; the reasons of what was skipped or failed below."""
     ways = list(dict.fromkeys(one.way for one in outcomes))
-    tests = list(dict.fromkeys(one.test for one in outcomes))
-    by = {(one.test, one.way): one for one in outcomes}
+    functions = list(dict.fromkeys(one.function for one in outcomes))
     lines = [f"| test | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
-    for test in tests:
-        cells = [by[test, way].state if (test, way) in by else "-" for way in ways]
-        lines.append(f"| {test} | {' | '.join(cells)} |")
+    for function in functions:
+        cells = [counted(one for one in outcomes if (one.function, one.way) == (function, way)) for way in ways]
+        lines.append(f"| {function} | {' | '.join(cells)} |")
+    lines += [f"| all | {' | '.join(counted(one for one in outcomes if one.way == way) for way in ways)} |", ""]
     for state in ("failed", "skipped"):
-        reasons: dict[str, list[str]] = {}
-        for one in outcomes:
-            if one.state == state:
-                reasons.setdefault(one.reason, []).append(f"{one.test} ({one.way})")
-        lines += [f"{state}, {reason or 'no reason given'}: {len(which)}" for reason, which in reasons.items()]
-    counts = {state: sum(one.state == state for one in outcomes) for state in ("passed", "skipped", "failed")}
-    lines.append(", ".join(f"{count} {state}" for state, count in counts.items()))
+        reasons = Counter((one.reason, one.way) for one in outcomes if one.state == state)
+        lines += [f"- {state}, {way}, {count}: {reason}" for (reason, way), count in reasons.items()]
     return "\n".join(lines)
+
+
+def counted(outcomes: Iterable[Outcome]) -> str:
+    """`3 passed, 1 skipped`."""
+    return ", ".join(f"{count} {state}" for state, count in Counter(one.state for one in outcomes).items()) or "-"

@@ -315,9 +315,8 @@ def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, cap
 def test_a_piece_that_fails_stops_no_other(tmp_path, monkeypatch, fault):
     package = tmp_path / "benchmarks"
     package.mkdir()
-    (package / "bad.py").write_text(
-        f"import sys; sys.stderr.buffer.write(b'\\xff: why\\n'); sys.stderr.flush(); {fault}"
-    )
+    (package / "__init__.py").touch()
+    (package / "bad.py").write_text(f"import os; os.write(2, b'\\xff: why\\n'); {fault}")
     (package / "good.py").write_text("print('{}')")
     monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
     parts = [gpu_suite.Part(name, (f"benchmarks.{name}",), 0) for name in ("bad", "good")]
