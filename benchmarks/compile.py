@@ -7,7 +7,6 @@ left in it. The step is the STD student's with given targets, as run.compile mak
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def child(args: argparse.Namespace, mode: str, cache: str) -> dict[str, Any]:
         if done.returncode == 2:
             raise UserError(reason)
         return {"failed": reason[:200]}
-    return json.loads(done.stdout)["rows"][0]
+    return harness.printed_report(done.stdout)["rows"][0]
 
 
 def measure_one(args: argparse.Namespace) -> dict[str, Any]:

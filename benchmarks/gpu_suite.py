@@ -101,9 +101,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device, parts = args.device, [part for part in PARTS if args.only is None or part.name in args.only]
     if args.smoke:
-        seen: dict[str, Part] = {p.question: p for p in reversed(parts) if p.question}  # one of each
         words = ("--smoke", *(("--device", device) if device != "auto" else ()))
-        parts = [Part(name, (part.words[0], *words), part.expected) for name, part in reversed(seen.items())]
+        one_of_each: dict[str, Part] = {}
+        for part in parts:
+            if part.question:
+                one_of_each.setdefault(part.question, Part(part.question, (part.words[0], *words), part.expected))
+        parts = list(one_of_each.values())
     keep_caches(args.caches)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +219,7 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
     if not state and process.returncode == 0 and part.question:
         try:
-            return {"state": "ok", **result, "report": json.loads(out)}
+            return {"state": "ok", **result, "report": harness.printed_report(out)}
         except ValueError:
             state = "wrote no report"
     state = state or ("ok" if process.returncode == 0 else f"exit code {process.returncode}")

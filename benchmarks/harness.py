@@ -266,6 +266,15 @@ def complete(question: str, run: Callable[[argparse.Namespace], Report], args: a
     return {"question": question, "settings": settings, "conditions": found, **body}
 
 
+def printed_report(text: str) -> Report:
+    """The report in what a benchmark printed with --json, where libraries may have printed lines around it.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    return json.JSONDecoder().raw_decode("{" + f"\n{text}".partition("\n{\n")[2])[0]
+
+
 def write(report: Report, folder: Path) -> Path:
     """Writes `QUESTION-HARDWARE-DATE.json`; a `variant` of the question stands in the name too."""
     folder.mkdir(parents=True, exist_ok=True)

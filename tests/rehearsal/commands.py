@@ -3,7 +3,6 @@ resumed; what comes before and after a training; the benchmarks."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks import fake_gpu, gpu_suite, workload
+from benchmarks import fake_gpu, gpu_suite, harness, workload
 from benchmarks.harness import ROOT
 from std_fast.runtime import checkpoint
 from tests.rehearsal import steps
@@ -178,19 +177,18 @@ def benchmarks_compiled(g: Ground) -> None:
         "peers": f"--only compiled {tiny}",
         "compile": f"--modes inductor {tiny}",
     }.items():
-        report = json.loads(bench(g, name, f"{words} --json", COMPILES))
+        report = bench(g, name, words, COMPILES)
         failed = [row for row in report["rows"] if "milliseconds" not in row]
         assert report["conditions"]["gpu"] and not failed, (name, failed)
 
 
 def students(g: Ground) -> None:
-    bench(g, "students", "--smoke --json")
+    bench(g, "students", "--smoke")
 
 
-def bench(g: Ground, name: str, words: str, settings: dict[str, str] = VALUES) -> str:
-    """What `std-fast bench NAME WORDS` prints, from the first line of its JSON on."""
-    text = g.run(f"{words} --device cuda", settings, module=f"benchmarks.{name}")
-    return text[text.index("\n{\n") :]
+def bench(g: Ground, name: str, words: str, settings: dict[str, str] = VALUES) -> harness.Report:
+    """The report of `std-fast bench NAME WORDS`, whose output stands in one file with its progress."""
+    return harness.printed_report(g.run(f"{words} --device cuda --json", settings, module=f"benchmarks.{name}"))
 
 
 def steady_steps(g: Ground) -> None:

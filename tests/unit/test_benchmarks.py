@@ -317,7 +317,7 @@ def test_a_piece_that_fails_stops_no_other(tmp_path, monkeypatch, fault):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "bad.py").write_text(f"import os; os.write(2, b'\\xff: why\\n'); {fault}")
-    (package / "good.py").write_text("print('{}')")
+    (package / "good.py").write_text("print('{a library} says', '{', '}', 'something', sep=chr(10))")
     monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
     parts = [gpu_suite.Part(name, (f"benchmarks.{name}",), 0) for name in ("bad", "good")]
     found = {}
