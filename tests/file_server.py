@@ -16,6 +16,8 @@ class FileServer:
         self.root, self.ranges = root, ranges
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.fail = lambda path, before: 0
+        self.fail_first = False  # whether each request is refused when it is made for the first time
+        self._lock = threading.Lock()
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,10 +37,15 @@ class FileServer:
 
     def _answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
         path = request.path.partition("?")[0]
-        before = sum(path == one[1] for one in self.requests)
-        self.requests.append((request.command, path, request.headers.get("Range", "")))
+        asked = (request.command, path, request.headers.get("Range", ""))
+        with self._lock:
+            before = sum(path == one[1] for one in self.requests)
+            again = asked in self.requests
+            self.requests.append(asked)
         file = self.root / path.lstrip("/")
-        status = self.fail(path, before) or (200 if file.is_file() else 404)
+        status = (
+            (503 if self.fail_first and not again else 0) or self.fail(path, before) or (200 if file.is_file() else 404)
+        )
         if status != 200:
             request.send_error(status)
             return

@@ -108,8 +108,13 @@ class Builder:
         else:
             listing.labels = np.array(labels, np.int64)
             highest = int(listing.labels.max(initial=0))
-            if not 0 <= int(listing.labels.min(initial=0)) <= highest < MAX_CLASSES:
-                raise UserError(f"{printable(src)}: labels must lie in 0..{MAX_CLASSES - 1}; fix them")
+            outside = (listing.labels < 0) | (listing.labels >= MAX_CLASSES)
+            if outside.any():
+                i = int(outside.argmax())
+                raise UserError(
+                    f"{printable(src)}: {printable(listing.names[i])} has label {labels[i]}, and labels must lie in "
+                    f"0..{MAX_CLASSES - 1}; fix it"
+                )
             if classes is None:
                 classes = [str(i) for i in range(highest + 1)]
             if highest >= len(classes):

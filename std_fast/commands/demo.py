@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
 from std_fast.runtime.budget import productive_seconds
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import train
+from std_fast.training.run import Stopped, train
 
 DIGIT, CANVAS = 14, 24  # pixels
 STUDENTS = {"plain": "digits_mixer", "STD": "digits_std"}
@@ -72,7 +75,9 @@ def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
 
     rows: dict[str, list[dict]] = {"teacher": [], "plain": [], "STD": []}
     workers = max(1, min(len(os.sched_getaffinity(0)), 2 * seeds))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=one_thread) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    stopped = spawn.Event()
+    with ProcessPoolExecutor(workers, spawn, initializer=begin, initargs=(stopped,)) as pool, ends_early(pool, stopped):
         rows["teacher"].append(logged("teacher", pool.submit(one_run, "digits_teacher", out / "teacher", 0, data)))
         students = []
         for seed in range(seeds):
@@ -88,11 +93,23 @@ def run_demo(out: Path, seeds: int = 3) -> tuple[dict, str]:
     return metrics, text(rows, out, metrics["seconds"])
 
 
-def one_thread() -> None:
-    """Runs of models this small are faster one on each core than one after the other on all cores."""
+@contextlib.contextmanager
+def ends_early(pool: Executor, stopped: Event) -> Iterator[None]:
+    """An exception, such as Ctrl-C's, lets running trainings save and begins no further one."""
+    try:
+        yield
+    except BaseException:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+def begin(stopped: Event) -> None:
+    """Of a worker. Runs of models this small are faster one on each core than one after the other on all cores."""
     import torch
 
     torch.set_num_threads(1)
+    one_run.stopped = stopped  # type: ignore[attr-defined]
 
 
 def logged(name: str, future: Future) -> dict:
@@ -109,7 +126,10 @@ def logged(name: str, future: Future) -> dict:
 
 
 def one_run(recipe: str, folder: Path, seed: int, overrides: list[tuple[str, str]]) -> dict:
-    """Trains one run, or resumes it; returns its summary and its evaluations."""
+    """Trains one run, or resumes it; returns its summary and its evaluations. Raises Stopped."""
+    stopped: Event = one_run.stopped  # type: ignore[attr-defined]
+    if stopped.is_set():
+        raise Stopped("not begun")
     loaded = recipes.load(recipe, [*overrides, ("run.out", str(folder)), ("run.seed", str(seed))])
     summary_file = folder / "summary.json"
     if (folder / "recipe.yaml").is_file() and recipes.read_saved(folder) != loaded:
@@ -117,7 +137,11 @@ def one_run(recipe: str, folder: Path, seed: int, overrides: list[tuple[str, str
     if summary_file.is_file():
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
     else:
-        summary = train(loaded, resume=True, quiet=True)
+        try:
+            summary = train(loaded, resume=True, quiet=True)
+        except Stopped:
+            stopped.set()  # the process may get the next run before this one's end has been told
+            raise
     return {"summary": summary, "evals": [r for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "eval"]}
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, K classes, S side of the images in pixels.
 
 from __future__ import annotations
 
+import functools
 import glob
 import logging
 import os
@@ -28,9 +29,10 @@ from std_fast.commands.export import trained_student
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
 from std_fast.teachers.classes import DataClasses, wordnet_words
-from std_fast.teachers.hub_folder import read_hub_folder
+from std_fast.teachers.hub_folder import is_hub_folder, read_hub_folder
 from std_fast.teachers.teacher import autocast, from_folder
-from std_fast.training.build import pick_device, precision_of
+from std_fast.training.build import open_val_loader, pick_device, precision_of
+from std_fast.training.evaluate import evaluate_model, for_evaluation
 
 log = logging.getLogger("std_fast")
 
@@ -176,11 +178,29 @@ def open_classifier(folder: Path) -> Classifier:
         if recipe.run.device == "cuda":  # images can be predicted on another machine
             recipe = replace(recipe, run=replace(recipe.run, device="auto"))
         return Classifier(recipe, student, names)
-    if (folder / "config.json").is_file():
+    if is_hub_folder(folder):
         return exported(folder)
     raise UserError(
         f"{printable(str(folder))}: holds no model; give a run's folder (recipe.yaml) or an export (config.json)"
     )
+
+
+def evaluate_export(folder: Path, data: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, float]:
+    """Accuracy of an exported model on `data`, as `evaluate_run` of its run; `loss`, `top1`, `top5` and `images`.
+
+    Raises:
+        UserError: there is no `data`, it cannot be read, or has a class that the model lacks.
+    """
+    if not data:
+        raise UserError(f"{folder}: an export names no data; name it: std-fast eval {folder} DATA")
+    recipe, model, names = exported(folder)
+    recipe = for_evaluation(recipe, overrides)
+    device = pick_device(recipe.run.device)
+    classes = DataClasses.named(read_hub_folder(folder).num_classes, names)
+    loader = open_val_loader(recipe, device, data, classes=classes, who="the export")
+    assert loader is not None
+    cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
+    return evaluate_model(model, loader, recipe.augment, cast)
 
 
 def exported(folder: Path) -> Classifier:

@@ -105,6 +105,17 @@ def overview(runs: list[RunData]) -> str:
     return table(head, rows, range(3, 9))
 
 
+def lost_writes(runs: list[RunData]) -> str | None:
+    """What of a run's log could not be written, by destination; None where nothing was lost."""
+    lost = [(t, t.summary["lost_writes"]) for t in runs if isinstance(t.summary.get("lost_writes"), dict)]
+    rows = [
+        (f"{swatch(t)}{html.escape(t.name)}", html.escape(name), shown(count, ",d"))
+        for t, counts in lost
+        for name, count in counts.items()
+    ]
+    return table(("run", "written to", "writes lost"), rows, [2]) if rows else None
+
+
 def differences(runs: list[RunData]) -> str:
     """The fields in which the recipes differ, a column a run."""
     names: list[str] = []
@@ -174,6 +185,7 @@ def page(runs: list[RunData], plots: Plots, images: int) -> str:
     made = " · ".join(f"{name} {version}" for name, version in (versions or {}).items())
     sections = [
         f"<section><h2>Runs</h2>{overview(runs)}</section>",
+        section("Lost", lost_writes(runs), note="A disk or a network failed; the training itself went on undisturbed."),
         section(
             "Accuracy",
             accuracy(plots, runs, "gpu_hours", "GPU-hours"),

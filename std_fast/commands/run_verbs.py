@@ -8,12 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from pipelines.errors import UserError
 from std_fast.commands.arguments import Parser, Verb, add_json, show
 
 
 def add_eval(parser: Parser) -> None:
-    parser.add_argument("run", help="folder of a run; with --teacher a recipe")
+    parser.add_argument("run", help="folder of a run or an export; with --teacher a recipe")
     parser.add_argument(
         "data", nargs="?", default="", help="a .beton or image folder; by default the run's own data.val"
     )
@@ -24,16 +23,17 @@ def add_eval(parser: Parser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from std_fast.commands.predict import evaluate_export
     from std_fast.config import recipe as recipes
+    from std_fast.teachers.hub_folder import is_hub_folder
     from std_fast.training.evaluate import evaluate_run, evaluate_teacher
 
+    overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
     if args.teacher is not None:
-        recipe = recipes.load(args.run, args.overrides)
-        result = evaluate_teacher(recipe, args.teacher, args.data, args.backend)
-    elif args.overrides:
-        raise UserError(f"--{args.overrides[0][0]}: a run is evaluated as its recipe says; only --teacher takes fields")
+        result = evaluate_teacher(recipes.load(args.run, overrides), args.teacher, args.data)
     else:
-        result = evaluate_run(Path(args.run), args.data, args.backend)
+        evaluate_folder = evaluate_export if is_hub_folder(Path(args.run)) else evaluate_run
+        result = evaluate_folder(Path(args.run), args.data, overrides)
     show(args, result, "\n".join(f"{key} {value:.4g}" for key, value in result.items()))
 
 
@@ -110,7 +110,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 VERBS = {
-    "eval": Verb(evaluate, add_eval, "accuracy of a run's weights on a data set"),
+    "eval": Verb(evaluate, add_eval, "accuracy of a run's or an export's weights on a data set"),
     "predict": Verb(predict, add_predict, "classes of image files, by a run or an exported model"),
     "report": Verb(report, add_report, "one HTML page about runs: accuracy, speed, where the hours went"),
     "export": Verb(export, add_export, "a run's model as safetensors for timm and the hub, ONNX and torch.export"),

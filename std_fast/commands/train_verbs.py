@@ -115,11 +115,17 @@ def add_demo(parser: Parser) -> None:
     add_json(parser)
 
 
-def demo(args: argparse.Namespace) -> None:
+def demo(args: argparse.Namespace) -> int:
     from std_fast.commands.demo import run_demo
+    from std_fast.training.run import Stopped
 
-    data, text = run_demo(Path(args.out), args.seeds)
+    try:
+        data, text = run_demo(Path(args.out), args.seeds)
+    except (Stopped, KeyboardInterrupt):
+        say("std-fast: stopped; the same command continues")
+        return STOPPED
     show(args, data, text)
+    return 0
 
 
 VERBS = {

@@ -53,7 +53,9 @@ class StudentSpec:
         "for CycleMLP and timm's convolutional networks; 0: never",
     )
     early_share: float = opt(0.5, "share of the training that is early, with early_size")
-    weights: str = opt("", "start from these weights: a run folder, .safetensors or a timm checkpoint")
+    weights: str = opt(
+        "", "start from these weights: a run folder, an export, .safetensors, a timm checkpoint, or timm's `pretrained`"
+    )
     new_head: bool = opt(False, "with weights: keep fresh heads and load all else, for data of other classes")
 
     def __post_init__(self) -> None:

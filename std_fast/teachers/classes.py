@@ -59,14 +59,20 @@ def select_classes(
     names = class_names(asked, where) if asked else own
     if asked and names is not None and len(names) != count:
         raise UserError(f"{where}: classes: {asked} names {len(names)} classes, but the teacher has {count}")
-    if names is None and data.names is not None and count in SUBSET_OF and set(data.names) <= set(imagenet(IMAGENET)):
-        names = imagenet(SUBSET_OF[count])
-    theirs = DataClasses.named(count, names)
+    theirs = known_classes(count, names, data)
     if count != data.number and (theirs.names is None or data.names is None or counts(data.names)):
         raise UserError(wrong_classes(where, count, data.number))
     decides = "name those of the teacher in their order (classes: FILE)"
     found = places(theirs, data, where, "the teacher", "take a teacher of these classes", decides)
     return None if found == tuple(range(count)) else found
+
+
+def known_classes(count: int, own: Sequence[str] | None, data: DataClasses) -> DataClasses:
+    """Classes of a model with these names; without any, ImageNet's where the model has as many as a list of timm's and
+    all names of the data are WordNet ids of ImageNet-1k."""
+    if own is None and data.names is not None and count in SUBSET_OF and set(data.names) <= set(imagenet(IMAGENET)):
+        own = imagenet(SUBSET_OF[count])
+    return DataClasses.named(count, own)
 
 
 def wrong_classes(where: str, found: int, needed: int) -> str:

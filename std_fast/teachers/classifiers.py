@@ -6,6 +6,7 @@ Shapes: B batch, K classes.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from std_fast.config.options import refuse_loaders
 from std_fast.config.recipe import Recipe, loads
 from std_fast.models import BACKBONES, build_backbone
 from std_fast.runtime import checkpoint
+
+log = logging.getLogger("std_fast")
 
 
 def build_classifier(name: str, num_classes: int, image_size: int, drop_path: float = 0.0, **options: Any) -> nn.Module:
@@ -59,6 +62,39 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
             return use_small_stem(model, name) if small_stem else model
     reason = " ".join(str(refused).split())
     raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); fix its options")
+
+
+def create_pretrained(name: str, image_size: int, where: str, **options: Any) -> nn.Module:
+    """timm's model with the weights that timm downloads, of all their classes.
+
+    Args:
+        where: the recipe's field that asks for them, such as `student.weights`.
+
+    Raises:
+        UserError: timm has none, or the download fails; names the file to fetch and its place.
+    """
+    import timm
+
+    config = timm_config(name)
+    if options.get("small_stem"):
+        raise UserError(
+            f"{where}: small_stem makes a layer that no pretrained weights fit; leave it out of the options"
+        )
+    if not timm.is_model_pretrained(name):
+        raise UserError(f"{where}: timm has no pretrained weights for {name!r}; give a file")
+    try:
+        return create_timm(name, image_size, pretrained=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds of error for a failed download
+        log.debug("download of %s failed", name, exc_info=True)
+        file = config.hf_hub_filename or "model.safetensors"
+        source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
+        here = f"weights/{name}{Path(str(source)).suffix}"
+        raise UserError(
+            f"{where}: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine with a "
+            f"network, put it here as {here}, and set {where} to {here}"
+        ) from None
 
 
 def timm_config(name: str) -> Any:

@@ -30,6 +30,11 @@ class HubFolder(NamedTuple):
     precision: str  # `run.precision` of the run that was exported
 
 
+def is_hub_folder(path: Path) -> bool:
+    """Whether it holds a model by timm's words; a run's folder does not."""
+    return (path / "config.json").is_file() and not (path / "recipe.yaml").is_file()
+
+
 def read_hub_folder(path: Path) -> HubFolder:
     """The folder's config.json. Raises UserError where it describes no timm model."""
     try:

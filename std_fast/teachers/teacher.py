@@ -24,6 +24,7 @@ from std_fast.models import BACKBONES
 from std_fast.teachers.classes import DataClasses, select_classes, wrong_classes
 from std_fast.teachers.classifiers import (
     build_classifier,
+    create_pretrained,
     create_timm,
     last_layers,
     load_weights,
@@ -213,31 +214,13 @@ def in_precision(model: nn.Module, dtype: torch.dtype, image_size: int, where: s
 
 def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """timm's pretrained weights. Raises UserError, with the file to fetch and its place, when a download fails."""
-    import timm
-
     name = spec.name
     if not name:
         raise UserError(f"{where}.name: is needed with weights: pretrained; name a timm model")
     config = timm_config(name)
-    if spec.options.get("small_stem"):
-        raise UserError(f"{where}.options: small_stem makes a layer that no pretrained weights fit; leave it out")
-    if not timm.is_model_pretrained(name):
-        raise UserError(f"{where}.weights: timm has no pretrained weights for {name!r}; give a file")
     classes = select_classes(spec.classes, config.num_classes, config.label_names, data, f"{where} ({name})")
     fixed = spec.image_size or fixed_size(config, spec.options)
-    try:
-        model = create_timm(name, fixed or image_size, pretrained=True, **spec.options)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client raises many kinds of error for a failed download
-        log.debug("download of %s failed", name, exc_info=True)
-        file = config.hf_hub_filename or "model.safetensors"
-        source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
-        here = f"weights/{name}{Path(str(source)).suffix}"
-        raise UserError(
-            f"{where}.weights: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine "
-            f"with a network, put it here as {here}, and set {where}.weights to {here}"
-        ) from None
+    model = create_pretrained(name, fixed or image_size, f"{where}.weights", **spec.options)
     return LoadedModel(model, name, config.mean, config.std, fixed, classes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.augment.device import Augment
+from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
+from std_fast.config.schema import from_dict, set_dotted
 from std_fast.method.student import Prediction, Student, StudentOutput, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.teachers.classes import DataClasses
@@ -99,18 +101,36 @@ def count_correct(
     return counts
 
 
-def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, float]:
+EVAL_FIELDS = ("data.one_part", "data.threads", "data.backend", "run.eval_batch", "run.device")
+"""what an evaluation may set anew: where and how fast, not what is computed"""
+
+
+def for_evaluation(recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> Recipe:
+    """With fields of EVAL_FIELDS as (dotted key, text). UserError for another field."""
+    changes: dict = {}
+    for name, text in overrides:
+        if name not in EVAL_FIELDS:
+            raise UserError(
+                f"--{name}: a trained model is evaluated as its recipe says; it takes {', '.join(EVAL_FIELDS)}, and "
+                "with --teacher all fields"
+            )
+        set_dotted(changes, name, text)
+    return from_dict(Recipe, changes, base=recipe)
+
+
+def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, str]] = ()) -> dict[str, float]:
     """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
 
     The data may have some of the run's classes only, in any order: they are matched by name (see `relabel`).
+
+    Args:
+        overrides: see `for_evaluation`.
 
     Raises:
         UserError: the folder holds no run, the data cannot be read, or has a class that the run lacks.
     """
     stored = read_run(folder)
-    recipe = stored.recipe
-    if backend:
-        recipe = replace(recipe, data=replace(recipe.data, backend=backend))
+    recipe = for_evaluation(stored.recipe, overrides)
     device = pick_device(recipe.run.device)
     try:
         classes = DataClasses.named(stored.num_classes, stored.class_names)
@@ -130,7 +150,18 @@ def evaluate_run(folder: Path, data: str = "", backend: Any = "") -> dict[str, f
         return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
 
 
-def evaluate_teacher(recipe: Recipe, number: int, data: str = "", backend: Any = "") -> dict[str, float]:
+def evaluate_model(model: nn.Module, loader: Loader, augment: AugmentSpec, cast: Callable) -> dict[str, float]:
+    """Accuracy of a classifier: images `[B, 3, S, S]`, normalised as `augment` says, -> logits `[B, K]`.
+
+    The loader is closed.
+    """
+    with loader:
+        device = torch.device(loader.spec.device)
+        normalise = Augment(augment, 0).to(device).normalise_only
+        return evaluate(Student(model.to(device), loader.num_classes), loader, normalise, cast, "class")
+
+
+def evaluate_teacher(recipe: Recipe, number: int, data: str = "") -> dict[str, float]:
     """Accuracy of a recipe's teacher on `data`, by default its `data.val`, on the classes of that data.
 
     Raises:
@@ -139,8 +170,6 @@ def evaluate_teacher(recipe: Recipe, number: int, data: str = "", backend: Any =
     teachers = recipe.distill.teachers
     if not 0 <= number < len(teachers):
         raise UserError(f"--teacher: the recipe has {len(teachers)} teachers, numbered from 0; there is no {number}")
-    if backend:
-        recipe = replace(recipe, data=replace(recipe.data, backend=backend))
     device = pick_device(recipe.run.device)
     loader = open_val_loader(recipe, device, data)
     if loader is None:
@@ -150,6 +179,4 @@ def evaluate_teacher(recipe: Recipe, number: int, data: str = "", backend: Any =
         dtype, names = teacher_dtype(spec, recipe, device), loader.source.class_names
         size = recipe.data.image_size
         teacher = build_teacher(spec, loader.num_classes, size, augment.mean, augment.std, where, dtype, names)
-        classifier = Student(teacher.to(device), loader.num_classes)
-        normalise = Augment(augment, recipe.run.seed).to(device).normalise_only
-        return evaluate(classifier, loader, normalise, contextlib.nullcontext, "class")
+        return evaluate_model(teacher, loader, augment, contextlib.nullcontext)

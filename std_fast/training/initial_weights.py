@@ -12,10 +12,26 @@ from torch import Tensor
 from pipelines.errors import UserError
 from std_fast.config.recipe import StudentSpec
 from std_fast.method.student import Student
-from std_fast.teachers.classes import DataClasses, places
-from std_fast.teachers.classifiers import head_names, load_weights, other_shapes, read_run, read_weights
-from std_fast.teachers.hub_folder import read_hub_folder
+from std_fast.models import BACKBONES
+from std_fast.teachers.classes import DataClasses, known_classes, places
+from std_fast.teachers.classifiers import (
+    create_pretrained,
+    head_names,
+    load_weights,
+    other_shapes,
+    read_run,
+    read_weights,
+    timm_config,
+)
+from std_fast.teachers.hub_folder import is_hub_folder, read_hub_folder
 
+TIMM_NAMES = {
+    "mixer_s16": "mixer_s16_224",
+    "mixer_b16": "mixer_b16_224",
+    "resmlp_s12": "resmlp_12_224",
+    "resmlp_s24": "resmlp_24_224",
+}
+"""students that are models of timm's"""
 MODEL_FILE = "model.safetensors"  # of an export, as timm and the Hugging Face hub name it
 log = logging.getLogger("std_fast")
 
@@ -37,13 +53,27 @@ class InitialWeights(NamedTuple):
 def read_initial_weights(path: Path) -> InitialWeights:
     """Of a run's folder, of an export's (config.json), or of a file. UserError where it cannot be read."""
     folder = path.parent if path.name == MODEL_FILE else path  # an export's file stands for its folder
-    if not (folder / "recipe.yaml").is_file() and (folder / "config.json").is_file():
+    if is_hub_folder(folder):
         hub = read_hub_folder(folder)
         return InitialWeights(read_weights(folder / MODEL_FILE), hub.num_classes, hub.class_names, hub.image_size)
     if path.is_dir():
         run = read_run(path)
         return InitialWeights(run.state, run.num_classes, run.class_names, run.recipe.data.image_size)
     return InitialWeights(read_weights(path))
+
+
+def read_pretrained(spec: StudentSpec) -> InitialWeights:
+    """Of timm's model for a student. UserError where there is none, or it cannot be downloaded."""
+    name = TIMM_NAMES.get(spec.name, spec.name)
+    if name in BACKBONES:
+        raise UserError(
+            f"student.weights: timm has no pretrained weights for {spec.name}, as it has for {', '.join(TIMM_NAMES)} "
+            "and its own models; give a file"
+        )
+    config = timm_config(name)
+    size = config.input_size[-1]
+    model = create_pretrained(name, size, "student.weights", **(spec.options if name == spec.name else {}))
+    return InitialWeights(model.state_dict(), config.num_classes, config.label_names, size)
 
 
 def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None = None) -> None:
@@ -60,12 +90,7 @@ def load_initial_weights(student: Student, spec: StudentSpec, class_names: Seque
     """
     path = Path(spec.weights)
     where = f"student.weights ({path})"
-    if spec.weights == "pretrained":
-        raise UserError(
-            f"student.weights: `pretrained` is for teachers; save the state_dict() of timm.create_model({spec.name!r}, "
-            "pretrained=True) as .safetensors and name that file"
-        )
-    stored = read_initial_weights(path)
+    stored = read_pretrained(spec) if spec.weights == "pretrained" else read_initial_weights(path)
     state, model = stored.state, student if stored.complete else student.backbone
     size = f" {stored.image_size}" if stored.image_size else ""
     heads = set(head_names(model))
@@ -100,7 +125,7 @@ def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, wh
     """
     if stored.num_classes is None:
         return {}
-    theirs = DataClasses.named(stored.num_classes, stored.class_names)
+    theirs = known_classes(stored.num_classes, stored.class_names, data)
     fix = "set student.new_head true to start with new heads"
     decides = f"convert the data with --classes FILE, in which its classes stand in their order, or {fix}"
     rows = places(theirs, data, where, "the model", fix, decides)

@@ -231,11 +231,14 @@ class RunFolder:
 
 @contextmanager
 def locked(folder: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
-    """The run's folder for this run alone. UserError when another process trains into it."""
+    """The run's folder for this run alone. UserError when another process trains into it, or it cannot be."""
     if not world.main:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"run.out: {folder} is a file, or lies below one; name a folder") from None
     with open(folder / ".lock", "w", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -105,6 +105,14 @@ def test_info_and_recipes(capsys):
         (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
         (["train", "digits_mixer", "--run.out", LONG], "run.out: holds a name of 300 bytes; use at most 255"),
         (["train", "digits_mixer", "--run.out", "a\0b"], "run.out: "),
+        (
+            ["train", "digits_mixer", "--run.out", __file__],
+            "run.out: " + __file__ + " is a file, or lies below one; name",
+        ),
+        (
+            ["train", "digits_mixer", "--resume", "--run.out", __file__ + "/x"],
+            __file__ + "/x is a file, or lies below one; name",
+        ),
         (["preview", "digits_mixer", "--data.train", LONG], LONG),
         (["train", LONG], LONG),
         (["eval", LONG], LONG),

@@ -113,6 +113,16 @@ def test_the_page_and_its_plots(runs, tmp_path, capsys):
     assert "not finished" in words and "distill.teachers" in words and "STD, 2 teachers" in words
 
 
+def test_lost_writes_of_a_run_are_shown(runs, tmp_path):
+    one = tmp_path / "one"
+    shutil.copytree(runs[0], one, ignore=shutil.ignore_patterns("checkpoints"))
+    summary = json.loads((one / "summary.json").read_text()) | {"lost_writes": {"<wandb>": 1204}}
+    (one / "summary.json").write_text(json.dumps(summary))
+    report.write_report([one], tmp_path / "out", images=0)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Lost</h2>" in text and "&lt;wandb&gt;" in text and "1,204" in text
+
+
 def test_predictions_are_those_of_evaluation(runs):
     run = report_data.read_runs(runs)[1]
     samples = report_data.predictions(run, 24)  # all images

@@ -216,5 +216,3 @@ def test_eval_of_a_teacher_is_its_accuracy_on_the_datas_classes(of_a_thousand, i
     assert result["images"] == 24 and result["top1"] == pytest.approx(100 * right / 24)
     assert cli.main(["eval", str(path), "--teacher", "1"]) == 2
     assert "--teacher: the recipe has 1 teachers, numbered from 0; there is no 1" in capsys.readouterr().err
-    assert cli.main(["eval", str(tmp_path), "--data.threads", "2"]) == 2
-    assert "--data.threads: a run is evaluated as its recipe says" in capsys.readouterr().err

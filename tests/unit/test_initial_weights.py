@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import huggingface_hub.constants
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -82,10 +84,39 @@ def test_what_does_not_fit_names_the_field_that_makes_it_fit(run):
     assert "of 3 classes, but the data has 5; set student.new_head true" in complaint(recipe_of(STD, **weights), 5)
     assert "set data.image_size 16 and student.options" in complaint(recipe_of(STD, 32, **weights))
     assert "set data.image_size 16 and student.options" in complaint(recipe_of(STD, 32, **weights, new_head=True), 5)
-    hint = "student.weights: `pretrained` is for teachers; save the state_dict() of timm.create_model('mixer'"
+    hint = "student.weights: timm has no pretrained weights for mixer, as it has for mixer_s16, mixer_b16, resmlp_s12"
     assert hint in complaint(recipe_of(STD, weights="pretrained"))
     same = build_student(recipe_of(STD, **weights), 3).state_dict()
     assert all(torch.equal(tensor, stored(run)[name]) for name, tensor in same.items())
+
+
+@pytest.mark.parametrize(("name", "timms"), [("test_resnet", "test_resnet"), ("resmlp_s12", "resmlp_12_224")])
+def test_pretrained_is_timms_own_download(monkeypatch, name, timms):
+    """The download is replaced by random weights; the smallest model of timm's, and a student that timm has too."""
+    asked, create = [], timm.create_model
+
+    def download(model, pretrained=False, **options):
+        if pretrained:
+            asked.append(model)
+            options["num_classes"] = 7
+        return create(model, **options)
+
+    monkeypatch.setattr(timm, "create_model", download)
+    recipe = recipe_of({"mode": "none"}, 224, name=name, options={}, weights="pretrained")
+    with pytest.raises(UserError, match="of 7 classes, but the data has 3; set student.new_head true"):
+        build_student(recipe, 3)
+    student = build_student(replace(recipe, student=replace(recipe.student, new_head=True)), 3)
+    assert set(asked) == {timms} and student.num_classes == 3
+
+
+def test_pretrained_without_a_network_says_which_file_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    recipe = recipe_of({"mode": "none"}, 32, name="test_resnet", options={}, weights="pretrained")
+    with pytest.raises(
+        UserError, match=r"student.weights: test_resnet could not .* set student.weights to weights/test"
+    ):
+        build_student(recipe, 1000)
 
 
 def test_evaluating_from_another_folder_names_the_way_on(run, tmp_path, monkeypatch):

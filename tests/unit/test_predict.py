@@ -12,7 +12,7 @@ import torch
 
 from pipelines.loaders.ffcv import library
 from std_fast import cli, export_run
-from std_fast.commands.predict import list_images, predict_images
+from std_fast.commands.predict import evaluate_export, list_images, predict_images
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
@@ -79,6 +79,33 @@ def test_as_many_are_right_as_evaluation_counts(val, tmp_path, distill, data):
     assert correct(run, val) == (right, 29)
     export_run(run, tmp_path / "export", ("timm",))
     assert correct(tmp_path / "export", val, backend="torch") == (right, 29)
+    backend = [("data.backend", "torch"), ("run.device", "cpu")]
+    of_export = evaluate_export(tmp_path / "export", str(val), backend)
+    assert of_export == pytest.approx({name: result[name] for name in ("top1", "top5", "loss", "images")}, rel=1e-5)
+
+
+def test_an_export_is_evaluated_by_the_same_command(run, val, tmp_path, capsys):
+    """On some of its classes, in another order; fields that would change the result are refused."""
+    export_run(run, tmp_path / "export", ("timm",))
+    shutil.copytree(val / NAMES[2], tmp_path / "part" / NAMES[2])
+    words = [str(tmp_path / "part"), "--data.threads", "1", "--backend", "torch", "--json"]
+    results = []
+    for model in (run, tmp_path / "export"):
+        assert cli.main(["eval", str(model), *words]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["images"] == 8 and results[0]["top1"] == results[1]["top1"]
+    for words, complaint in (
+        ([], f"an export names no data; name it: std-fast eval {tmp_path}/export DATA"),
+        (
+            [str(val), "--data.image_size", "8"],
+            "--data.image_size: a trained model is evaluated as its recipe says; it",
+        ),
+    ):
+        assert cli.main(["eval", str(tmp_path / "export"), *words]) == 2
+        assert complaint in capsys.readouterr().err
+    (tmp_path / "part" / NAMES[2]).rename(tmp_path / "part" / "wasp")
+    assert cli.main(["eval", str(tmp_path / "export"), str(tmp_path / "part")]) == 2
+    assert "the export lacks the class 'wasp' of the data" in capsys.readouterr().err
 
 
 def test_ffcv_reads_them_as_in_its_evaluation(val, tmp_path):
