@@ -2,7 +2,7 @@
 
     std-fast bench soak --minutes 30 --out benchmarks/results
 
-Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.training.run`: an epoch has four
+Each backend trains a tiny Mixer for its time in a process of its own, by `std_fast.training.train`: an epoch has four
 steps. Every so often an evaluation's epoch is left after its first batch, and now and then the run is stopped in the
 middle of an epoch, which saves, and resumed by a new one in the same process, which reads the checkpoint, opens
 loaders anew and has to leave nothing of the old ones behind. Looked at meanwhile, from outside: resident memory,
@@ -122,7 +122,8 @@ def send(progress: dict[str, Any]) -> None:
 
 def run_for(backend: str, data: Path, out: Path, seconds: float, progress: dict[str, Any]) -> None:
     """A run into `out`, from its last checkpoint on, stopped in the middle of an epoch after so many seconds."""
-    from std_fast.training.run import Run, Stopped, train
+    from std_fast.training.run import Run, Stopped
+    from std_fast.training.train import train
 
     began, at_start = time.monotonic(), progress["steps"]
     first: list[int] = []
@@ -130,13 +131,13 @@ def run_for(backend: str, data: Path, out: Path, seconds: float, progress: dict[
     def on_step(run: Run) -> None:
         first[:] = first or [run.step - 1]
         progress["steps"] = at_start + run.step - first[0]
-        progress["epochs"] = progress["steps"] / run.per_epoch
+        progress["epochs"] = progress["steps"] / run.parts.train_loader.steps_per_epoch
         if run.step % ABANDON_EVERY == 0 and run.parts.val_loader is not None:
             epoch: Any = run.parts.val_loader.epoch(0)
             next(epoch)
             epoch.close()
             progress["abandoned"] += 1
-        if time.monotonic() - began >= seconds and run.step % run.per_epoch == 2:
+        if time.monotonic() - began >= seconds and run.step % run.parts.train_loader.steps_per_epoch == 2:
             run.stop_wanted = True
 
     try:

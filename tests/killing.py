@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120.0  # seconds that any child may take
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["tests.killing", "std_fast.training.run", "std_fast.commands.teach", "std_fast.commands.export", "timm"]
+    ["tests.killing", "std_fast.training.train", "std_fast.commands.teach", "std_fast.commands.export", "timm"]
 )
 
 

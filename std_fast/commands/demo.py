@@ -21,7 +21,8 @@ from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
 from std_fast.runtime.budget import productive_seconds
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 DIGIT, CANVAS = 14, 24  # pixels
 STUDENTS = {"plain": "digits_mixer", "STD": "digits_std"}

@@ -15,7 +15,7 @@ from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, parse_seconds
-from std_fast.runtime.distributed import Agreement, World, init_distributed
+from std_fast.runtime.distributed import RankSync, World, init_distributed
 from std_fast.runtime.metrics import Progress
 from std_fast.runtime.process import stop_on_signal
 from std_fast.teachers.stream import BatchStream, TeacherSource
@@ -95,10 +95,10 @@ def fill_cache(
     stream = teacher_stream(recipe, loader, device, precision)
     bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
     began, asked, steps = time.perf_counter(), 0, loader.steps_per_epoch
-    agreement = Agreement(world)
+    ranks = RankSync(world)
     try:
         for epoch in range(epochs):
-            check_signals(agreement, signals, epoch, cache)
+            check_signals(ranks, signals, epoch, cache)
             if world.broadcast(world.main and is_complete(cache, epoch)):
                 bar.note(epoch + 1, "is there")
                 continue
@@ -106,7 +106,7 @@ def fill_cache(
             first = world.broadcast(writer.filled()) // run.batch
             stream.seek(epoch * steps + first)
             for step in range(first, steps):
-                check_signals(agreement, signals, epoch, cache)
+                check_signals(ranks, signals, epoch, cache)
                 batch = next(stream)
                 writer.add(step, pack(batch.targets))
                 asked += min(run.batch, even - step * run.batch)
@@ -131,9 +131,9 @@ def teacher_stream(recipe: Recipe, loader: Loader, device: torch.device, precisi
     return BatchStream(loader, augment, TeacherSource(teachers, functools.partial(autocast, device, precision)))
 
 
-def check_signals(agreement: Agreement, signals: Sequence[int], epoch: int, cache: TargetCache) -> None:
+def check_signals(ranks: RankSync, signals: Sequence[int], epoch: int, cache: TargetCache) -> None:
     """Raises Stopped, on all ranks alike, where one of them has got a signal."""
-    (stop,) = agreement(bool(signals))
+    (stop,) = ranks(bool(signals))
     if stop:
         raise Stopped(f"stopped in epoch {epoch + 1}; the same command continues {cache.folder}")
 

@@ -25,9 +25,10 @@ def train(args: argparse.Namespace) -> int:
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
+    from std_fast.training.build import resolved
     from std_fast.training.not_finite import NotFinite
-    from std_fast.training.run import Stopped, resolved
-    from std_fast.training.run import train as run_training
+    from std_fast.training.run import Stopped
+    from std_fast.training.train import train as run_training
 
     try:
         summary = run_training(recipe, args.resume, args.quiet, already=process_seconds())

@@ -18,6 +18,7 @@ import torch
 from pipelines.files import write_atomic
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Duration
+from std_fast.runtime.distributed import World
 
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
 PRODUCTIVE = ("train", "teacher", "data")  # the rest is overhead
@@ -171,16 +172,20 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
     return parts | {"lost": parts["lost"] + lost}
 
 
-class Pace:
-    """Keeps the host at most two steps ahead of the GPU, so that a budget's clock is the device's.
+class StepsInFlight:
+    """Keeps the host at most two steps ahead of the GPU where `limited`, so that a budget's clock is the device's.
 
     The device always has a full step left to do while the host waits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, limited: bool) -> None:
+        self.limited = limited and device.type == "cuda"
         self._events: deque[torch.cuda.Event] = deque()
 
-    def __call__(self) -> None:
+    def limit(self) -> None:
+        """After each step is launched."""
+        if not self.limited:
+            return
         event = torch.cuda.Event()
         event.record()
         self._events.append(event)
@@ -202,13 +207,16 @@ class Clock:
     Args:
         length: of the training.
         batch: images per step over all ranks.
+        costs: of an earlier part of the run.
     """
 
-    def __init__(self, length: Duration, steps_per_epoch: int, batch: int, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(
+        self, length: Duration, steps_per_epoch: int, batch: int, ledger: Ledger, costs: Mapping[str, float] = {}
+    ) -> None:
+        self.ledger, self.length = ledger, length
         self.hours = length.amount if length.unit == "gpu-hours" else None
         self.steps = None if self.hours else max(1, length.steps(steps_per_epoch, batch))
-        self.costs: dict[str, float] = {}
+        self.costs = dict(costs)
         """GPU-hours that the last evaluation and save took"""
         self.share = 0.0
         """of a budget, spent after the next step, the same on all ranks"""
@@ -218,9 +226,17 @@ class Clock:
         self._timed_steps = 0
         self._before = productive_seconds(ledger.read())
 
-    def cost(self, part: str, seconds: float) -> None:
-        """Takes the seconds of the last evaluation or save as the estimate for the one at the end."""
-        self.costs[part] = seconds * self.ledger.devices / 3600
+    def start(self, world: World) -> None:
+        """Before the first step: `share` on all ranks, with a warning where nothing is left of a budget."""
+        self.share = world.broadcast(self.read())
+        if self.share >= 1:
+            spent = in_words(self.ledger.read())
+            log.warning("run.length: %s are spent before the first step (%s): there will be one", self.length, spent)
+
+    def cost(self, part: str, seconds: float | None) -> None:
+        """Takes the seconds of the last evaluation or save as the estimate for the one at the end; None: not known."""
+        if seconds is not None:
+            self.costs[part] = seconds * self.ledger.devices / 3600
 
     @property
     def reserve(self) -> float:

@@ -31,7 +31,7 @@ from pipelines.read.order import Shard
 T = TypeVar("T")
 log = logging.getLogger("std_fast")
 # gloo's messages about a peer that has ended or does not respond
-_LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|peer", re.IGNORECASE)
+_LOST = re.compile(r"timed? ?out|connection (was )?(closed|reset|refused)|broken pipe|by peer", re.IGNORECASE)
 
 
 class PeerLost(Exception):
@@ -166,7 +166,7 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
             dist.destroy_process_group(None if ended or not on_gpu else host)
 
 
-class Agreement:
+class RankSync:
     """Values that are the same on all ranks at each step: whether any received a request to stop, and rank 0's numbers.
 
     The hosts exchange them while a step runs and use them in the next, so that no host waits: all ranks stop after the

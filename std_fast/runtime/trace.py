@@ -83,7 +83,7 @@ class Trace:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def open_trace(steps: str, folder: Path, device: torch.device, watch: Stopwatch) -> Trace | None:
-    """Of `run.profile`; None where it is empty."""
-    parsed = parse_steps(steps, "run.profile")
-    return parsed and Trace(*parsed, folder, device, watch)
+def open_trace(steps: str, folder: Path, device: torch.device, watch: Stopwatch) -> Trace:
+    """Of `run.profile`; where it is empty, of no step."""
+    first, last = parse_steps(steps, "run.profile") or (0, 0)
+    return Trace(first, last, folder, device, watch)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 
+from std_fast.method.student import Prediction
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.distributed import World
 from std_fast.training.build import Parts
-from std_fast.training.evaluate import evaluate
+from std_fast.training.evaluate import Abandoned, evaluate
 from std_fast.training.run_log import RunLog
 
 
@@ -19,49 +21,71 @@ class Evaluator:
     """Evaluates the student of `parts` on its validation data.
 
     Args:
+        how: the prediction that is evaluated.
         stop: called before each batch; True abandons the evaluation. All ranks must get the same.
-        best: of an earlier part of the run.
+        meta: of the checkpoint that the run continues from.
+
+    Attributes:
+        result: of the last evaluation; empty without validation data.
+        best: step and accuracy of the best evaluation.
+        pending: the last evaluation was abandoned, and is still to be made.
     """
 
     def __init__(
         self,
         parts: Parts,
+        how: Prediction,
         clock: Clock,
         ledger: Ledger,
         log: RunLog,
         stop: Callable[[], bool],
         world: World,
-        best: dict[str, float],
+        meta: Mapping[str, Any],
     ) -> None:
-        self.parts, self.clock, self.ledger = parts, clock, ledger
-        self.log, self.stop, self.world, self.best = log, stop, world, best
+        self.parts, self.how, self.clock, self.ledger = parts, how, clock, ledger
+        self.log, self.stop, self.world = log, stop, world
+        self.result: dict[str, float] = {}
+        self.best: dict[str, float] = meta.get("best", {})
+        self.pending: bool = meta.get("evaluation_pending", False)
 
-    def __call__(self, step: int, part: str = "evaluate", record: bool = True) -> dict[str, float]:
-        """Accuracy after `step` steps; empty without validation data. Its time belongs to `part` of the ledger.
+    def meta(self) -> dict[str, Any]:
+        """For a checkpoint of this moment."""
+        return {"best": self.best, "evaluation_pending": self.pending}
 
-        Raises:
-            Abandoned: `stop` returned True.
+    def start(self, step: int, finished: bool) -> None:
+        """Before the first step: makes a pending evaluation, and that of a run which has no step left. Else a budget
+        times one, so that its clock has the cost of the last evaluation."""
+        if self.pending or finished:
+            self(step)
+        elif self.clock.hours and "evaluate" not in self.clock.costs:
+            self(step, "start")
+            if not self.pending and self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours:
+                self(step, "start", record=False)  # the first one is slower than the last will be
+
+    def __call__(self, step: int, part: str = "evaluate", record: bool = True) -> None:
+        """Evaluates after `step` steps, unless `stop` returns True: then it is pending.
+
+        Args:
+            part: of the ledger, that the time belongs to.
+            record: whether it is logged, and counts for `best`.
         """
-        parts, student = self.parts, self.parts.trainer.student
+        self.pending = True
+        with suppress(Abandoned):
+            self.result = self._evaluate(step, part, record)
+            self.pending = False
+
+    def _evaluate(self, step: int, part: str, record: bool) -> dict[str, float]:
+        parts, student, ema = self.parts, self.parts.trainer.student, self.parts.trainer.ema
         if parts.val_loader is None:
             return {}
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)  # the steps under way are training
         began = time.perf_counter()
         with self.ledger.during(part):
-            ema = parts.trainer.ema
             with ema.applied() if ema is not None else nullcontext():
                 self.world.share_buffers(student)
-                normalise = parts.augment.normalise_only
-                result = evaluate(
-                    student,
-                    parts.val_loader,
-                    normalise,
-                    parts.trainer.autocast,
-                    parts.recipe.distill.predict,
-                    self.world,
-                    self.stop,
-                )
+                normalise, autocast = parts.augment.normalise_only, parts.trainer.autocast
+                result = evaluate(student, parts.val_loader, normalise, autocast, self.how, self.world, self.stop)
             student.train()
         self.clock.cost("evaluate", self.world.broadcast(time.perf_counter() - began))
         if record:
@@ -69,9 +93,3 @@ class Evaluator:
                 self.best = {"step": step, "top1": result["top1"]}
             self.log.evaluation(step, result)
         return result
-
-    def time_evaluation(self, step: int) -> None:
-        """Evaluates before the first step, so that the clock of a budget has the cost of the last evaluation."""
-        self(step, "start")
-        if self.clock.costs.get("evaluate", 0.0) > 0.01 * (self.clock.hours or 0.0):
-            self(step, "start", record=False)  # the first one is slower than the last will be

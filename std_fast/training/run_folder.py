@@ -177,25 +177,25 @@ class RunFolder:
                 f"start a new run with --run.out {unused_beside(self.path)}"
             )
 
-    def add_validation(self, val: Loader | None) -> None:
-        """Notes the validation data, if there is any."""
-        if val is not None:
-            self.data["content"]["data.val"] = self.world.broadcast(val.source.fingerprint() if self.world.main else "")
-
     def write_recipe(self) -> None:
         if self.world.main:
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 
-    def restore(self, state: TrainState) -> dict[str, Any]:
-        """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data."""
-        assert self.found is not None
+    def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
+        """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data.
+        Empty where there is no checkpoint to continue from.
+        """
+        if val is not None:
+            self.data["content"]["data.val"] = self.world.broadcast(val.source.fingerprint() if self.world.main else "")
+        if self.found is None:
+            return {}
         path, tensors, meta = self.found
         state.load(tensors)
         self._saved_step = meta["step"]
         log.info("resumed %s at step %d", path, self._saved_step)
         self.found = None  # frees its tensors
-        val = meta["content"].get("data.val")
-        if val is not None and val != self.data["content"].get("data.val"):
+        before = meta["content"].get("data.val")
+        if before is not None and before != self.data["content"].get("data.val"):
             log.info("data.val: is other data than before; the best accuracy so far does not count")
             costs = {name: cost for name, cost in meta.get("costs", {}).items() if name != "evaluate"}
             meta = {**meta, "best": {}, "costs": costs}

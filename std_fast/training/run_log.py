@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.files import write_atomic
-from std_fast.config.recipe import dump
+from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import to_dict
 from std_fast.runtime.budget import Clock, Ledger, productive_seconds
 from std_fast.runtime.distributed import World
@@ -27,22 +27,30 @@ class RunLog:
     """Reads the meters and writes records. Rank 0 writes; every rank must make the same calls.
 
     Args:
+        recipe: goes into trackers and reports as it is.
         folder: of the run.
         step: that the run starts from.
-        batch: images per step over all ranks.
     """
 
     def __init__(
-        self, folder: Path, parts: Parts, clock: Clock, ledger: Ledger, world: World, step: int, batch: int, quiet: bool
+        self,
+        recipe: Recipe,
+        folder: Path,
+        parts: Parts,
+        clock: Clock,
+        ledger: Ledger,
+        world: World,
+        step: int,
+        quiet: bool,
     ) -> None:
-        self.folder, self.parts, self.clock, self.ledger, self.world = folder, parts, clock, ledger, world
-        self.batch, self.steps_per_epoch = batch, parts.train_loader.steps_per_epoch
+        self.recipe, self.folder, self.parts = recipe, folder, parts
+        self.clock, self.ledger, self.world = clock, ledger, world
+        self.batch, self.steps_per_epoch = recipe.run.batch, parts.train_loader.steps_per_epoch
         self._closing = ExitStack()
         self._write_faults = WriteFaults()
         self._journal: Journal | None = None
         if world.main:
-            names, config = parts.recipe.run.trackers, to_dict(parts.recipe)
-            trackers = open_trackers(names, folder, config, step, self._write_faults)
+            trackers = open_trackers(recipe.run.trackers, folder, to_dict(recipe), step, self._write_faults)
             self._journal = Journal(folder, step, trackers, self._write_faults)
             self._closing.callback(self._journal.close)
         what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
@@ -101,7 +109,7 @@ class RunLog:
             "bad_steps": bad_steps,
             "metrics": parts.trainer.meters.read(),  # of the steps before it
             "positions": parts.train_loader.sampler.positions(place).tolist(),
-            "recipe": dump(parts.recipe),
+            "recipe": dump(self.recipe),
         }
         if self.world.main:
             with self._write_faults.counted(path.name):  # the state before the step is still to be saved
@@ -117,7 +125,7 @@ class RunLog:
         self, step: int, result: dict[str, float], best: dict[str, float], bad_steps: list[int]
     ) -> dict[str, Any]:
         """Writes `summary.json` of a finished run; returns it."""
-        parts, recipe = self.parts, self.parts.recipe
+        parts, recipe = self.parts, self.recipe
         source, corrupt = parts.train_loader.source, parts.train_loader.corrupt
         seconds, samples = self.ledger.read(), step * self.batch
         busy = productive_seconds(seconds)

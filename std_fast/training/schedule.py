@@ -68,6 +68,10 @@ class Schedule:
     saved_at: float = -math.inf
     """when the last checkpoint was made, by `time.perf_counter`"""
 
+    def saved(self) -> None:
+        """A checkpoint is being made: the next one is due `save_seconds` from now."""
+        self.saved_at = time.perf_counter()
+
     def at(self, step: int) -> StepSettings:
         """Settings of step number `step`; call it once, directly before the step. All ranks get the same but `save`."""
         progress = self.clock.progress(step)
@@ -121,6 +125,8 @@ def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: Wo
     def steps(duration: str) -> int:
         return Duration.parse(duration).steps(steps_per_epoch, run.batch)
 
+    # the first save of a budget is made early, so that the cost of the last one is known
+    early_save = clock.hours is not None and "checkpoint" not in clock.costs
     return Schedule(
         clock=clock,
         peak_lr=peak_learning_rate(r.optim, run.batch),
@@ -136,4 +142,5 @@ def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: Wo
         snapshot_every=max(1, steps(run.rollback_every)) if run.not_finite == "rollback" else 0,
         save_seconds=parse_seconds(run.save_every, "run.save_every"),
         world=world,
+        saved_at=-math.inf if early_save else time.perf_counter(),
     )

@@ -25,7 +25,8 @@ from std_fast.commands.teach import teach
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.training.evaluate import evaluate_run
-from std_fast.training.run import Run, Stopped, train
+from std_fast.training.run import Run, Stopped
+from std_fast.training.train import train
 from tests.beton_tools import pixels
 
 STOP, STEPS = 4, 6  # an epoch has three steps

@@ -19,8 +19,8 @@ import pytest
 from std_fast.commands.arguments import STOPPED
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import train
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 from tests.killing import Child, get_ready, kill_again_and_again
 

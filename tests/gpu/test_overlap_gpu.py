@@ -11,7 +11,8 @@ from std_fast.runtime import checkpoint
 from std_fast.teachers.overlap import Overlap, Trial, tensors_of
 from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.training.build import build, build_teachers
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 pytestmark = pytest.mark.gpu
 reads_losses = pytest.mark.not_rehearsed("a run reads its losses, and goes on by them", ways=("lazy",))

@@ -8,8 +8,9 @@ import torch
 
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.speed import ceiling
-from std_fast.training.run import Run, train
+from std_fast.training.run import Run
 from std_fast.training.schedule import StepSettings
+from std_fast.training.train import train
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,8 @@ import torch
 from std_fast.method.student import Student
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe
 
 CYCLE = {"layers": [1, 1, 2], "embed_dims": [8, 8, 16], "mlp_ratios": [2, 2, 2], "stem_stride": 1}

@@ -17,7 +17,7 @@ from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import budget, checkpoint
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training import run as train
+from std_fast.training import train
 
 # Kills itself as soon as the heartbeat counts more than the newest checkpoint.
 CHILD = """
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from std_fast.runtime import checkpoint
 from std_fast.config import recipe
-from std_fast.training import run as train
+from std_fast.training import train
 torch.set_num_threads(1)
 began = time.perf_counter()
 def die(run):

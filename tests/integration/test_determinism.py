@@ -6,7 +6,7 @@ from pipelines import UserError
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
-from std_fast.training.run import train
+from std_fast.training.train import train
 from tests.beton_tools import jpeg_sample, raw_sample, write_beton
 
 RECIPE = {

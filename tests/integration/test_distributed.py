@@ -26,8 +26,8 @@ from std_fast.runtime import checkpoint
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.build import build
-from std_fast.training.run import train
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
@@ -49,7 +49,8 @@ from std_fast.config import recipe as recipes
 from std_fast.method.student import Student
 from std_fast.runtime.distributed import PeerLost
 from std_fast.training.not_finite import NotFinite
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 def run(name, on_step=None, **sections):
     sections["run"] = {"out": f"{folder}/{name}", **sections.get("run", {})}
@@ -128,7 +129,7 @@ os._exit(0)
 HANG = """
 import sys, threading
 from std_fast import cli
-from std_fast.training import run as train
+from std_fast.training import train
 from std_fast.runtime.distributed import rank
 
 def hang(run):

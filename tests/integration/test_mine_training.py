@@ -8,7 +8,7 @@ import torch
 from std_fast.commands.demo import write_digits
 from std_fast.config import recipe as recipes
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import train
+from std_fast.training.train import train
 
 FIELDS = {
     "data.threads": "1",

@@ -12,8 +12,9 @@ from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.not_finite import NotFinite
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 
 STEPS = 9  # of three epochs
 
@@ -111,6 +112,15 @@ def test_rolled_back_steps_are_as_if_never_taken(recipe, tmp_path, steps, bad, v
         summary = train(back, quiet=True)
         assert_same(final(out)[0], expected)
         assert summary["bad_steps"] == list(bad) and summary["steps"] == STEPS
+
+
+@pytest.mark.parametrize("bad", [6, 5])  # noticed at 6, where an evaluation is due
+def test_an_evaluation_that_is_due_at_a_rolled_back_step_is_made_once(image_folder, tmp_path, steps, bad):
+    steps(bad=(bad,))
+    run = recipe_for(image_folder, tmp_path, not_finite="rollback", rollback_every="3 steps", eval_every="3 steps")
+    train(replace(run, data=replace(run.data, val=str(image_folder))), quiet=True)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6, 9]
 
 
 @pytest.mark.parametrize("kind", ["skip", "rollback"])

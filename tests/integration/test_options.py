@@ -13,8 +13,9 @@ from std_fast.config import recipe as recipes
 from std_fast.models.drop_path import GROUP
 from std_fast.teachers.teacher import Teachers
 from std_fast.training import build
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 
 CYCLE = {"layers": [1, 1, 2], "embed_dims": [8, 8, 16], "mlp_ratios": [2, 2, 2], "stem_stride": 1}

@@ -7,8 +7,8 @@ import torch
 from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.config import recipe as recipes
-from std_fast.training.run import train
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 from tests.faults.kills import small_recipe
 
 

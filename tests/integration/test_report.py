@@ -19,7 +19,8 @@ from std_fast import cli
 from std_fast.commands import report, report_data, report_plots
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

@@ -12,7 +12,8 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 OPTIONS = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
 STEPS = 4

@@ -19,8 +19,9 @@ from std_fast.runtime import checkpoint
 from std_fast.teachers.target_cache import EpochWriter
 from std_fast.teachers.target_format import bytes_per_epoch
 from std_fast.training import build
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
+from std_fast.training.train import train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},

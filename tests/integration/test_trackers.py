@@ -19,7 +19,8 @@ from std_fast.config.schema import from_dict
 from std_fast.runtime import trackers
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.write_faults import WriteFaults
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 TRACKIO = """
 import json, os

@@ -21,7 +21,8 @@ from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.evaluate import evaluate_run
 from std_fast.training.not_finite import NotFinite
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
@@ -126,7 +127,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
 def stopping_at_once():
     """Every run finds, when it first looks, that it was asked to stop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("std_fast.training.run.stop_on_signal", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        patch.setattr("std_fast.training.train.stop_on_signal", lambda: contextlib.nullcontext([signal.SIGTERM]))
         yield
 
 
@@ -225,7 +226,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeyp
 
 def cli_train_with(on_step):
     """The CLI gives no hook: put one in, and return what takes it out again."""
-    from std_fast.training import run as module
+    from std_fast.training import train as module
 
     kept = module.train
     module.train = lambda *args, **kw: kept(*args, **kw, on_step=on_step)

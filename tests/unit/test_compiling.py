@@ -15,8 +15,9 @@ from std_fast.config.schema import from_dict
 from std_fast.runtime import compiling
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import Run, train
+from std_fast.training.run import Run
 from std_fast.training.schedule import StepSettings
+from std_fast.training.train import train
 
 SMALL = {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},

@@ -216,7 +216,7 @@ def test_a_run_passes_over_them_and_says_so(betons, tmp_path):
     from std_fast.config.recipe import Recipe
     from std_fast.config.schema import from_dict
     from std_fast.runtime import checkpoint
-    from std_fast.training.run import train
+    from std_fast.training.train import train
 
     tensors = {}
     for name, path in zip(("found", "shown"), betons, strict=True):

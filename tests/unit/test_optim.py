@@ -12,7 +12,8 @@ from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, parameter_groups, set_learning_rates
 from std_fast.training.optimizers import Muon, orthogonal
-from std_fast.training.run import Stopped, train
+from std_fast.training.run import Stopped
+from std_fast.training.train import train
 
 CPU = torch.device("cpu")
 STUDENTS = {
