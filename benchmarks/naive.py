@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipelines.augment.device import TrainBatch
 from std_fast.method.losses import TeacherTargets
-from std_fast.method.mine import MutualInformation, oppose
+from std_fast.method.mine import MutualInformation, reverse_gradient
 from std_fast.method.student import Student, StudentOutput
 from std_fast.method.tokens import STDModule, TokenOutput, at_least_float32
 
@@ -39,7 +39,7 @@ def std_by_concatenation(module: STDModule, z_BPC: Tensor) -> TokenOutput:
 
 
 class NaiveMine(nn.Module):
-    """V by two passes over concatenated pairs, with the weights of `mine`; gradients opposed as there."""
+    """V by two passes over concatenated pairs, with the weights of `mine`; gradients reversed as there."""
 
     def __init__(self, mine: MutualInformation) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class NaiveMine(nn.Module):
 
     def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
         with torch.autocast(ts_BMC.device.type, enabled=False):
-            ts, tc = (oppose(at_least_float32(t), self.weight) for t in (ts_BMC, tc_BMP))
+            ts, tc = (reverse_gradient(at_least_float32(t), self.weight) for t in (ts_BMC, tc_BMP))
             partner = torch.arange(len(tc), device=tc.device) ^ 2
             joint, marginal = self.score(ts, tc), self.score(ts, tc[partner])
             return joint.mean() - torch.log(torch.mean(torch.exp(marginal)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from benchmarks.naive import std_by_concatenation
-from std_fast.method.mine import MutualInformation, oppose, partner_rows
+from std_fast.method.mine import MutualInformation, partner_rows, reverse_gradient
 from std_fast.method.student import Student, StudentOutput
 
 
@@ -99,7 +99,7 @@ def plain_mine(mine: MutualInformation, ts_BMC: Tensor, tc_BMP: Tensor) -> Tenso
         return psi.fc3(F.gelu(psi.fc2(F.gelu(F.linear(torch.cat([s, c], -1), weight, psi.fc1_s.bias)))))
 
     with torch.autocast(ts_BMC.device.type, enabled=False):
-        ts, tc = (oppose(t.to(wide), mine.weight) for t in (ts_BMC, tc_BMP))
+        ts, tc = (reverse_gradient(t.to(wide), mine.weight) for t in (ts_BMC, tc_BMP))
         return score(ts, tc).mean() - torch.log(torch.mean(torch.exp(score(ts, partner_rows(tc)))))
 
 

@@ -32,14 +32,15 @@ class LoaderBase(ABC):
 
     backend: str
     """its name in `data.backend`"""
-    resamples: ClassVar[tuple[str, ...]] = ("auto", "bilinear", "bicubic")
-    """values of `resample` that the backend offers"""
+    resamples: ClassVar[tuple[str, ...]] = ("bilinear", "bicubic")
+    """values of `resample` that the backend offers; `auto` is the first of them"""
 
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
-        if spec.resample not in self.resamples:
+        self.resample = self.resamples[0] if spec.resample == "auto" else spec.resample
+        if self.resample not in self.resamples:
             raise UserError(
                 f"data.resample: {spec.resample!r} is not in the {self.backend} backend; "
-                f"choose one of {', '.join(self.resamples)}"
+                f"choose one of auto, {', '.join(self.resamples)}"
             )
         self.spec = spec
         self.source = source

@@ -73,7 +73,7 @@ class FfcvLoader(ThreadedLoader):
     """
 
     backend = "ffcv"
-    resamples = ("auto", "area", "bilinear", "bicubic")
+    resamples = ("bilinear", "bicubic", "area")
 
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
         path = library()
@@ -86,7 +86,7 @@ class FfcvLoader(ThreadedLoader):
         super().__init__(spec, source)
         self._native = native
         filters = {"bilinear": native.BILINEAR, "bicubic": native.BICUBIC, "area": native.AREA}
-        self._filter = filters["bilinear" if spec.resample == "auto" else spec.resample]
+        self._filter = filters[self.resample]
         self._workspaces: deque[_Workspace] = deque()  # of threads that are not decoding at the moment
         self._compiled = self._pool.submit(self._compile)
 

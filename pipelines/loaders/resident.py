@@ -28,10 +28,9 @@ _CHUNK = 256  # images that a thread decodes at a time
 TABLE_BYTES = 64 << 20  # largest table of filter weights
 
 
-def decoded_bytes(source: Source) -> int:
-    """Memory of the full dataset as this backend keeps it. Opens every image of a folder."""
-    heights, widths = source.sizes(np.arange(source.num_samples))
-    return 3 * source.num_samples * int(heights.max()) * int(widths.max())
+def padded_bytes(heights: Integers, widths: Integers) -> int:
+    """Memory of images of these sizes, int64 [N] each, as this backend keeps them: padded to the largest."""
+    return 3 * len(heights) * int(heights.max()) * int(widths.max())
 
 
 def free_memory(device: torch.device) -> int:
@@ -59,7 +58,7 @@ class ResidentLoader(LoaderBase):
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
         super().__init__(spec, source)
         self._heights, self._widths = self._sizes()
-        needed = 3 * source.num_samples * int(self._heights.max()) * int(self._widths.max())
+        needed = padded_bytes(self._heights, self._widths)
         free = free_memory(self.device)
         if needed > free // 2:
             raise UserError(
@@ -68,7 +67,7 @@ class ResidentLoader(LoaderBase):
             )
         self._images: torch.Tensor | None = torch.from_numpy(self._read()).to(self.device)
         height, width = self._images.shape[1:3]
-        cubic = spec.resample == "bicubic"
+        cubic = self.resample == "bicubic"
         self._rows = AxisFilter(height, spec.image_size, cubic, self.device)
         self._columns = self._rows if width == height else AxisFilter(width, spec.image_size, cubic, self.device)
 

@@ -29,17 +29,13 @@ from pipelines.read.decode import Pixels, decode_rgb, is_plain_jpeg
 
 log = logging.getLogger("std_fast")
 
-MODES = {"auto": "bilinear", "bilinear": "bilinear", "bicubic": "bicubic"}
-"""resample -> torch's name"""
 
-
-def crop_and_resize(pixels: Pixels, box: npt.NDArray[np.int32], spec: LoaderSpec) -> Pixels:
-    """The box of an image, uint8 [H, W, 3], as uint8 [S, S, 3]."""
+def crop_and_resize(pixels: Pixels, box: npt.NDArray[np.int32], side: int, mode: str) -> Pixels:
+    """The box of an image, uint8 [H, W, 3], as uint8 [S, S, 3]. mode: bilinear or bicubic."""
     top, left, height, width = box.tolist()
     crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
     crop = crop[None].permute(0, 3, 1, 2)  # channels_last, which halves the time
-    size = (spec.image_size, spec.image_size)
-    return interpolate(crop, size, mode=MODES[spec.resample], antialias=True)[0].permute(1, 2, 0).numpy()
+    return interpolate(crop, (side, side), mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[torch.Tensor | None]:
@@ -57,14 +53,14 @@ def decode_together(encoded: list[torch.Tensor], device: torch.device) -> list[t
     return decode_together(encoded[:half], device) + decode_together(encoded[half:], device)
 
 
-def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Boxes, spec: LoaderSpec) -> list[int]:
+def fill_rows(images: torch.Tensor, encoded: dict[int, torch.Tensor], boxes: Boxes, mode: str) -> list[int]:
     """Decodes, crops and resizes the JPEGs of some rows of images [B, S, S, 3], all on its device.
 
     Returns the rows that the device refuses. The pixels differ from `crop_and_resize` by the device's DCT, and by
     at most 1 of 255 because the host's filter rounds after each of the filter's two passes.
     """
     refused, rows, cuts = [], [], []
-    size, mode = (spec.image_size, spec.image_size), MODES[spec.resample]
+    size = images.shape[1:3]
     for row, pixels in zip(encoded, decode_together(list(encoded.values()), images.device), strict=True):
         if pixels is None:
             refused.append(row)
@@ -118,10 +114,10 @@ class TorchLoader(ThreadedLoader):
 
     def _on_host(self, pending: PendingBatch, row: int) -> Pixels:
         pixels = decode_rgb(self.source, int(pending.slots.indices[row]))
-        return crop_and_resize(pixels, pending.slots.boxes[row], self.spec)
+        return crop_and_resize(pixels, pending.slots.boxes[row], self.spec.image_size, self.resample)
 
     def _decode_together(self, pending: PendingBatch, images: torch.Tensor) -> None:
-        for row in fill_rows(images, pending.encoded, pending.slots.boxes, self.spec):
+        for row in fill_rows(images, pending.encoded, pending.slots.boxes, self.resample):
             images[row].copy_(torch.from_numpy(self._on_host(pending, row)))  # raises DataError for a damaged one
             index = int(pending.slots.indices[row])
             log.warning("%s: refused by the decoder on %s; the host decodes it", self.source.name(index), self.device)

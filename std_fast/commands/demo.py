@@ -134,7 +134,9 @@ def one_run(recipe: str, folder: Path, seed: int, overrides: list[tuple[str, str
     loaded = recipes.load(recipe, [*overrides, ("run.out", str(folder)), ("run.seed", str(seed))])
     summary_file = folder / "summary.json"
     if (folder / "recipe.yaml").is_file() and recipes.read_saved(folder) != loaded:
-        raise UserError(f"{folder}: is of a demo of another version; remove it and start again: rm -r {folder.parent}")
+        raise UserError(
+            f"{folder}: was made by another version of the demo; remove it and start again: rm -r {folder.parent}"
+        )
     if summary_file.is_file():
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
     else:

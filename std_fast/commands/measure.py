@@ -312,7 +312,9 @@ def read(path: Path, recipe: Recipe, gpus: int = 0) -> dict[str, Any]:
             f"{path}: is no measurement of std-fast plan ({type(error).__name__}); make one with --save"
         ) from None
     if data.get("format") != FORMAT or not sound:
-        raise UserError(f"{path}: is damaged or of another version; measure again with std-fast plan --save {path}")
+        raise UserError(
+            f"{path}: is damaged or was made by another version; measure again with std-fast plan --save {path}"
+        )
     other = [name for name in difference(recipe, stored) if name not in SAME_WORK]
     if [(t.name, t.image_size) for t in recipe.distill.teachers] != [
         (t.name, t.image_size) for t in stored.distill.teachers

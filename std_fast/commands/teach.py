@@ -14,10 +14,11 @@ import torch
 from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
-from std_fast.config.recipe import Recipe, parse_seconds
+from std_fast.config.recipe import Duration, Recipe, parse_seconds
 from std_fast.runtime.distributed import RankSync, World, init_distributed
 from std_fast.runtime.metrics import Progress
 from std_fast.runtime.process import stop_on_signal
+from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.target_format import pack
@@ -48,7 +49,8 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     with stop_on_signal() as asked, init_distributed(uses_gpu(run.device), limit) as world:
         device = pick_device(run.device)
         with open_train_loader(recipe, device, world, drop_last=False) as loader:
-            epochs = epochs_needed(recipe, loader.source.num_samples // run.batch)
+            steps_per_epoch = loader.source.num_samples // run.batch
+            epochs = epochs_needed(Duration.parse(run.length), steps_per_epoch, run.batch, d.views)
             if epochs is None:
                 raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
             try:
@@ -90,8 +92,8 @@ def fill_cache(
     run, samples = recipe.run, loader.source.num_samples
     precision = precision_of(run.precision, device)
     even = samples // 2 * 2  # a last odd one has no neighbour to be mixed with
-    cache = open_target_cache(recipe, loader, precision, even, world)
-    assert cache is not None
+    values = fingerprint(recipe, loader, precision)
+    cache = open_target_cache(recipe.distill, values, even, run.batch, world)
     stream = teacher_stream(recipe, loader, device, precision)
     bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
     began, asked, steps = time.perf_counter(), 0, loader.steps_per_epoch

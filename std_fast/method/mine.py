@@ -61,7 +61,7 @@ class StatisticsNetwork(nn.Module):
         return self.score(s_BMD + c_BMD), self.score(s_BMD + partner_rows(c_BMD))
 
 
-class _Oppose(torch.autograd.Function):
+class _ReverseGradient(torch.autograd.Function):
     """Identity forward; the gradient is multiplied by -weight on its way back."""
 
     @staticmethod
@@ -74,9 +74,10 @@ class _Oppose(torch.autograd.Function):
         return -ctx.weight * grad, None
 
 
-def oppose(x: Tensor, weight: float) -> Tensor:
-    """`x`, whose gradient arrives multiplied by `-weight`: what psi ascends, the owner of `x` descends."""
-    return _Oppose.apply(x, weight)
+def reverse_gradient(x: Tensor, weight: float) -> Tensor:
+    """`x`, whose gradient arrives multiplied by `-weight` (gradient reversal: Ganin and Lempitsky 2015): what psi
+    maximises, `x` minimises."""
+    return _ReverseGradient.apply(x, weight)
 
 
 def donsker_varadhan(joint: Tensor, marginal: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tu
 class MutualInformation(nn.Module):
     """The bound V of METHOD.md section 5 for the tokens of one STD module.
 
-    `forward` returns V so arranged that one optimizer descending `-V` trains both players: psi ascends V, while the
-    tokens receive the gradient of `+weight * V` and so descend it.
+    `forward` returns V so arranged that one optimizer that minimises `-V` trains both: psi maximises V, while the
+    tokens receive the gradient of `+weight * V` and so minimise it.
 
     Args:
         dim_s, dim_c: lengths of the two tokens (C and P).
@@ -136,7 +137,8 @@ class MutualInformation(nn.Module):
         """Tokens `[B, M, C]` and `[B, M, P]` -> V, a scalar, computed at least in float32 under autocast too."""
         with torch.autocast(ts_BMC.device.type, enabled=False):
             joint_mean, log_mean = self.terms(
-                oppose(at_least_float32(ts_BMC), self.weight), oppose(at_least_float32(tc_BMP), self.weight)
+                reverse_gradient(at_least_float32(ts_BMC), self.weight),
+                reverse_gradient(at_least_float32(tc_BMP), self.weight),
             )
             terms_N2 = self.terms_N2
             if terms_N2 is None and self.gather is not None:
@@ -177,7 +179,7 @@ class MutualInformation(nn.Module):
 
 
 def mutual_information(psi: StatisticsNetwork, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
-    """V of one batch in nats, for a training loop of your own: psi should ascend it and the tokens descend it.
+    """V of one batch in nats, for a training loop of your own: psi should maximise it and the tokens minimise it.
 
     `MutualInformation` does both in one backward pass.
     """

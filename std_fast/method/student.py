@@ -27,7 +27,9 @@ class StudentOutput(NamedTuple):
 
     class_logits: Tensor  # [B, K]
     dist_logits: Tensor | None  # [B, H, K]
-    information: list[Tensor]  # V of each module with MINE, in nats: descend -V (mine.py opposes the tokens' side)
+    information: list[
+        Tensor
+    ]  # V of each module with MINE, in nats: minimise -V (mine.py reverses the gradient of the tokens)
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class Student(nn.Module):
         self.num_classes = num_classes
 
     def training_only(self) -> set[str]:
-        """Names of the parameters that only training needs (the statistics networks)."""
-        return {name for name, _ in self.named_parameters() if name.startswith("mine.")}
+        """Names of the parameters and saved buffers that only training needs (the statistics networks)."""
+        return {name for name in self.state_dict() if name.startswith("mine.")}
 
     def no_weight_decay(self) -> set[str]:
         """Names of two-dimensional parameters without weight decay: tokens, and those that the backbone names."""

@@ -82,7 +82,7 @@ class Ledger:
         return before
 
     def move(self, seconds: float, one: str, other: str) -> None:
-        """Books `seconds` of part `one`, at most all of it, as `other`."""
+        """Counts `seconds` of part `one`, at most all of it, as `other`."""
         seconds = min(seconds, self.read()[one])
         self.seconds[one] -= seconds
         self.seconds[other] += seconds

@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 
 class Stopwatch:
-    """Times the parts of each step; the time of a part that the ledger lists ("teacher") is booked there.
+    """Times the parts of each step; the time of a part that the ledger lists ("teacher") is counted there.
 
     On a GPU a part is the device's time between two events on the current stream: nothing waits until `read`. Parts
     that ran side by side on two streams are each counted in full. On a CPU it is the host's time.
@@ -44,8 +44,8 @@ class Stopwatch:
     @contextmanager
     def part(self, name: str, step: int) -> Iterator[None]:
         """Inside, the time is that of part `name` of `step`."""
-        booked = name in PARTS and not self.on_gpu
-        with self.ledger.during(name) if booked else nullcontext(), self.mark(name):
+        counted = name in PARTS and not self.on_gpu
+        with self.ledger.during(name) if counted else nullcontext(), self.mark(name):
             begin = self._now()
             yield
             self._spans.append(Span(step, name, begin, self._now()))

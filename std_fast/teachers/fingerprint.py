@@ -29,6 +29,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     processes, torch.compile (rounding again), and what only the student and its training use.
 
     Args:
+        recipe: all of it, since most sections decide something of a target.
         precision: of the teachers, resolved.
     """
     d, spec = recipe.distill, loader.spec
@@ -103,7 +104,7 @@ def weights_digest(weights: str, name: str) -> str | None:
 
 def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
     """UserError naming the first field in which this run differs from the one that stored the targets."""
-    hard = ours["distill.labels"] == "hard"  # which a store of soft labels has too
+    hard = ours["distill.labels"] == "hard"  # which a cache of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
     for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
         there, here = stored.get(name, LEGACY_DEFAULTS.get(name.rpartition(".")[2])), ours.get(name)

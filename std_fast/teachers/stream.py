@@ -22,8 +22,9 @@ from pipelines.read.batch import Batch, Loader
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.speed import Stopwatch
+from std_fast.teachers.epoch_writer import EpochWriter
 from std_fast.teachers.overlap import Overlap, Prepared
-from std_fast.teachers.target_cache import EpochWriter, TargetCache
+from std_fast.teachers.target_cache import TargetCache
 from std_fast.teachers.target_format import pack
 from std_fast.teachers.teacher import Teachers
 
@@ -122,6 +123,16 @@ class CachedSource:
         if self._writer is not None:
             self._writer.end()
         self._writer = None
+
+
+def target_source(
+    teachers: Teachers | None, cache: TargetCache | None, autocast: Callable[[], AbstractContextManager]
+) -> TargetSource:
+    """Where the targets of a run come from."""
+    source = None if teachers is None else TeacherSource(teachers, autocast)
+    if cache is not None:
+        return CachedSource(cache, source)
+    return source or NoTargets()
 
 
 class BatchStream:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipelines.errors import UserError
 from pipelines.untrusted import read_json
 from std_fast.config.legacy import cache_file
-from std_fast.config.recipe import Recipe
+from std_fast.config.recipe import Distill
 from std_fast.method.losses import TeacherTargets
 
 FORMAT = 1
@@ -80,19 +80,28 @@ class Header:
         return hashlib.blake2b(about.encode(), digest_size=DIGEST_BYTES)
 
 
-def header_for(recipe: Recipe, values: dict[str, Any]) -> Header:
-    """The header of a new cache. UserError: too many classes, or weights of a teacher that are not there."""
+def epoch_path(folder: Path, epoch: int) -> Path:
+    """The file of an epoch in a cache's folder."""
+    return cache_file(folder / f"epoch-{epoch:05d}.targets")
+
+
+def header_for(distill: Distill, values: dict[str, Any]) -> Header:
+    """The header of a new cache with the fingerprint `values`.
+
+    Raises:
+        UserError: too many classes, or weights of a teacher that are not there.
+    """
     classes = values["classes"]
     if classes > MOST_CLASSES:
         raise UserError(
             f"distill.target_cache: the data has {classes} classes, stored targets hold {MOST_CLASSES}; leave it out"
         )
-    for i, teacher in enumerate(recipe.distill.teachers):
+    for i, teacher in enumerate(distill.teachers):
         if values[f"distill.teachers.{i}.weights"] is None:
             raise UserError(
                 f"distill.teachers.{i}.weights: {teacher.weights} is not there, and no targets are stored yet"
             )
-    return Header(values, classes, len(recipe.distill.teachers), min(recipe.distill.top_k, classes - 1))
+    return Header(values, classes, len(distill.teachers), min(distill.top_k, classes - 1))
 
 
 def read_header(folder: Path) -> Header:

@@ -6,7 +6,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.source import open_source
 from std_fast.config.files import filled_in
-from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.config.recipe import Duration, Recipe, TeacherSpec
 from std_fast.method.student import ModulePlan, Student, plan_modules
 from std_fast.models.drop_path import GROUP, kept_rows, residual_scales
 from std_fast.runtime.budget import Ledger
@@ -28,8 +28,9 @@ from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
 from std_fast.teachers.classes import DataClasses, relabel
+from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.overlap import Overlap
-from std_fast.teachers.stream import BatchStream, CachedSource, NoTargets, TargetSource, TeacherSource
+from std_fast.teachers.stream import BatchStream, target_source
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import Teachers, autocast, build_classifier, build_teacher
 from std_fast.training.guard import Guard
@@ -187,7 +188,7 @@ def build_teachers(
             mean,
             std,
             f"distill.teachers.{i}",
-            teacher_dtype(spec, recipe, device),
+            teacher_dtype(spec, recipe.run.precision, device),
             class_names,
         )
         for i, spec in enumerate(d.teachers)
@@ -195,29 +196,31 @@ def build_teachers(
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
 
 
-def teacher_dtype(spec: TeacherSpec, recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Type of a teacher's weights, from its own precision or the run's."""
-    chosen = precision_of(recipe.run.precision, device) if spec.precision == "auto" else spec.precision
+def teacher_dtype(spec: TeacherSpec, run_precision: str, device: torch.device) -> torch.dtype:
+    """Type of a teacher's weights, from its own precision or `run.precision`."""
+    chosen = precision_of(run_precision, device) if spec.precision == "auto" else spec.precision
     return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 def build_missing_teachers(
-    recipe: Recipe, loader: Loader, target_cache: TargetCache | None, device: torch.device
+    make: Callable[[], Teachers | None], target_cache: TargetCache | None, epochs: int | None
 ) -> Teachers | None:
-    """The teachers, unless there are none or the cache holds the targets of all epochs of the run.
+    """What `make` returns, unless a cache holds the targets of all epochs of the run: then None.
+
+    Args:
+        epochs: that the run shows, see `epochs_needed`.
 
     Raises:
-        UserError: they are needed and cannot be built.
+        UserError: the teachers are needed and cannot be built.
     """
     if target_cache is None:
-        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
-    epochs = epochs_needed(recipe, loader.steps_per_epoch)
+        return make()
     missing = None if epochs is None else target_cache.missing(epochs)
     if missing == []:
         log.info("%s holds the targets of all epochs: no teacher is needed", target_cache.folder)
         return None
     try:
-        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
+        return make()
     except UserError as error:
         lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
@@ -250,8 +253,7 @@ def build(
     Args:
         check_data: called with the training data, before anything else is opened.
     """
-    # Memory of an earlier run of this process is freed first: its parts form cycles, and full collections are rare.
-    gc.collect()
+    gc.collect()  # the parts of an earlier run of this process form cycles, and full collections are rare
     r, device, ledger = recipe, pick_device(recipe.run.device), ledger or Ledger()
     precision = precision_of(r.run.precision, device)
     if r.run.batch % (4 * world.size):  # MINE's partners lie in groups of four
@@ -266,13 +268,16 @@ def build(
             closing.callback(val_loader.close)
         student = build_student(r, source.num_classes, source.class_names).to(device)
         check_options(r, student, world)
-        rows = train_loader.steps_per_epoch * r.run.batch
-        target_cache = open_target_cache(r, train_loader, precision, rows, world)
-        if target_cache is not None:
+        target_cache = None
+        if r.distill.target_cache:
+            about, rows = fingerprint(r, train_loader, precision), train_loader.steps_per_epoch * r.run.batch
+            target_cache = open_target_cache(r.distill, about, rows, r.run.batch, world)
             closing.callback(target_cache.close)
-        teachers = build_missing_teachers(r, train_loader, target_cache, device)
-        watch = Stopwatch(device, ledger)
-        flops, limit = arithmetic(r, student, teachers), ceiling(device, precision)
+        make_teachers = functools.partial(build_teachers, r, source.num_classes, device, source.class_names)
+        epochs = epochs_needed(Duration.parse(r.run.length), train_loader.steps_per_epoch, r.run.batch, r.distill.views)
+        teachers = build_missing_teachers(make_teachers, target_cache, epochs)
+        watch, limit = Stopwatch(device, ledger), ceiling(device, precision)
+        flops = arithmetic(r, student, teachers)
         augment = Augment(r.augment, r.run.seed).to(device)
         backend = make_fast(r.run.compile, device, augment, teachers)
         trainer = build_trainer(r, student, device, precision, backend, watch, world)
@@ -280,8 +285,8 @@ def build(
         overlap = Overlap(r.run.overlap, device)
         stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
         closing.callback(stream.close)
-        shown = device, precision, backend or "off", limit / 1e12
-        log.info("device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s", *shown)
+        text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
+        log.info(text, device, precision, backend or "off", limit / 1e12)
         return Parts(
             recipe=r,
             device=device,
@@ -337,16 +342,6 @@ def build_trainer(
         watch=watch,
         micro_batch=micro_batch_of(recipe, world),
     )
-
-
-def target_source(
-    teachers: Teachers | None, cache: TargetCache | None, autocast: Callable[[], AbstractContextManager]
-) -> TargetSource:
-    """Where the targets of a run come from."""
-    source = None if teachers is None else TeacherSource(teachers, autocast)
-    if cache is not None:
-        return CachedSource(cache, source)
-    return source or NoTargets()
 
 
 def flops_per_image(student: nn.Module, teachers: Teachers | None, image_size: int) -> float | None:

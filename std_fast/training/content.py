@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
-from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
 from std_fast.teachers.classes import normal
 from std_fast.teachers.fingerprint import names_digest, weights_digest
 
@@ -19,7 +19,7 @@ NOT_COMPARED = ("data.val", "run.device", "student.weights")
 """may differ in a resumed run: it reads no initial weights"""
 
 
-def content_of(recipe: Recipe, train: Loader) -> dict[str, str]:
+def content_of(student: StudentSpec, teachers: Sequence[TeacherSpec], train: Loader) -> dict[str, str]:
     """What the fields of a recipe mean here: a fingerprint of data, the backend that reads it, a digest of weights.
 
     No image is read. Weights that are not here have no entry: a run with all its teacher targets stored needs none.
@@ -28,9 +28,9 @@ def content_of(recipe: Recipe, train: Loader) -> dict[str, str]:
         "data.train": train.source.fingerprint(),
         "data.backend": train.backend,
         "run.device": train.spec.device.partition(":")[0],
-        "student.weights": weights_digest(recipe.student.weights, "") if recipe.student.weights else None,
+        "student.weights": weights_digest(student.weights, "") if student.weights else None,
     }
-    for i, teacher in enumerate(recipe.distill.teachers):
+    for i, teacher in enumerate(teachers):
         found[f"distill.teachers.{i}.weights"] = weights_digest(teacher.weights, teacher.name)
         found[f"distill.teachers.{i}.classes"] = names_digest(teacher.classes)
     return {name: value for name, value in found.items() if value is not None}

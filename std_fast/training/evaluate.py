@@ -176,7 +176,7 @@ def evaluate_teacher(recipe: Recipe, number: int, data: str = "") -> dict[str, f
         raise UserError("data.val: is empty; name the data: std-fast eval RECIPE DATA --teacher N")
     with loader:
         where, spec, augment = f"distill.teachers.{number}", teachers[number], recipe.augment
-        dtype, names = teacher_dtype(spec, recipe, device), loader.source.class_names
+        dtype, names = teacher_dtype(spec, recipe.run.precision, device), loader.source.class_names
         size = recipe.data.image_size
         teacher = build_teacher(spec, loader.num_classes, size, augment.mean, augment.std, where, dtype, names)
         return evaluate_model(teacher, loader, augment, contextlib.nullcontext)

@@ -82,17 +82,18 @@ def peak_learning_rate(o: Optim, batch: int) -> float:
 class EMA:
     """Exponential moving average of a student's weights (parameters and floating buffers that are saved), in float32.
 
-    The statistics networks of MINE serve the training alone and are left out.
+    What only training needs, the statistics networks of MINE, is left out.
 
     Early on the decay is `(1 + t) / (10 + t)` where that is smaller, so that the average forgets the initial weights
     (the schedule of TensorFlow's ExponentialMovingAverage).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, student: Student, decay: float) -> None:
         self.decay = decay
         self.names, self.live = [], []
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and not name.startswith("mine."):
+        left_out = student.training_only()
+        for name, tensor in student.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and name not in left_out:
                 self.names.append(name)
                 self.live.append(tensor)
         self.average = [tensor.detach().clone().float() for tensor in self.live]
@@ -107,7 +108,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module holds the average; its own weights come back afterwards, in the same memory."""
+        """Inside, the student holds the average; its own weights come back afterwards, in the same memory."""
         kept = [tensor.detach().clone() for tensor in self.live]
         try:
             self._write(self.average)

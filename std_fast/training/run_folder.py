@@ -83,7 +83,7 @@ class RunFolder:
     From its construction until `close` a thread keeps on disk how long the run has been held.
 
     Args:
-        recipe: resolved, so that `run.out` is a path.
+        recipe: resolved, so that `run.out` is a path. All of it: it is saved, and compared with the one that is saved.
         ledger: gets the seconds that earlier processes of a resumed run were held, also where they saved nothing.
         resume: continue from `found`, the newest complete checkpoint, if there is one.
 
@@ -161,7 +161,8 @@ class RunFolder:
     def check_data(self, train: Loader) -> None:
         """Notes what the run reads. UserError where `found` was written by a recipe that computes something else, or on
         other data."""
-        content = self.world.broadcast(content_of(self.recipe, train) if self.world.main else {})
+        here = content_of(self.recipe.student, self.recipe.distill.teachers, train) if self.world.main else {}
+        content = self.world.broadcast(here)
         self.data = {
             "num_classes": train.num_classes, "class_names": train.source.class_names, "content": content,
         }  # fmt: skip

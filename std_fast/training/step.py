@@ -42,7 +42,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """`L = (1 - a) L_class + a L_dist - V`: METHOD.md sections 4 and 5 (mine.py opposes V's sign for the student)."""
+    """`L = (1 - a) L_class + a L_dist - V`: METHOD.md sections 4 and 5 (mine.py reverses V's gradient)."""
 
     distill: Distill
     smoothing: float
@@ -75,7 +75,14 @@ class Objective:
         temperature = d.temperature if d.labels == "soft" else None
         labels_B = torch.where(batch.lam >= 0.5, batch.labels_a, batch.labels_b)
         return distillation_loss(
-            logits_BHK, batch.targets, head_teacher, d.reweight, temperature, d.loss, labels_B, head_weights
+            logits_BHK,
+            batch.targets,
+            head_teacher,
+            reweight=d.reweight,
+            temperature=temperature,
+            loss=d.loss,
+            labels_B=labels_B,
+            head_weights=head_weights,
         )
 
     @property
@@ -248,5 +255,5 @@ def step_metrics(losses: Losses, norm: Tensor, targets: TeacherTargets | None) -
             values[f"teacher_weight_{i}"] = weight
     if losses.information is not None:
         values["information"] = losses.information
-        values["loss"] = losses.total + losses.information  # the student's objective without the opposed term
+        values["loss"] = losses.total + losses.information  # the student's objective without the reversed term
     return values

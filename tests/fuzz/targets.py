@@ -20,6 +20,7 @@ import struct
 import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ class LoadingDali(Loading):
             self._loader = DaliLoader(self._spec(path), source)
         loader = self._loader
         LoaderBase.__init__(loader, loader.spec, source)
-        loader._preparer = Preparer(loader.spec, source, loader.tracker)
+        loader._preparer = Preparer(replace(loader.spec, resample=loader.resample), source, loader.tracker)
         return self._mean(loader)
 
 

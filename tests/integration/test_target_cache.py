@@ -16,7 +16,7 @@ from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
-from std_fast.teachers.target_cache import EpochWriter
+from std_fast.teachers.epoch_writer import EpochWriter
 from std_fast.teachers.target_format import bytes_per_epoch
 from std_fast.training import build
 from std_fast.training.run import Stopped

@@ -1,4 +1,4 @@
-"""MINE: the bound, its split form, who ascends and who descends, and the corrected gradient."""
+"""MINE: the bound, its split form, who maximises and who minimises, and the corrected gradient."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_split_first_layer_equals_the_network_on_concatenated_pairs():
     torch.testing.assert_close(donsker_varadhan(joint, marginal), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_one_backward_pass_opposes_the_players():
+def test_one_backward_pass_trains_both_sides():
     mine = MutualInformation(6, 5, width=16, weight=0.25).double()
     ts, tc = tokens()
     (-mine(ts, tc)).backward()

@@ -185,7 +185,7 @@ def test_a_stored_measurement_is_of_the_same_work(measured, tmp_path):
         ("", "no measurement"),
         ("[]", "no measurement"),
         ("{}", "no measurement"),
-        (None, "is damaged or of another version"),
+        (None, "is damaged or was made by another version"),
     ],
 )
 def test_a_damaged_measurement(measured, tmp_path, text, complaint):

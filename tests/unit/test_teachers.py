@@ -131,8 +131,7 @@ def test_low_precision_is_in_the_weights_and_autocast_changes_nothing(trained, w
 )
 def test_precision_is_the_teachers_own_or_the_runs(own, run, expected):
     spec = TeacherSpec(name="resnet18", precision=own)
-    recipe = recipes.from_dict(recipes.Recipe, {"run": {"precision": run}})
-    assert teacher_dtype(spec, recipe, torch.device("cpu")) == expected
+    assert teacher_dtype(spec, run, torch.device("cpu")) == expected
 
 
 class Float32Inside(nn.Module):

@@ -167,6 +167,7 @@ def _host_resize(spec: LoaderSpec) -> Callable[[npt.NDArray[np.uint8], npt.NDArr
         return compiled
 
     def by_torch(crop: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> None:
-        out[:] = crop_and_resize(crop, np.array([0, 0, *crop.shape[:2]]), spec)
+        box = np.array([0, 0, *crop.shape[:2]])
+        out[:] = crop_and_resize(crop, box, spec.image_size, spec.resample)
 
     return by_torch

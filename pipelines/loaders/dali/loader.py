@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class DaliLoader(LoaderBase):
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
         super().__init__(spec, source)
         import_dali()
+        spec = replace(spec, resample=self.resample)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="std_fast-loader")
         self._preparer = Preparer(spec, source, self.tracker)
         self._driver = DaliDriver(spec, self._pool, self._make_pipeline)

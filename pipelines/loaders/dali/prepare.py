@@ -76,7 +76,8 @@ class Preparer:
         index = int(slots.indices[row])
         try:
             if index >= 0:
-                return crop_and_resize(decode_rgb(self.source, index), slots.boxes[row], self.spec)
+                box, spec = slots.boxes[row], self.spec
+                return crop_and_resize(decode_rgb(self.source, index), box, spec.image_size, spec.resample)
         except CorruptImage as error:
             self.tracker.replace(slots, row, error)
             return self._on_host(slots, row)
