@@ -31,9 +31,9 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
         sync(path.parent)
 
 
-def write_atomic(path: Path, text: str, flush: bool = False) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Replaces a file by `text`, in UTF-8, in one piece; see `replacing`. Raises OSError where it cannot be written."""
-    with replacing(path, flush) as draft:
+    with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

@@ -43,7 +43,7 @@ Uniforms = dict[tuple[Purpose, int], tuple[Tensor, ...]]
 class TrainBatch:
     """A batch ready for training; everything but epoch and step is on the device.
 
-    images     float [B, 3, H, W], channels_last, normalised, in the dtype that Augment was given
+    images     float [B, 3, H, W], channels_last, normalised
     labels_a   int64 [B], the sample's own label
     labels_b   int64 [B], its neighbour's label
     lam        float32 [B], weight of labels_a; 1 - lam is the weight of labels_b
@@ -78,7 +78,7 @@ class Augment(nn.Module):
     Hazards: call `.to(device)` first; `compile` compiles the tensor part only, and epoch enters it as a tensor, so
     neither a new epoch nor a new step compiles again (a new batch shape does).
 
-    Args: spec, the run's seed, and the dtype of the images given out (computation is in float32).
+    Args: spec, the run's seed.
     """
 
     counter_D1: Tensor
@@ -89,9 +89,9 @@ class Augment(nn.Module):
     mixup_table: Tensor
     cutmix_table: Tensor
 
-    def __init__(self, spec: AugmentSpec, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, spec: AugmentSpec, seed: int) -> None:
         super().__init__()
-        self.spec, self.seed, self.dtype = spec, seed, dtype
+        self.spec, self.seed = spec, seed
         self._transform: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._transform_batch
         self.draws = _draws(spec)
         mean, std = np.asarray(spec.mean), np.asarray(spec.std)
@@ -129,8 +129,8 @@ class Augment(nn.Module):
         return TrainBatch(mixed, batch.labels, labels_b, lam, batch.positions, batch.epoch, batch.step)
 
     def normalise_only(self, images: Tensor) -> Tensor:
-        """For evaluation: uint8 [B, 3, H, W] -> `(x / 255 - mean) / std` in this module's dtype, channels_last."""
-        return _from_rows(self._normalise(_to_rows(images)).to(self.dtype))
+        """For evaluation: uint8 [B, 3, H, W] -> `(x / 255 - mean) / std` in float32, channels_last."""
+        return _from_rows(self._normalise(_to_rows(images)))
 
     def _transform_batch(
         self, images: Tensor, labels: Tensor, positions: Tensor, epoch: Tensor
@@ -145,7 +145,7 @@ class Augment(nn.Module):
         if self.spec.mixes:
             x_BHR, lam = self._mix(x_BHR, u)
             labels_b = _neighbour(labels)
-        return _from_rows(x_BHR.to(self.dtype)), labels_b, lam
+        return _from_rows(x_BHR), labels_b, lam
 
     def _uniforms(self, positions: Tensor, epoch: Tensor) -> Uniforms:
         """All the random numbers of a batch: what `rng.uniform` gives for every draw, in one pass over [D, B] counters.

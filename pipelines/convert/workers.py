@@ -111,10 +111,6 @@ class Workers:
             self.close()
             raise
 
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
-
     def run(self, tasks: Iterable[ConvertTask]) -> Iterator[DoneTask]:
         """The tasks' results, in the tasks' order. Raises UserError when a worker dies or hangs: it names the image."""
         todo = enumerate(tasks)

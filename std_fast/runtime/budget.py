@@ -274,7 +274,11 @@ class Clock:
         return after + 3 * self._step_seconds * self.ledger.devices / 3600 < self.hours - self.reserve
 
     def progress(self, step: int) -> float:
-        """Share of the training that is done when step number `step` (from 1) is: in (0, 1], 0 as a budget begins."""
+        """Share of the training that is done when step number `step` (from 1) is, in (0, 1].
+
+        0 for the first step of a budget, which so has learning rate 0: before a step has been timed, its share of the
+        hours is not known. With several processes also for the second, since rank 0's `read` comes a step late.
+        """
         if self.steps is not None:
             return min(1.0, step / self.steps)
         if self.share >= 1:

@@ -38,6 +38,11 @@ class PeerLost(Exception):
     """Another process of the run has died or has not responded within the time limit."""
 
 
+def is_peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective's error means that another process has ended or does not respond."""
+    return _LOST.search(str(error)) is not None
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together; with a single process nothing is sent."""
@@ -154,7 +159,7 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         yield world
         ended = True
     except RuntimeError as error:
-        if _LOST.search(str(error)):
+        if is_peer_lost(error):
             raise PeerLost(
                 f"rank {rank()}: another process has died, or has not answered for {timeout:g} seconds "
                 f"(run.timeout); continue with --resume"

@@ -19,22 +19,21 @@ class Guard:
     `found_inf` is 1 in such a step: weights, optimizer, moving average and saved buffers stay as they were. After more
     than `allowed` bad steps `found_inf` stays 1 (the guard is frozen): the state remains that before the last of
     `steps` until the host reads the guard (not_finite.py). All ranks detect the same steps.
-
-    Args:
-        capacity: how many bad steps are recorded, one at least.
-        allowed: how many bad steps are skipped before the guard freezes; 0: none.
     """
 
-    def __init__(
-        self, device: torch.device, world: World = SINGLE_PROCESS, capacity: int = 1, allowed: int = 0
-    ) -> None:
+    def __init__(self, device: torch.device, world: World = SINGLE_PROCESS) -> None:
         self.world = world
         self.found_inf = torch.zeros((), device=device)
         self.bad_values = torch.zeros((), dtype=torch.int64, device=device)
-        self.set([], capacity, allowed)
+        self.set([], 1, 0)
 
     def set(self, steps: Sequence[int], capacity: int, allowed: int) -> None:
-        """Starts from these earlier bad steps, fewer than `capacity`."""
+        """Starts from these earlier bad steps.
+
+        Args:
+            capacity: how many bad steps are recorded, one more than `steps` at least.
+            allowed: how many bad steps are skipped before the guard freezes; 0: none.
+        """
         device = self.found_inf.device
         padded = [*steps, *[-1] * (capacity - len(steps))]
         self.steps = torch.tensor(padded, dtype=torch.int64, device=device)

@@ -88,18 +88,18 @@ class Muon(torch.optim.AdamW):
             p.grad = None
 
 
-def orthogonal(x_NAB: Tensor, steps: int = 5) -> Tensor:
+def orthogonal(x_NAB: Tensor) -> Tensor:
     """Each matrix with its singular values pushed to about 1 (0.7 to 1.2), its singular vectors kept: `[N, A, B]`.
 
-    The quintic Newton-Schulz iteration with Keller Jordan's coefficients (github.com/KellerJordan/Muon), in bfloat16 on
-    a GPU and in the matrix's own type on a CPU; the result has the type of the input.
+    Five steps of the quintic Newton-Schulz iteration with Keller Jordan's coefficients (github.com/KellerJordan/Muon),
+    in bfloat16 on a GPU and in the matrix's own type on a CPU; the result has the type of the input.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x_NAB.shape[1] > x_NAB.shape[2]
     x = x_NAB.bfloat16() if x_NAB.is_cuda else x_NAB
     x = x.mT if tall else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(x_NAB.dtype)
@@ -152,6 +152,8 @@ def _on_device(base: Any) -> Any:
                 restored = self.state.get(group["params"][0], {}).get("step")
                 if restored is not None:
                     group["step"] = restored
+                elif "step" in group:  # no state: a rollback to before the first step has removed it
+                    group["step"] = torch.zeros_like(group["step"])
             try:
                 return super().step(closure, grad_scaler=self)
             finally:

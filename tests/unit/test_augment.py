@@ -219,16 +219,6 @@ def test_normalise_only_is_torchvisions():
     wanted = TF.normalize(images.float() / 255, spec.mean, spec.std)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    half = Augment(spec, SEED, torch.bfloat16).normalise_only(images.contiguous())
-    assert torch.equal(half, ours.bfloat16())
-
-
-def test_bfloat16_is_the_rounded_float32():
-    batch = make_batch()
-    spec = AugmentSpec(erase=0.5)
-    single, half = Augment(spec, SEED)(batch), Augment(spec, SEED, torch.bfloat16)(batch)
-    assert half.images.dtype == torch.bfloat16 and half.lam.dtype == torch.float32
-    assert torch.equal(half.images, single.images.bfloat16())
 
 
 def test_noise_is_standard_normal_and_a_function_of_the_seed():

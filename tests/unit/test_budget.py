@@ -244,6 +244,7 @@ def test_a_budget_is_spent_and_the_learning_rate_lands(clock_time, hours, step, 
     ).run()  # fmt: skip
     assert 0.97 <= run.share <= 1.0
     assert run.rates[-1] == pytest.approx(0.01)
+    assert run.rates[0] == 0 < run.rates[1]  # the share of a step is not known before one is timed
     assert max(run.rates) > 0.99  # the warm-up was complete: a long start does not skip it
     peak = run.rates.index(max(run.rates))
     assert 0.02 < peak / len(run.rates) < 0.09

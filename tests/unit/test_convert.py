@@ -480,12 +480,12 @@ def test_a_worker_that_is_killed_is_noticed_at_once(images: Path, tmp_path: Path
     with convert_workers.Workers(2, KEEP, files, False, names, str(tmp_path)) as workers:
         results = workers.run(iter([task] * 1000))
         next(results)
-        os.kill(workers.pids[0], signal.SIGKILL)
+        os.kill(workers._processes[0].pid, signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(UserError, match=r"ended by SIGKILL at class 0/\d+.jpg; if memory was short, use fewer"):
             list(results)
         assert time.monotonic() - began < 30
-        pids = workers.pids
+        pids = [process.pid for process in workers._processes]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -496,10 +496,10 @@ def test_a_worker_that_stands_still_is_noticed(images: Path, tmp_path: Path, mon
         assert os.fstat(workers._beats_file.fileno()).st_blocks > 0  # no hole that a full disk turns into a SIGBUS
         results = workers.run(iter([task] * 1000))
         next(results)
-        os.kill(workers.pids[0], signal.SIGSTOP)
+        os.kill(workers._processes[0].pid, signal.SIGSTOP)
         with pytest.raises(UserError, match=r"no progress for 1 s at class 0/\d+.jpg"):
             list(results)
-        pids = workers.pids
+        pids = [process.pid for process in workers._processes]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 

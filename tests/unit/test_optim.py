@@ -11,7 +11,7 @@ from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, parameter_groups, set_learning_rates
-from std_fast.training.optimizers import Muon, orthogonal
+from std_fast.training.optimizers import Muon, _on_device, orthogonal
 from std_fast.training.run import Stopped
 from std_fast.training.train import train
 
@@ -197,6 +197,35 @@ def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
     train(at("parts"), resume=True, quiet=True)
     one, two = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("one", "parts"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+class CountsAsApex(torch.optim.Optimizer):
+    """Its step count is a tensor of the group, which apex's Adam makes in the first step and its LAMB before it."""
+
+    def step(self, closure=None, grad_scaler=None):
+        for group in self.param_groups:
+            group["step"] = group["step"].add_(1) if "step" in group else torch.ones(1)
+            for p in group["params"]:
+                self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+
+
+@pytest.mark.parametrize("known_before", [{}, {"step": torch.zeros(1)}], ids=["adam", "lamb"])
+def test_apex_counts_anew_after_a_rollback_to_before_its_first_step(known_before):
+    module = torch.nn.Linear(2, 2)
+    module.weight.grad = module.bias.grad = torch.ones(())
+    optimizer = _on_device(CountsAsApex)([{"params": list(module.parameters()), **known_before}], {})
+    before = {name: t.clone() for name, t in checkpoint.training_tensors(module, optimizer, {}).items()}
+    for count in (1, 2):
+        optimizer.step()
+        assert optimizer.state[module.weight]["step"] == count
+    checkpoint.restore(before, module, optimizer)
+    optimizer.step()
+    assert optimizer.state[module.weight]["step"] == 1
+    after_one = {name: t.clone() for name, t in checkpoint.training_tensors(module, optimizer, {}).items()}
+    optimizer.step()
+    checkpoint.restore(after_one, module, optimizer)
+    optimizer.step()
+    assert optimizer.state[module.weight]["step"] == 2
 
 
 @pytest.mark.parametrize("name", ["lamb", "apex_adam"])
