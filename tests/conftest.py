@@ -63,6 +63,18 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def teacher(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain run of one step on `image_folder` at 16 px."""
+    from std_fast.training.train import train
+    from tests.small_runs import RESNET, small_recipe
+
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    run = {"length": "1 step", "eval_every": "0 steps"}
+    train(small_recipe(image_folder, out, student=RESNET, run=run), quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
 def beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`image_folder` converted, its images kept at their size."""
     from pipelines.convert.job import ConvertSettings, convert

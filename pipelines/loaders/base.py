@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 from pipelines.read.corrupt import CorruptTracker
+from pipelines.read.settings import Resample
 
 
 def available_cores() -> int:
@@ -32,11 +33,11 @@ class LoaderBase(ABC):
 
     backend: str
     """its name in `data.backend`"""
-    resamples: ClassVar[tuple[str, ...]] = ("bilinear", "bicubic")
+    resamples: ClassVar[tuple[Resample, ...]] = ("bilinear", "bicubic")
     """values of `resample` that the backend offers; `auto` is the first of them"""
 
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
-        self.resample = self.resamples[0] if spec.resample == "auto" else spec.resample
+        self.resample: Resample = self.resamples[0] if spec.resample == "auto" else spec.resample
         if self.resample not in self.resamples:
             raise UserError(
                 f"data.resample: {spec.resample!r} is not in the {self.backend} backend; "

@@ -36,7 +36,7 @@ from std_fast.commands.export_formats import (
     write_pt2,
 )
 from std_fast.config.recipe import Recipe, loads
-from std_fast.method.student import Student
+from std_fast.method.student import TRAINING_ONLY, Student
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import load_weights
 from std_fast.training.build import build_student
@@ -157,7 +157,7 @@ def trained_student(run: Path, predict: str) -> LoadedStudent:
     state: dict[str, Tensor] = {}
     for kind in ("model.", "ema."):
         own = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        state |= {name: tensor for name, tensor in own.items() if not name.startswith("mine.")}
+        state |= {name: tensor for name, tensor in own.items() if not name.startswith(TRAINING_ONLY)}
     load_weights(student, state, str(run))
     if predict:
         student.predict = predict  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from std_fast.models import Backbone, build_backbone
 from std_fast.models.common import DropPathMask
 
 Prediction = Literal["mean", "class", "distill"]
+TRAINING_ONLY = "mine."  # prefix of the names of what only training needs
 
 
 class StudentOutput(NamedTuple):
@@ -155,7 +156,7 @@ class Student(nn.Module):
 
     def training_only(self) -> set[str]:
         """Names of the parameters and saved buffers that only training needs (the statistics networks)."""
-        return {name for name in self.state_dict() if name.startswith("mine.")}
+        return {name for name in self.state_dict() if name.startswith(TRAINING_ONLY)}
 
     def no_weight_decay(self) -> set[str]:
         """Names of two-dimensional parameters without weight decay: tokens, and those that the backbone names."""

@@ -17,8 +17,8 @@ import numpy as np
 from std_fast.config.recipe import Recipe
 from std_fast.runtime import checkpoint
 from tests.beton_tools import encoded, pixels
-from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 from tests.killing import Child
+from tests.small_runs import RESNET, assert_same_bits, final_tensors, small_recipe, write_recipe
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Ground:
         return self._made("teacher", self._train_teacher)
 
     def _train_teacher(self, out: Path) -> None:
-        plain = {"student": {"name": "test_resnet", "options": {}, "drop_path": 0.0}, "run": {"length": "2 steps"}}
+        plain = {"student": RESNET, "run": {"length": "2 steps"}}
         path = write_recipe(small_recipe(self.images, out, **plain), self.folder / "teacher.yaml")
         self.finish(["train", path, "--quiet"])
 
@@ -100,7 +100,7 @@ class Ground:
     # -- recipes and runs ---------------------------------------------------------------------------------------------
 
     def recipe(self, on: Path | None = None, name: str = "run", std: bool = False, **sections: dict) -> Recipe:
-        """See `kills.small_recipe`; on: the data; std: by two teachers, with MINE."""
+        """See `small_runs.small_recipe`; on: the data; std: by two teachers, with MINE."""
         if std:
             teachers = {
                 "mode": "std",

@@ -21,8 +21,9 @@ from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.process import SAME_PRESS
 from tests.faults.ground import Ground, Seen, ends, enlarge, fault, logged, small_disk, steps_saved
-from tests.faults.kills import KilledTraining, assert_same_bits, final_tensors
+from tests.faults.kills import KilledTraining
 from tests.killing import ROOT, Child, kill_again_and_again
+from tests.small_runs import assert_same_bits, final_tensors
 
 SINCE_THE_SAVE = "steps since the last save"
 GOES_ON = "nothing saved is lost; started again it goes on, to the same bits"

@@ -20,9 +20,8 @@ from std_fast.commands.arguments import STOPPED
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.step import Trainer
-from std_fast.training.train import train
-from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
 from tests.killing import Child, get_ready, kill_again_and_again
+from tests.small_runs import assert_same_bits, final_tensors, small_recipe, write_recipe
 
 KILLS = int(os.environ.get("STD_FAST_KILLS", "4"))
 STEPS = 18
@@ -30,13 +29,10 @@ SEED = int(os.environ.get("STD_FAST_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
-def recipe(image_folder, tmp_path_factory):
+def recipe(image_folder, teacher, tmp_path_factory):
     """Six epochs of two views: the first two ask the teachers and store what they say, the others read it."""
     folder = tmp_path_factory.mktemp("std")
-    teacher = {"student": {"name": "test_resnet", "options": {}, "drop_path": 0.0}}
-    once = small_recipe(image_folder, folder / "teacher", **teacher, run={"length": "1 step", "eval_every": "9 epochs"})
-    train(once, quiet=True)
-    distill = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2, "views": 2}
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "views": 2}
     distill |= {"mine": {"every": "2 steps", "ema": 0.1}, "target_cache": str(folder / "run" / "targets")}
     return small_recipe(
         image_folder, folder / "run", distill=distill, run={"length": "6 epochs", "eval_every": "1 epoch"}

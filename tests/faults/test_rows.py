@@ -9,7 +9,8 @@ import pytest
 
 from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.ground import FAULTS, Ground
-from tests.faults.kills import KilledTraining, small_recipe
+from tests.faults.kills import KilledTraining
+from tests.small_runs import small_recipe
 
 QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints", "the reader of its log")
 

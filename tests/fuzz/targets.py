@@ -29,6 +29,7 @@ import PIL.Image
 import torch
 
 from pipelines.errors import UserError
+from tests.archives import tar_bytes
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 LONGEST_MESSAGE = 2000  # characters
@@ -396,13 +397,7 @@ class Devkit(Labels):
 
 
 def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=form) as out:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return stream.getvalue().rstrip(b"\0") + bytes(1536)
+    return tar_bytes(files, form).rstrip(b"\0") + bytes(1536)
 
 
 def sealed_tar(data: bytes) -> bytes:

@@ -19,8 +19,6 @@ from pipelines.errors import UserError
 from std_fast.commands.arguments import PEER_LOST
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.method.mine import donsker_varadhan, log_mean_exp, over_parts
 from std_fast.runtime import checkpoint
 from std_fast.runtime.distributed import World, init_distributed
@@ -28,16 +26,7 @@ from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.build import build
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
-
-SMALL = {
-    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
-    "student": {
-        "name": "mixer", "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-    "run": {"batch": 8, "length": "9 steps", "eval_batch": 10, "log_every": 1, "device": "cpu"},
-}  # fmt: skip
+from tests.small_runs import at, small_recipe
 
 # Every scenario in one pair of processes: starting them takes longer than all that they do.
 DRIVER = """
@@ -154,22 +143,10 @@ def torchrun(*args):
 
 
 @pytest.fixture(scope="module")
-def recipe(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    data = {**SMALL["data"], "train": str(image_folder), "val": str(image_folder)}
-    plain = {**SMALL, "data": data, "student": {"name": "test_resnet"}}
-    plain["run"] = {**SMALL["run"], "out": str(folder / "run"), "length": "1 step"}
-    train(from_dict(Recipe, plain), quiet=True)
-    distill = {
-        "mode": "std",
-        "teachers": [{"weights": str(folder / "run")}] * 2,
-        "mine": {"every": "2 steps", "ema": 0.1},
-    }
-    return from_dict(Recipe, {**SMALL, "data": data, "distill": distill})
-
-
-def at(recipe, out, **run):
-    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
+def recipe(image_folder, teacher, tmp_path_factory):
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "2 steps", "ema": 0.1}}
+    run = {"length": "9 steps", "eval_every": "1 epoch", "eval_batch": 10, "log_every": 1, "save_every": "10 minutes"}
+    return small_recipe(image_folder, tmp_path_factory.mktemp("run"), distill=distill, run=run)
 
 
 @pytest.fixture(scope="module")

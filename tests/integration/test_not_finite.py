@@ -19,13 +19,6 @@ from std_fast.training.train import train
 STEPS = 9  # of three epochs
 
 
-@pytest.fixture(scope="module")
-def teacher(image_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("teacher") / "run"
-    train(recipe_for(image_folder, out, student={"name": "test_resnet", "options": {}}, length="1 steps"), quiet=True)
-    return out
-
-
 def recipe_for(data, out, student=None, distill=None, **run):
     return from_dict(
         Recipe,

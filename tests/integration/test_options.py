@@ -16,18 +16,7 @@ from std_fast.training import build
 from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
-from tests.faults.kills import assert_same_bits, final_tensors, small_recipe, write_recipe
-
-CYCLE = {"layers": [1, 1, 2], "embed_dims": [8, 8, 16], "mlp_ratios": [2, 2, 2], "stem_stride": 1}
-EARLY = {"name": "cyclemlp", "options": CYCLE, "early_size": 16, "early_share": 0.5}
-
-
-@pytest.fixture(scope="module")
-def teacher(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    plain = {"student": {"name": "test_resnet", "options": {}, "drop_path": 0.0}, "run": {"length": "1 step"}}
-    train(small_recipe(image_folder, folder, **plain), quiet=True)
-    return folder
+from tests.small_runs import CYCLE, EARLY, assert_same_bits, at, final_tensors, small_recipe, write_recipe
 
 
 @pytest.fixture
@@ -37,10 +26,6 @@ def recipe(teacher, image_folder, tmp_path):
     run = {"length": "2 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
     recipe = small_recipe(image_folder, tmp_path / "run", student=EARLY, distill=distill, run=run)
     return replace(recipe, data=replace(recipe.data, image_size=24))
-
-
-def at(recipe, out, **run):
-    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
 
 
 def sizes_seen(monkeypatch):

@@ -9,7 +9,7 @@ from std_fast import cli
 from std_fast.config import recipe as recipes
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
-from tests.faults.kills import small_recipe
+from tests.small_runs import small_recipe
 
 
 @pytest.mark.parametrize(

@@ -23,27 +23,9 @@ from std_fast.training.evaluate import evaluate_run
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Stopped
 from std_fast.training.train import train
+from tests.small_runs import small_recipe
 
-SMALL = {
-    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
-    "augment": {"erase": 0.25},
-    "student": {
-        "name": "mixer",
-        "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-    "run": {"batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 2, "device": "cpu"},
-}
-
-
-@pytest.fixture(scope="module")
-def teacher(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    plain = {**SMALL, "student": {"name": "test_resnet"}, "distill": {"mode": "none"}}
-    recipe = from_dict(Recipe, plain)
-    train(at(recipe, folder / "run", image_folder, length="2 steps"), quiet=True)
-    return folder / "run"
+THREE_EPOCHS = {"length": "3 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
 
 
 def at(recipe, out, data, **run):
@@ -54,7 +36,7 @@ def at(recipe, out, data, **run):
 @pytest.fixture
 def recipe(teacher, image_folder, tmp_path):
     distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "2 steps", "ema": 0.1}}
-    return at(from_dict(Recipe, {**SMALL, "distill": distill}), tmp_path / "run", image_folder)
+    return small_recipe(image_folder, tmp_path / "run", distill=distill, run=THREE_EPOCHS)
 
 
 def weights(folder):

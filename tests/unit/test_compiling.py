@@ -10,39 +10,20 @@ import torch
 from torch._dynamo.utils import counters
 
 from pipelines.errors import UserError
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.runtime import compiling
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.run import Run
 from std_fast.training.schedule import StepSettings
 from std_fast.training.train import train
-
-SMALL = {
-    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
-    "student": {
-        "name": "mixer", "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-    "run": {"batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "device": "cpu"},
-}  # fmt: skip
+from tests.small_runs import at, small_recipe
 
 
 @pytest.fixture(scope="module")
-def recipe(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    data = {**SMALL["data"], "train": str(image_folder), "val": str(image_folder)}
-    plain = {**SMALL, "data": data, "student": {"name": "test_resnet"}}
-    plain["run"] = {**SMALL["run"], "out": str(folder / "run"), "length": "1 step"}
-    train(from_dict(Recipe, plain), quiet=True)
-    distill = {"mode": "std", "teachers": [{"weights": str(folder / "run")}] * 2, "mine": {"every": "2 steps"}}
-    return from_dict(Recipe, {**SMALL, "data": data, "distill": distill})
-
-
-def at(recipe, out, **run):
-    return replace(recipe, run=replace(recipe.run, out=str(out), **run))
+def recipe(image_folder, teacher, tmp_path_factory):
+    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "2 steps"}}
+    run = {"length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "save_every": "10 minutes"}
+    return small_recipe(image_folder, tmp_path_factory.mktemp("run"), distill=distill, run=run)
 
 
 def test_nothing_is_compiled_again_after_the_first_two_steps(recipe, tmp_path):

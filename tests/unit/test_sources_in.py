@@ -19,6 +19,7 @@ from pipelines.convert.tar_index import TarDamaged, members
 from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
 from pipelines.read.beton import BetonSource
+from tests.archives import tar_bytes
 from tests.beton_tools import encoded, pixels
 
 CLASSES = ("n01", "n02", "n07")
@@ -44,16 +45,6 @@ def expected(contents: dict[str, dict[str, bytes]], tmp_path_factory: pytest.Tem
             (folder / "src" / name / file).write_bytes(data)
     convert(str(folder / "src"), str(folder / "x.beton"), settings=KEEP, workers=1)
     return (folder / "x.beton").read_bytes()
-
-
-def tar_bytes(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=form) as out:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 def tar(path: Path, files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> None:
