@@ -155,7 +155,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
             counts = count(form, compile, tool)
             kinds = {key: counts[key] for key in list(COLUMNS.values())[2:]}
             rows.append({"name": FORMS[form], "compile": compile, **kinds})
-    return {"variant": "fake-h200", "rows": rows, "batch": BATCH, "counted_steps": STEPS}
+    return {"variant": "-".join(["fake-h200", *args.compile]), "rows": rows, "batch": BATCH, "counted_steps": STEPS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -74,4 +74,5 @@ def table(outcomes: list[Outcome]) -> str:
 
 def counted(outcomes: Iterable[Outcome]) -> str:
     """`3 passed, 1 skipped`."""
-    return ", ".join(f"{count} {state}" for state, count in Counter(one.state for one in outcomes).items()) or "-"
+    found = Counter(one.state for one in outcomes)
+    return ", ".join(f"{found[state]} {state}" for state in ("passed", "skipped", "failed") if found[state]) or "-"
