@@ -34,7 +34,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
         starts = {"train": ("data_batch", "train"), "test": ("test",)}.get(wanted)
         entries = [entry for entry in entries if starts and entry.name.startswith(starts)]
         if not entries:
-            raise UserError(f"split {settings.split!r}: not in {printable(tree.root)}; choose train or test")
+            raise UserError(f"split {settings.split!r}: not in {printable(tree.source)}; choose train or test")
     hundred = entries[0].name in ("train.bin", "test.bin")
     record = CIFAR_PIXELS + (2 if hundred else 1)
     for entry in entries:
@@ -55,7 +55,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
         if entry.name == names_file:  # one name a line, the last line empty
             lines = read_text(tree.local(entry, entry.name)).splitlines()
             classes = [line.strip() for line in lines if line.strip()]
-    return builder.done(tree.root, classes)
+    return builder.done(tree.source, classes)
 
 
 def _of_split(root: str, entries: list[Entry], settings: ConvertSettings) -> list[Entry]:
@@ -85,8 +85,8 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     free = shutil.disk_usage(work).free
     if needed > free:
         raise UserError(
-            f"{printable(tree.root)}: its images are copied beside the result while it is made, {needed / 1e9:.1f} GB, "
-            f"but {free / 1e9:.1f} GB are free there; free some or choose another disk"
+            f"{printable(tree.source)}: its images are copied beside the result while it is made, "
+            f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there; free some or choose another disk"
         )
     classes: list[str] | None = None
     rows: list[tuple[str, int | str, int, int, int, int]] = []
@@ -109,11 +109,13 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     values = [row[1] for row in rows]
     if any(isinstance(value, str) for value in values):
         known = builder.fixed_classes or classes
-        parsed = parse_labels([str(value) for value in values], known, f"{printable(tree.root)}: the column of labels")
+        parsed = parse_labels(
+            [str(value) for value in values], known, f"{printable(tree.source)}: the column of labels"
+        )
         values = list(parsed)
     for row, value in zip(rows, values, strict=True):
         builder.add(row[0], value, *row[2:])
-    return builder.done(tree.root, classes)
+    return builder.done(tree.source, classes)
 
 
 def _unpacked(

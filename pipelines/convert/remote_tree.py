@@ -35,6 +35,7 @@ class RemoteTree:
     def __init__(self, root: str, files: dict[str, RemoteFile], work: str, named: bool) -> None:
         """files: by their paths from the root."""
         self.root, self.named = remote.shown(root), named
+        self.source = remote.shown(next(iter(files.values())).url) if named and len(files) == 1 else self.root
         self._base, self._files = root.rstrip("/"), files
         self._copies = os.path.join(work, "copies")
         self._copied: dict[str, str] = {}

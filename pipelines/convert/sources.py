@@ -68,7 +68,7 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
     kind, used = _kind(tree, entries, settings)
     builder = Builder(kind, fixed_classes(settings))
     if kind != "tar" and settings.label_from not in ("auto", kind):
-        raise UserError(f"label_from {settings.label_from!r}: {printable(tree.root)} holds no tars; leave it out")
+        raise UserError(f"label_from {settings.label_from!r}: {printable(tree.source)} holds no tars; leave it out")
     if kind in ("parquet", "cifar") and settings.labels is not None:
         raise UserError(f"labels: {kind} files hold their own labels; leave it out")
     if kind in ("folder", "tar") and settings.split is not None:
@@ -107,19 +107,19 @@ def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings) -> tuple[
         found["parquet"] = [entry for entry in inner if entry.name.lower().endswith(".parquet")]
     if settings.kind != "auto":
         if settings.kind != "folder" and not found[settings.kind]:
-            raise UserError(f"kind {settings.kind!r}: {printable(tree.root)} holds no such files; give {SOURCES}")
+            raise UserError(f"kind {settings.kind!r}: {printable(tree.source)} holds no such files; give {SOURCES}")
         return settings.kind, found.get(settings.kind, [])
     kinds = [kind for kind, members in found.items() if members]
     if kinds and _has_class_folder(tree, visible):
         kinds.append("folder")
     if len(kinds) > 1:
-        raise UserError(f"{printable(tree.root)}: could be of kind {' or '.join(kinds)}; choose with `kind`")
+        raise UserError(f"{printable(tree.source)}: could be of kind {' or '.join(kinds)}; choose with `kind`")
     if kinds:
         return kinds[0], found[kinds[0]]
     for entry in files:
         if re.fullmatch(r"data_batch_\d+", entry.name):
             raise UserError(
-                f"{printable(tree.root)}: CIFAR's Python version is pickled, which can run code; download the binary "
+                f"{printable(tree.source)}: CIFAR's Python version is pickled, which can run code; download the binary "
                 "version"
             )
     return "folder", []
@@ -147,7 +147,7 @@ def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
             builder.fault(entry.name, f"has no label in {printable(settings.labels)}")
         else:
             _add_file(builder, folder, entry.name, entry, label_of[entry.name])
-    return builder.done(tree.root, classes)
+    return builder.done(tree.source, classes)
 
 
 def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder) -> Listing:
@@ -177,13 +177,13 @@ def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
             )
         classes.append(entry.name)
     if not classes:
-        raise UserError(f"{printable(tree.root)}: no class folders in it; give {SOURCES}")
+        raise UserError(f"{printable(tree.source)}: no class folders in it; give {SOURCES}")
     if all(name.lower() in SPLIT_NAMES for name in classes):
         raise UserError(
-            f"{printable(tree.root)}: its folders ({', '.join(map(printable, classes))}) are splits without "
+            f"{printable(tree.source)}: its folders ({', '.join(map(printable, classes))}) are splits without "
             "classes; convert each with `labels`"
         )
-    return builder.done(tree.root, classes)
+    return builder.done(tree.source, classes)
 
 
 def _ignore_hidden(tree: Tree, entry: Entry, builder: Builder) -> None:

@@ -70,7 +70,7 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
     if settings.labels is not None:
         if nested or settings.label_from != "auto":
             what = f"label_from {settings.label_from!r}" if settings.label_from != "auto" else "the class tars within"
-            raise UserError(f"labels: {printable(tree.root)} has its labels from {what}; leave one of them out")
+            raise UserError(f"labels: {printable(tree.source)} has its labels from {what}; leave one of them out")
         return _from_file(images, tree, settings, builder)
     choice = _label_source(tars, images, settings, tree)
     for tar in tars:
@@ -78,17 +78,17 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
             for member in found:
                 builder.add(member.name, stem, tar.number, member.offset, member.size, tar.stamp)
     if not flat:
-        return builder.done(tree.root)
+        return builder.done(tree.source)
     labelled = _labels(images, choice, settings, builder)
     if choice == "cls":
         labelled = _without_names(labelled, builder)
     texts = [text for _, _, text in labelled]
     labels: Sequence[int | str] = texts
     if choice in ("cls", "json"):
-        labels = parse_labels(texts, builder.fixed_classes, f"{printable(tree.root)} ({choice})")
+        labels = parse_labels(texts, builder.fixed_classes, f"{printable(tree.source)} ({choice})")
     for (tar, member, _), label in zip(labelled, labels, strict=True):
         builder.add(f"{tar.name}/{member.name}", label, tar.number, member.offset, member.size, tar.stamp)
-    return builder.done(tree.root)
+    return builder.done(tree.source)
 
 
 def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
@@ -198,7 +198,7 @@ def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: 
             builder.add(name, label_of[name], tar.number, member.offset, member.size, tar.stamp)
         else:
             builder.fault(name, f"has no label in {printable(settings.labels)}")
-    return builder.done(tree.root, classes)
+    return builder.done(tree.source, classes)
 
 
 def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, tree: Tree) -> str:

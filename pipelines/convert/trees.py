@@ -33,6 +33,8 @@ class Tree(Protocol):
     root: str
     named: bool
     """whether it is files that the user named, rather than all of a folder"""
+    source: str
+    """the source in messages: the one file that is named, else the root"""
 
     def children(self, path: str = "") -> list[Entry]:
         """Entries of a folder by name. Raises UserError when it cannot be listed."""
@@ -57,6 +59,7 @@ class LocalTree:
     def __init__(self, root: str, only: list[str] | None = None) -> None:
         self.root, self._only = root, only
         self.named = only is not None
+        self.source = os.path.join(root, only[0]) if only and len(only) == 1 else root
 
     def children(self, path: str = "") -> list[Entry]:
         folder = self.place(path)

@@ -84,7 +84,7 @@ def convert(args: argparse.Namespace) -> None:
         for one in bar:
             one.close()
     counts = manifest["counts"]
-    show(args, manifest, f"{args.dst}: {json.dumps(counts)}")
+    show(args, manifest, f"{args.dst}: {json.dumps(counts)}", kept=f"{args.dst}.json")
 
 
 def _on_disk(path: str) -> str:

@@ -247,10 +247,15 @@ def test_parquet_labels_of_text(tmp_path: Path) -> None:
     listing = listed(parquet(tmp_path / "x.parquet", ["wire fox", "ant", ""]), tmp_path)
     assert listing.classes == ["ant", "wire fox"] and listing.labels.tolist() == [1, 0]
     assert listing.faults == [("x.parquet/2", "the row has no label")]
-    with pytest.raises(UserError, match="the column of labels: some labels are numbers .1. and others names .ant."):
+    column = f"^{tmp_path}/y.parquet: the column of labels"
+    with pytest.raises(UserError, match=f"{column}: some labels are numbers .1. and others names .ant."):
         listed(parquet(tmp_path / "y.parquet", ["1", "ant"]), tmp_path)
     with pytest.raises(UserError, match="label 0.5 is no class number"):
         listed(parquet(tmp_path / "z.parquet", [0.5, 1.0]), tmp_path)
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/w.parquet: w.parquet/1 has label 2000000, and labels must lie in"
+    ):
+        listed(parquet(tmp_path / "w.parquet", [0, 2_000_000]), tmp_path)
 
 
 def test_parquet_rows_without_a_label(tmp_path: Path) -> None:

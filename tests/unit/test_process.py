@@ -97,6 +97,14 @@ def test_output_on_a_full_disk_is_an_error_of_one_line(word, unbuffered):
     assert (done.returncode, done.stderr) == (2, line)
 
 
+def test_a_conversion_whose_report_is_lost_is_complete(image_folder, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "std_fast.cli", "convert", str(image_folder), str(tmp_path / "x.beton")]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and f"what it lost is in {tmp_path}/x.beton.json" in done.stderr
+
+
 def test_an_error_that_nobody_can_read_keeps_its_exit_code():
     command = [sys.executable, "-m", "std_fast.cli", "trian"]
     with open("/dev/full", "w") as full:
