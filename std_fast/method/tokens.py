@@ -6,21 +6,24 @@ of the spatial and the channel MLP.
 
 The code below is the same function as the paper's concatenations (tests/unit/test_tokens.py holds that form), in an
 order that never builds them: the spatial token row does not depend on the image, so its share of the first layer is a
-bias [S, C]; the channel token is a rank-M term of the first layer, scaled by the shared layer norm of its patch.
+bias [S, C]; the channel token is a rank-M term of the first layer, scaled by the shared layer norm of its patch (in
+compiled code of rank M - 1: what is normalised adds up to 0, so one column follows from the others).
 The channel MLP, by far the larger one, has two forms: operators that inductor fuses, and for uncompiled code
 `channel_mlp`, which works through the batch in pieces.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from std_fast.method.channel_mlp import channel_mlp
-from std_fast.models.common import mix_tokens
+from std_fast.models.common import linear, mix_tokens, spread
 
 TokenKind = Literal["both", "spatial", "channel", "none"]
 
@@ -47,7 +50,10 @@ def few_outputs(hidden: Tensor, w_MH: Tensor, dim: int) -> Tensor:
     """
     shape = [1] * hidden.dim()
     shape[dim] = -1
-    return torch.stack([(hidden * w_H.view(shape)).sum(dim) for w_H in w_MH.unbind()], 1)
+    rows_MH = [w_H.view(shape) for w_H in w_MH.unbind()]
+    if dim == hidden.dim() - 1:
+        rows_MH = [spread(w_H, hidden.shape[0]) for w_H in rows_MH]
+    return torch.stack([(hidden * w_H).sum(dim) for w_H in rows_MH], 1)
 
 
 class STDModule(nn.Module):
@@ -132,7 +138,7 @@ class STDModule(nn.Module):
         P = self.patches
         w_SP, w_SM = self.fc1_s.weight[:, :P], self.fc1_s.weight[:, P:]
         bias_SC = w_SM @ self.norm_s(self.token_s) + self.fc1_s.bias[:, None]
-        hidden_BSC = mix_tokens(w_SP, self.norm_s(z_BPC))
+        hidden_BSC = mix_tokens(w_SP, self._recomputed(self.norm_s, z_BPC))
         if torch.compiler.is_compiling():
             token_BMC = few_outputs(F.gelu(hidden_BSC + bias_SC), self.fc2_s.weight, 1)
         else:
@@ -150,20 +156,34 @@ class STDModule(nn.Module):
 
     def _channel_mlp_to_compile(self, z_BPC: Tensor) -> Tensor:
         """What `channel_mlp` computes, `[B, P, C] -> [B, M, P]`, in operators that inductor fuses."""
-        C, width = self.dim, self.dim + self.teachers
-        # the statistics at least in float32, as layer norm keeps them under autocast
-        z_BPC, t_PM = at_least_float32(z_BPC), at_least_float32(self.token_c)
+        C = self.dim
+        x_BPC, x_BPM = self._recomputed(self._normalised, z_BPC)
+        w_HD = self.fc1_c.weight * self.norm_c.weight  # the norm's affine part belongs to the first layer
+        bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
+        # a patch's C + M normalised values add up to 0: the first token is minus the sum of all others
+        w_HD = w_HD - w_HD[:, C : C + 1]
+        hidden_BPH = linear(x_BPC, w_HD[:, :C], bias_H)
+        for m in range(1, self.teachers):  # an outer product, which fuses with what follows
+            hidden_BPH = hidden_BPH + x_BPM[..., m : m + 1] * w_HD[:, C + m]
+        return few_outputs(F.gelu(hidden_BPH), self.fc2_c.weight, 2)
+
+    def _normalised(self, z_BPC: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and channel tokens after their common layer norm without affine part: `[B, P, C]`, `[B, P, M]`.
+
+        At least in float32, as layer norm computes under autocast.
+        """
+        z_BPC, t_PM, width = at_least_float32(z_BPC), at_least_float32(self.token_c), self.dim + self.teachers
         mean_BP1 = (z_BPC.sum(-1, keepdim=True) + t_PM.sum(-1, keepdim=True)) / width
         z_BPC, t_BPM = z_BPC - mean_BP1, t_PM - mean_BP1
         square_BP1 = z_BPC.square().sum(-1, keepdim=True) + t_BPM.square().sum(-1, keepdim=True)
         scale_BP1 = torch.rsqrt(square_BP1 / width + self.norm_c.eps)
+        return z_BPC * scale_BP1, t_BPM * scale_BP1
 
-        w_HD = self.fc1_c.weight * self.norm_c.weight  # the norm's affine part belongs to the first layer
-        bias_H = self.fc1_c.weight @ self.norm_c.bias + self.fc1_c.bias
-        hidden_BPH = F.linear(z_BPC * scale_BP1, w_HD[:, :C], bias_H)
-        for m in range(self.teachers):  # an outer product, which fuses with what follows
-            hidden_BPH = hidden_BPH + (t_BPM * scale_BP1)[..., m : m + 1] * w_HD[:, C + m]
-        return few_outputs(F.gelu(hidden_BPH), self.fc2_c.weight, 2)
+    def _recomputed(self, norm: Callable[[Tensor], Any], z_BPC: Tensor) -> Any:
+        """`norm(z)`. Compiled, its backward pass computes it again from z, where inductor would keep it in float32."""
+        if self.training and torch.compiler.is_compiling():
+            return checkpoint(norm, z_BPC, use_reentrant=False)
+        return norm(z_BPC)
 
     def forward(self, z_BPC: Tensor) -> TokenOutput:
         """Features `[B, P, C]` -> `TokenOutput`."""

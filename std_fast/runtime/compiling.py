@@ -56,16 +56,20 @@ def backend_of(chosen: str, device: torch.device) -> str | None:
     return None if chosen == "off" else chosen
 
 
-def options(backend: str) -> dict[str, Any]:
-    """Arguments of torch.compile for a backend of the recipe."""
+def options(backend: str, **inductor: Any) -> dict[str, Any]:
+    """Arguments of torch.compile for a backend of the recipe; `inductor`: settings that only inductor has."""
     if backend == "max-autotune":
-        return {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": False}
-    return {"backend": backend, "dynamic": False}
+        from torch._inductor import list_mode_options
+
+        backend, inductor = "inductor", {**list_mode_options("max-autotune-no-cudagraphs"), **inductor}
+    more = {"options": inductor} if inductor and backend == "inductor" else {}
+    return {"backend": backend, "dynamic": False, **more}
 
 
 def compiled(call: F, backend: str | None) -> F:
     """`call` (a function or a module), compiled at its first use; as it is when there is no backend."""
-    return call if backend is None else cast(F, torch.compile(call, **options(backend)))
+    # With 30, inductor's default, the gradient of an STD module's GELU is written in float32 and read again.
+    return call if backend is None else cast(F, torch.compile(call, **options(backend, realize_opcount_threshold=100)))
 
 
 def keep_cache() -> None:

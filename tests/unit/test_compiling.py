@@ -57,6 +57,13 @@ def test_python_without_assertions_cannot_compile(monkeypatch):
         assert compiling.backend_of(chosen, torch.device(device)) is None
 
 
+def test_settings_of_inductor_reach_inductor_alone():
+    assert compiling.options("aot_eager", realize_opcount_threshold=100) == {"backend": "aot_eager", "dynamic": False}
+    tuned = compiling.options("max-autotune", realize_opcount_threshold=100)
+    assert tuned["backend"] == "inductor" and "mode" not in tuned  # torch.compile takes one of the two
+    assert tuned["options"]["max_autotune"] and tuned["options"]["realize_opcount_threshold"] == 100
+
+
 def test_compilation_is_booked_wherever_it_happens():
     torch._dynamo.reset()
     ledger = Ledger()

@@ -107,9 +107,20 @@ def traced(module, z):
 @settings(max_examples=8, deadline=None)
 @given(B=st.integers(1, 3), P=st.integers(1, 9), C=st.integers(2, 12), K=st.integers(1, 5), m=st.integers(1, 3))
 def test_compiled_form_is_the_papers_function(B, P, C, K, m):
-    """It is written in other words: an outer product without a product, and second layers that are sums."""
+    """It is written in other words: one channel token less in the product, and second layers that are sums."""
     module, z = some(B, P, C, K, m)
     compare(module, z, traced(module, z), reference(module, z), 1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_both_norms_are_computed_again_where_training_is_compiled(training):
+    """torch.compile finds them marked for it; an export, which is of a model that evaluates, does not."""
+    module, z = some(4, 5, 6, 3, 1)
+    graphs = []
+    torch._dynamo.reset()
+    torch.compile(module.train(training), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(z)
+    marked = [node for node in graphs[0].graph.nodes if str(node.target) == "tag_activation_checkpoint"]
+    assert len(marked) == (2 if training else 0)
 
 
 def test_a_jit_trace_holds_for_other_batch_sizes():
