@@ -162,7 +162,7 @@ def _check_certain(
     """Logs which classes of `other`, those of `who`, the numbers mean. UserError where one may mean two of them."""
     by_text = sorted(_texts(range(other.number)))
     unsure = next((n for n in numbers if by_text[n] != str(n)), None)
-    if unsure is not None and not counts(names):
+    if unsure is not None and class_numbers(names) != list(range(len(names))):  # 0000, 0001 ... count from 0 too
         raise UserError(
             f"{what} are numbers: {unsure} may be number {unsure} of {who}, or number {by_text.index(str(unsure))}, as "
             f"in the order of text; {decides}"

@@ -44,6 +44,7 @@ def data(names, labels, number=None):
         (TEN_AND_ONE, ("0", "1", "10"), [0, 1, 2], [0, 1, 2]),
         (TEN_AND_ONE, tuple(map(str, range(11))), [0, 2, 10], [0, 3, 2]),
         (TEN_AND_ONE, ("01", "02", "10"), [0, 1, 2], [1, 3, 2]),
+        (11, tuple(f"{n:02}" for n in range(11)), [0, 2, 10], [0, 2, 10]),
         (11, COUNTED, [0, 2, 10], [0, 2, 10]),  # a model without names: its classes are numbers
         (LETTERS, COUNTED, [0, 2, 3], [0, 2, 3]),  # classes without images
         (COUNTED, tuple("klmnopqrstu"), [0, 2, 10], [0, 2, 10]),
