@@ -6,8 +6,9 @@
 #
 # run.batch is the global batch: sixteen GPUs train on the batch that one would train on. SLURM sends SIGUSR1 to every
 # process two minutes before the time limit (a site that preempts sends it too, or SIGTERM). The run then saves after the
-# current step and exits with code 3, and this script requeues the job. Any other code ends the job. Hours in the queue
-# are not charged to the budget; what a failing node had not saved is counted as lost.
+# current step and exits with code 3, and this script requeues the job. Any other code ends the job. (srun passes the
+# code on; torchrun ends with 1 instead, and then a run is complete where its folder holds summary.json.) Hours in the
+# queue are not charged to the budget; what a failing node had not saved is counted as lost.
 
 #SBATCH --job-name=std-fast
 #SBATCH --nodes=1

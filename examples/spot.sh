@@ -7,6 +7,7 @@
 # systemd unit, cloud-init): a run that is complete is only evaluated and ends with 0. Clouds send SIGTERM when the
 # machine shuts down, which reaches the run; if it is cut off without a word, it goes on from its last checkpoint, and
 # the time in between counts as lost in its ledger. Exit codes: 0 done; 3 saved, start again; anything else needs you.
+# For several GPUs put torchrun in place of std-fast below; it ends with 1 for 3: look for summary.json in the folder.
 
 set -u
 if [ $# -lt 1 ]; then
