@@ -254,12 +254,13 @@ def record_rest(recorder: Recorder, parts: Parts, with_teachers: bool) -> None:
 
 @contextlib.contextmanager
 def counting_bytes() -> Iterator[None]:
-    """Inside, inductor writes its count of bytes into each kernel. UserError where it has no such count."""
+    """Inside, inductor writes its count of bytes into each kernel, and compiles all configurations that it would choose
+    from, whatever an earlier run chose. UserError where it has no such count."""
     from torch._inductor import config
 
     if not hasattr(config, "benchmark_kernel"):
         raise UserError(f"codegen: torch {torch.__version__} has no count of bytes (config.benchmark_kernel)")
-    with config.patch(benchmark_kernel=True):
+    with config.patch(benchmark_kernel=True, autotune_local_cache=False):
         yield
 
 

@@ -365,3 +365,17 @@ def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
         "mine_gaussians",
     }
     assert {part.question for part in gpu_suite.PARTS if part.question} == wanted
+
+
+def test_what_a_fake_gpu_chose_without_a_clock_is_not_kept(tmp_path, monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "x")  # restored afterwards
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    choice, kernel = tmp_path / "caches" / "ab" / "1.best_config", tmp_path / "caches" / "ab" / "1.py"
+    choice.parent.mkdir(parents=True)
+    for active in (False, True):
+        choice.touch(), kernel.touch()
+        monkeypatch.setattr(gpu_suite.fake_gpu, "active", lambda active=active: active)
+        words = ["--out", str(tmp_path), "--minutes", "0", "--caches", str(tmp_path / "caches")]
+        assert gpu_suite.main(words) == 0
+        assert choice.exists() is not active and kernel.exists()
