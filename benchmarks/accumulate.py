@@ -70,7 +70,7 @@ def steps_of(parts: Any, pieces: int, args: argparse.Namespace) -> dict[str, Any
 
 
 def reset_peak(device: str) -> None:
-    """Of the GPU's memory, or on Linux of this process's resident memory."""
+    """Forgets the peak of the GPU's memory, or on Linux of this process's resident memory."""
     harness.reset_peak_memory(device)
     if device == "cpu" and Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

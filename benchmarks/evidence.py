@@ -1,7 +1,7 @@
 """Is a distilled MLP, and is STD, worth its cost? A Mixer on Imagenette, trained in each way with two teachers.
 
 A queue of real `std-fast` runs in --work, each a folder of its own: the stored targets of two ImageNet teachers, then
-every (setting, student, initialisation). Killed or stopped at any moment and called again, it goes on where it was.
+every (setting, student, initialisation). Killed at any moment and called again, it continues where it stopped.
 
     python examples/imagenet_teachers.py teachers
     std-fast bench evidence --size cpu --data IMAGENETTE --teachers teachers --work WORK
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teachers", metavar="DIR", help="folder of the teachers' weights [teachers]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores [1]")
     parser.add_argument("--only", default="*", help="pattern of job names; what they need is done too")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, saved; call again to go on")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, saved; call again to continue")
     parser.add_argument("--list", action="store_true", help="only name the jobs and whether they are done")
     parser.add_argument("--from", dest="stored", metavar="FILE", help="a stored result: show and draw it again")
     parser.add_argument(

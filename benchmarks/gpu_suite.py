@@ -69,10 +69,7 @@ def other(model: str) -> Part:
     return bench("step", "--model", model, "--batch", "512", "--profile", *tiny, name=f"step {model}")
 
 
-TESTS = (
-    "tests/gpu",
-    "tests/integration/test_out_of_memory.py",
-)  # all that are marked gpu: the others need more packages
+TESTS = ("tests/gpu", "tests/integration/test_out_of_memory.py")  # all marked gpu; the others need more packages
 PARTS = (
     Part("tests", ("pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", *TESTS), 90),
     bench("step", "--profile", name="step mixer_s16", expected=150),
@@ -192,7 +189,7 @@ def code() -> str:
 
 
 def keep_caches(folder: str | None) -> None:
-    """Of what the pieces compile."""
+    """Names `folder` as the cache of what the pieces compile."""
     if folder:
         place = Path(folder).resolve()
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(place), "TRITON_CACHE_DIR": str(place / "triton")}

@@ -327,7 +327,7 @@ TIMES = {
 
 
 def ratio_table(ratios: Sequence[Mapping[str, Any]]) -> str:
-    """Of `ratio`s."""
+    """A table of what `ratio` returns."""
     columns = {"times as fast": "what", "by the clock (quartiles)": "ratio", "by CPU time (quartiles)": "cpu_ratio"}
     return table(ratios, columns)
 

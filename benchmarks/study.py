@@ -218,7 +218,7 @@ class Study:
                 path.write_text(yaml.safe_dump(job.recipe(), sort_keys=False), encoding="utf-8")
             command = [sys.executable, "-m", "std_fast.cli", job.verb, str(path)]
             command += ["--quiet", "--json"] + (["--resume"] if job.verb == "train" else [])
-        harness.progress(f"{job.name}: {'goes on' if listed(folder / 'checkpoints') else 'begins'}")
+        harness.progress(f"{job.name}: {'continues' if listed(folder / 'checkpoints') else 'begins'}")
         began = time.perf_counter()
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             code, said = children.run(command, log)

@@ -153,7 +153,7 @@ def kill_again_and_again(
     """Starts the task until it was killed (`kill -9`) `kills` times; it must then always come to its end.
 
     Args:
-        start: starts the task, which goes on where it was.
+        start: starts the task, which continues where it stopped.
         finished: looks at the finished work, and removes it, so that the next start begins anew.
         duration: seconds that an undisturbed process takes; a moment is uniform in them.
         killed: looks at what a kill has left.

@@ -63,7 +63,7 @@ def convert(
 ) -> dict[str, Any]:
     """Converts `src` (a path or a URL, see `sources`) to the beton `dst` and returns its manifest.
 
-    Run again after an interruption, it goes on where it was; run again after its end, it finds the work done.
+    Run again after an interruption, it continues where it stopped; run again after its end, it finds the work done.
 
     workers: processes; 0 = one per core this process may use.  on_error: with "stop", all images are tried, and if any
     cannot be converted there is an error that names them, and no beton; with "skip" they are left out and listed in the
@@ -101,7 +101,7 @@ def convert(
         fix = "free some space" if error.errno in DISK_FULL else "fix that"
         raise UserError(
             f"{printable(dst)}: writing failed ({error.strerror}; {_size(free)} are free); {fix} and run the same "
-            "command: it goes on where it was"
+            "command: it continues where it stopped"
         ) from error
     finally:
         folder.close()

@@ -1,9 +1,9 @@
-"""What a conversion has done so far, on disk, so that one killed at any moment goes on where it was.
+"""What a conversion has done so far, on disk, so that one killed at any moment continues where it stopped.
 
 A working folder beside the final file holds the lock, the data (already laid out as the final beton) and the journal:
 one line per finished task, appended only after its data is on the disk. A resumed conversion accepts a
-line when its own checksum, the sources it names and the checksum of its data all agree, and goes on behind the last
-such line.
+line when its own checksum, the sources it names and the checksum of its data all agree, and continues after the
+last such line.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 No file is copied or unpacked where parts of files can be read: tars are listed by reading through them once
 (all of it, when their images are small), and each image is fetched when its turn comes. Parquet and CIFAR's files, and
-tars on servers without parts of files, are copied beside the result first; such a copy goes on where it was.
+tars on servers without parts of files, are copied beside the result first; such a copy continues where it stopped.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Workers:
             elif now - since > HANG_SECONDS:
                 raise UserError(
                     f"a converting process has made no progress for {HANG_SECONDS} s at {self._at(index)}; look at "
-                    "that image and the disk, then run the same command: it goes on where it was"
+                    "that image and the disk, then run the same command: it continues where it stopped"
                 )
 
     def _at(self, index: int) -> str:
@@ -185,7 +185,7 @@ class Workers:
         except subprocess.TimeoutExpired:
             code = 0
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        way = "run the same command: it goes on where it was"
+        way = "run the same command: it continues where it stopped"
         if code == -signal.SIGKILL:
             way = f"if memory was short, use fewer workers; {way}"
         self._log.seek(0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's samples. It owns its memory: nothing changes under the consumer when the loader goes on.
+    """One step's samples. It owns its memory: the loader never writes into it again.
 
     A row without a sample (past the end of an evaluation, or a corrupt image in it) has position -1, index -1, label -1
     and a black image.

@@ -12,7 +12,7 @@ CONVERT_AGAIN = "convert it again with `std-fast convert`"
 
 
 class Manifest(NamedTuple):
-    """Of a beton."""
+    """What a beton's manifest says of its data."""
 
     classes: list[str]
     shard: tuple[int, int] | None

@@ -136,7 +136,7 @@ def find(url: str) -> list[RemoteFile]:
 
 
 def copy(file: RemoteFile, path: str) -> None:
-    """Copies a file to `path`, which then is complete; a copy that was interrupted goes on where it was. Raises
+    """Copies a file to `path`, which then is complete; a copy that was interrupted continues where it stopped. Raises
     UserError, and OSError where `path` cannot be written."""
     if os.path.exists(path) and os.path.getsize(path) == file.size:
         return
@@ -224,7 +224,7 @@ def _asked(url: str, action: Callable[[], T]) -> T:
 def _unreachable(url: str, error: Exception) -> UserError:
     return UserError(
         f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; run the same command again: "
-        "it goes on where it was"
+        "it continues where it stopped"
     )
 
 

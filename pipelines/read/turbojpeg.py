@@ -1,4 +1,4 @@
-"""JPEG decoding by the system's libturbojpeg, which reports damage: libjpeg only warns of it and goes on decoding."""
+"""JPEG decoding by the system's libturbojpeg, which reports damage: libjpeg only warns of it and keeps decoding."""
 
 from __future__ import annotations
 

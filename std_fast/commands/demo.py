@@ -106,7 +106,7 @@ def ends_early(pool: Executor, stopped: Event) -> Iterator[None]:
 
 
 def begin(stopped: Event) -> None:
-    """Of a worker. Runs of models this small are faster one on each core than one after the other on all cores."""
+    """Starts a worker, of one thread: small models train faster one on each core than in turn on all cores."""
     import torch
 
     torch.set_num_threads(1)
@@ -188,15 +188,8 @@ def plot(rows: dict, path: Path) -> None:
     for color, (name, runs) in zip(("0.5", "tab:blue", "tab:red"), rows.items(), strict=True):
         for i, run in enumerate(runs):
             x, y = [r["samples"] for r in run["evals"]], [r["top1"] for r in run["evals"]]
-            axes.plot(
-                x,
-                y,
-                color=color,
-                lw=1.2,
-                marker=".",
-                label=name if i == 0 else None,
-                ls="--" if name == "teacher" else "-",
-            )
+            label, style = None if i else name, "--" if name == "teacher" else "-"
+            axes.plot(x, y, color=color, lw=1.2, marker=".", label=label, ls=style)
     axes.set(
         xlabel="training images seen",
         ylabel="validation top-1 (%)",

@@ -37,8 +37,8 @@ log = logging.getLogger("std_fast")
 
 # A measurement of a recipe that differs in these is still one of the same work.
 SAME_WORK = (
-    "name", "summary", "data.train", "data.val", "data.threads", "data.ahead", "data.eval_crop", "data.crop",
-    "student.weights", "student.early_share",
+    "name", "summary", "data.train", "data.val", "data.one_part", "data.threads", "data.ahead", "data.eval_crop",
+    "data.crop", "student.weights", "student.early_share",
     "distill.teachers", "distill.target_cache", "distill.views", "distill.alpha", "distill.temperature",
     "distill.reweight", "distill.predict", "distill.mine.weight", "distill.mine.lr", "optim.lr", "optim.lr_batch",
     "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.eps", "optim.smoothing",

@@ -185,7 +185,7 @@ def page(runs: list[RunData], plots: Plots, images: int) -> str:
     made = " · ".join(f"{name} {version}" for name, version in (versions or {}).items())
     sections = [
         f"<section><h2>Runs</h2>{overview(runs)}</section>",
-        section("Lost", lost_writes(runs), note="A disk or a network failed; the training itself went on undisturbed."),
+        section("Lost", lost_writes(runs), note="A disk or a network failed; the training itself was not affected."),
         section(
             "Accuracy",
             accuracy(plots, runs, "gpu_hours", "GPU-hours"),

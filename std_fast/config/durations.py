@@ -62,7 +62,7 @@ def parse_seconds(text: str, where: str) -> float:
     raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
 
 
-def parse_steps(text: str, where: str) -> tuple[int, int] | None:
+def parse_steps(text: str) -> tuple[int, int] | None:
     """`"steps 20-30"` -> (20, 30), the first and the last; None of an empty text. UserError otherwise."""
     if not text:
         return None
@@ -71,7 +71,7 @@ def parse_steps(text: str, where: str) -> tuple[int, int] | None:
         first, last = int(found[1]), int(found[2] or found[1])
         if 1 <= first <= last:
             return first, last
-    raise UserError(f"{where}: {text!r} names no steps; write e.g. `steps 20-30`, counted from 1")
+    raise UserError(f"run.profile: {text!r} names no steps; write e.g. `steps 20-30`, counted from 1")
 
 
 def parse_warmup(text: str) -> Duration | float:

@@ -336,7 +336,7 @@ class Run:
             every.unit != "gpu-hours", "run.eval_every", "write epochs, steps or samples; `0 steps`: only at the end"
         )
         parse_seconds(self.save_every, "run.save_every")
-        parse_steps(self.profile, "run.profile")
+        parse_steps(self.profile)
         require(parse_seconds(self.timeout, "run.timeout") > 0, "run.timeout", "must be more than nothing")
 
 

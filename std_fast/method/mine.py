@@ -111,8 +111,8 @@ def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tu
 class MutualInformation(nn.Module):
     """The bound V of METHOD.md section 5 for the tokens of one STD module.
 
-    `forward` returns V so arranged that one optimizer that minimises `-V` trains both: psi maximises V, while the
-    tokens receive the gradient of `+weight * V` and so minimise it.
+    The gradients of `forward`'s V are such that one optimizer that minimises `-V` trains both: psi maximises V, while
+    the tokens receive the gradient of `+weight * V` and so minimise it.
 
     Args:
         dim_s, dim_c: lengths of the two tokens (C and P).

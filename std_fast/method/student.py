@@ -28,9 +28,7 @@ class StudentOutput(NamedTuple):
 
     class_logits: Tensor  # [B, K]
     dist_logits: Tensor | None  # [B, H, K]
-    information: list[
-        Tensor
-    ]  # V of each module with MINE, in nats: minimise -V (mine.py reverses the gradient of the tokens)
+    information: list[Tensor]  # V of each module with MINE, in nats; the loss subtracts it (see mine.py)
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class Student(nn.Module):
         return torch.stack(terms)
 
     def distillation_heads(self) -> list[nn.Linear]:
-        """Of all modules, in the order of `head_teacher`."""
+        """The heads of all modules, in the order of `head_teacher`."""
         heads = [head for module in self.std if isinstance(module, STDModule) for head in module.heads]
         return [head for head in (*heads, *self.deit_heads) if isinstance(head, nn.Linear)]
 

@@ -88,13 +88,8 @@ class STDModule(nn.Module):
             raise ValueError(f"sizes must be positive: {dim=} {patches=} {num_classes=} {teachers=}")
         if tokens not in ("both", "spatial", "channel", "none"):
             raise ValueError(f"tokens must be both, spatial, channel or none, not {tokens!r}")
-        self.dim, self.patches, self.num_classes, self.teachers, self.tokens = (
-            dim,
-            patches,
-            num_classes,
-            teachers,
-            tokens,
-        )
+        self.dim, self.patches, self.num_classes = dim, patches, num_classes
+        self.teachers, self.tokens = teachers, tokens
         width = 0
         if tokens in ("both", "spatial"):
             hidden = spatial_hidden or dim // 2

@@ -29,7 +29,7 @@ log = logging.getLogger("std_fast")
 
 
 def productive_seconds(seconds: Mapping[str, float]) -> float:
-    """Of a ledger's seconds those in which the model was trained."""
+    """Seconds of a ledger in which the model was trained."""
     return sum(seconds.get(part, 0.0) for part in PRODUCTIVE)
 
 
@@ -154,7 +154,7 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
     """GPU-seconds, by part, that a run's earlier processes held; what was held after the save counts as "lost".
 
     Args:
-        step: of the checkpoint that the run goes on from, 0 without one.
+        step: step number of the checkpoint that the run continues from; 0 without one.
         saved: GPU-seconds by part in that checkpoint.
     """
     try:
@@ -205,9 +205,9 @@ class Clock:
     With many processes rank 0's `read` decides: the loop assigns it to `share` on all ranks before each step.
 
     Args:
-        length: of the training.
+        length: how long the training is.
         batch: images per step over all ranks.
-        costs: of an earlier part of the run.
+        costs: those that an interrupted run has measured.
     """
 
     def __init__(

@@ -190,7 +190,7 @@ def host_copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cu
 
 
 class Writer:
-    """Saves while training goes on: a thread waits for the copies from the device and writes the file.
+    """Saves beside the training: a thread waits for the copies from the device and writes the file.
 
     At most one save is under way; a failed one raises in the next call, and in `wait`.
     """

@@ -84,6 +84,6 @@ class Trace:
 
 
 def open_trace(steps: str, folder: Path, device: torch.device, watch: Stopwatch) -> Trace:
-    """Of `run.profile`; where it is empty, of no step."""
-    first, last = parse_steps(steps, "run.profile") or (0, 0)
+    """The trace of the steps that `run.profile` names; where it is empty, of none."""
+    first, last = parse_steps(steps) or (0, 0)
     return Trace(first, last, folder, device, watch)

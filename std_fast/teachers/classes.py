@@ -82,9 +82,9 @@ def wrong_classes(where: str, found: int, needed: int) -> str:
     )
 
 
-def normal(names: Sequence[str] | None) -> list[str] | None:
+def normal(names: Iterable[str]) -> list[str]:
     """Names in the form in which they are compared: macOS stores an accent as a character of its own."""
-    return None if names is None else [unicodedata.normalize("NFC", name) for name in names]
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def match(
@@ -101,7 +101,7 @@ def match(
     Raises:
         UserError: `who`, whose names `theirs` are, lacks one of ours, or has one class for two of ours.
     """
-    theirs, ours = normal(theirs) or [], normal(ours) or []
+    theirs, ours = normal(theirs), normal(ours)
     place = {name: i for i, name in enumerate(theirs)}
     by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
     found = [place[name] if name in place else by_id.get(wordnet_id(name) or "") for name in ours]

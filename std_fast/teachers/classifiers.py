@@ -77,9 +77,8 @@ def create_pretrained(name: str, image_size: int, where: str, **options: Any) ->
 
     config = timm_config(name)
     if options.get("small_stem"):
-        raise UserError(
-            f"{where}: small_stem makes a layer that no pretrained weights fit; leave it out of the options"
-        )
+        section = where.removesuffix(".weights")
+        raise UserError(f"{section}.options: small_stem makes a layer that no pretrained weights fit; leave it out")
     if not timm.is_model_pretrained(name):
         raise UserError(f"{where}: timm has no pretrained weights for {name!r}; give a file")
     try:

@@ -41,7 +41,7 @@ class TargetSource(Protocol):
         """Before the first batch of an epoch is prepared."""
 
     def targets(self, batch: TrainBatch) -> TeacherTargets | None:
-        """Of a batch that is being prepared, perhaps on another stream than the student's."""
+        """Targets of a batch that is being prepared, perhaps on another stream than the student's."""
 
     def deliver(self, batch: TrainBatch) -> None:
         """The batch, with its targets, is about to be trained on: on the student's stream."""

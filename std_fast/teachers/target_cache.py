@@ -116,10 +116,9 @@ class TargetCache:
         if size <= 0 or size % h.row_bytes:
             raise UserError(f"{path}: is cut short; {fix}")
         words = np.frombuffer(data, "<u2", size // 2).reshape(-1, h.teachers, h.words)
-        expected = data[size:]
         digest = h.digest(epoch)
         digest.update(words.reshape(-1).data)
-        if digest.digest() != expected:
+        if digest.digest() != data[size:]:
             raise UserError(f"{path}: its digest does not match: the file is damaged, or of another cache; {fix}")
         if fault := fault_of(words, h.classes):
             raise UserError(f"{path}: holds {fault}; {fix}")

@@ -179,20 +179,11 @@ def build_teachers(
     d = recipe.distill
     if d.mode == "none":
         return None
-    size, mean, std = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
-    teachers = [
-        build_teacher(
-            spec,
-            num_classes,
-            size,
-            mean,
-            std,
-            f"distill.teachers.{i}",
-            teacher_dtype(spec, recipe.run.precision, device),
-            class_names,
-        )
-        for i, spec in enumerate(d.teachers)
-    ]
+    images = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
+    teachers = []
+    for i, spec in enumerate(d.teachers):
+        dtype = teacher_dtype(spec, recipe.run.precision, device)
+        teachers.append(build_teacher(spec, num_classes, *images, f"distill.teachers.{i}", dtype, class_names))
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
 
 

@@ -56,17 +56,14 @@ def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) 
 def check_classes(stored: dict[str, Any], number: int, names: Sequence[str] | None) -> None:
     """UserError unless the training data has the classes of a checkpoint's metadata, in the same order: a resumed run
     maps none."""
-    theirs, advice = (
-        normal(stored["class_names"]),
-        "resume with the data of the run, or start a new one with another --run.out",
-    )
+    advice = "resume with the data of the run, or start a new one with another --run.out"
     if number != stored["num_classes"]:
         raise UserError(f"data.train: has {number} classes, the run {stored['num_classes']}; {advice}")
-    names = normal(names)
-    if theirs is None or names is None or theirs == names:
+    if stored["class_names"] is None or names is None:
         return
-    label = next(i for i, (there, here) in enumerate(zip(theirs, names, strict=False)) if there != here)
-    raise UserError(f"data.train: class {label} is {names[label]!r}, and was {theirs[label]!r} in the run; {advice}")
+    for label, (there, here) in enumerate(zip(normal(stored["class_names"]), normal(names), strict=False)):
+        if there != here:
+            raise UserError(f"data.train: class {label} is {here!r}, and was {there!r} in the run; {advice}")
 
 
 def at_stored_paths(recipe: Recipe, saved: Recipe, stored: dict[str, str], here: dict[str, str]) -> Recipe:

@@ -23,10 +23,10 @@ class Evaluator:
     Args:
         how: the prediction that is evaluated.
         stop: called before each batch; True abandons the evaluation. All ranks must get the same.
-        meta: of the checkpoint that the run continues from.
+        meta: metadata of the checkpoint that the run continues from.
 
     Attributes:
-        result: of the last evaluation; empty without validation data.
+        result: metrics of the last evaluation; empty without validation data.
         best: step and accuracy of the best evaluation.
         pending: the last evaluation was abandoned, and is still to be made.
     """
@@ -66,7 +66,7 @@ class Evaluator:
         """Evaluates after `step` steps, unless `stop` returns True: then it is pending.
 
         Args:
-            part: of the ledger, that the time belongs to.
+            part: what the time counts as in the ledger.
             record: whether it is logged, and counts for `best`.
         """
         self.pending = True

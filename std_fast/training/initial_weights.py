@@ -31,7 +31,7 @@ TIMM_NAMES = {
     "resmlp_s12": "resmlp_12_224",
     "resmlp_s24": "resmlp_24_224",
 }
-"""students that are models of timm's"""
+"""this project's students that timm has too, and timm's names of them"""
 MODEL_FILE = "model.safetensors"  # of an export, as timm and the Hugging Face hub name it
 log = logging.getLogger("std_fast")
 
@@ -51,7 +51,7 @@ class InitialWeights(NamedTuple):
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
-    """Of a run's folder, of an export's (config.json), or of a file. UserError where it cannot be read."""
+    """Weights of a run's folder, an export's (config.json), or a file. UserError where they cannot be read."""
     folder = path.parent if path.name == MODEL_FILE else path  # an export's file stands for its folder
     if is_hub_folder(folder):
         hub = read_hub_folder(folder)
@@ -63,7 +63,7 @@ def read_initial_weights(path: Path) -> InitialWeights:
 
 
 def read_pretrained(spec: StudentSpec) -> InitialWeights:
-    """Of timm's model for a student. UserError where there is none, or it cannot be downloaded."""
+    """Weights of timm's model for a student. UserError where timm has none, or they cannot be downloaded."""
     name = TIMM_NAMES.get(spec.name, spec.name)
     if name in BACKBONES:
         raise UserError(

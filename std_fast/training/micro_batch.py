@@ -34,8 +34,8 @@ class MicroBatch:
 
     With `auto`, a pass that runs out of memory is repeated with the next smaller size, and so are all that follow. Of
     several processes none may then wait for gradients of one that ran out: a step of a new kind is a trial, in which
-    nothing is sent before all hosts have agreed that it fits. A kind that has fitted once does not run out later, but
-    for memory that others take; that ends the run, as without `auto`.
+    nothing is sent before all hosts have agreed that it fits. A kind that has fitted runs out later
+    only where another process takes memory; that ends the run, as without `auto`.
 
     Args:
         size: images; 0: the complete share.
@@ -65,7 +65,7 @@ class MicroBatch:
         """What `call` returns; with `auto` after `undo` again, at a smaller size, where memory runs out on any rank.
 
         Args:
-            kind: of the step: what decides its memory besides the size.
+            kind: what decides the memory of the step besides the size.
             images: B.
         """
         while True:
@@ -105,7 +105,7 @@ def micro_batch_of(recipe: Recipe, world: World = SINGLE_PROCESS, found: int = 0
     """What `run.micro_batch` means for this number of processes.
 
     Args:
-        found: the size that a run with `auto` had come to before it was interrupted.
+        found: the size that `auto` had found before the run was interrupted; 0: none.
 
     Raises:
         UserError: it does not divide a process's share.
@@ -125,7 +125,7 @@ def micro_batch_of(recipe: Recipe, world: World = SINGLE_PROCESS, found: int = 0
 
 
 def sizes(images: int, unit: int) -> list[int]:
-    """Of micro-batches that cut so many images evenly, ascending."""
+    """Sizes of micro-batches that divide so many images evenly, ascending."""
     return [n for n in range(unit, images + 1, unit) if images % n == 0]
 
 

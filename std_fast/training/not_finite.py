@@ -33,7 +33,7 @@ class NonFiniteMonitor:
 
     Args:
         run: the recipe's section.
-        meta: of the checkpoint that the run continues from.
+        meta: metadata of the checkpoint that the run continues from.
         takes_snapshots: whether the schedule has snapshots; the first is taken here.
     """
 

@@ -28,7 +28,7 @@ class RunLog:
 
     Args:
         recipe: goes into trackers and reports as it is.
-        folder: of the run.
+        folder: the run's.
         step: that the run starts from.
     """
 

@@ -87,13 +87,12 @@ class Objective:
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:
-        """Of each head that of its module."""
+        """For each head the weight of its module; None where all weigh the same."""
         weights, assign = self.distill.module_weights, self.distill.assign
         if weights is None:
             return None
-        per_module = (
-            [len(group) for group in assign] if assign else [len(self.head_teacher) // len(weights)] * len(weights)
-        )
+        equal = len(self.head_teacher) // len(weights)
+        per_module = [len(group) for group in assign] if assign else [equal] * len(weights)
         return tuple(weight for weight, heads in zip(weights, per_module, strict=True) for _ in range(heads))
 
 
@@ -224,7 +223,7 @@ class Trainer:
 
 
 def mean_losses(every: list[Losses]) -> Losses:
-    """Of micro-batches of the same size."""
+    """The means over micro-batches of the same size."""
     if len(every) == 1:
         return every[0]
     means = {

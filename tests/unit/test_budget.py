@@ -292,7 +292,7 @@ def test_killed_and_resumed_it_lands_inside_the_same_budget(clock_time, tmp_path
     heart.stop(None)
     assert 0.97 <= second.share <= 1.0
     assert second.rates[-1] == pytest.approx(0.01)
-    if killed_at > 100:  # it goes on where it was: no second warm-up
+    if killed_at > 100:  # it continues where it stopped: no second warm-up
         assert second.rates == sorted(second.rates, reverse=True)
 
 

@@ -86,6 +86,8 @@ def test_what_does_not_fit_names_the_field_that_makes_it_fit(run):
     assert "set data.image_size 16 and student.options" in complaint(recipe_of(STD, 32, **weights, new_head=True), 5)
     hint = "student.weights: timm has no pretrained weights for mixer, as it has for mixer_s16, mixer_b16, resmlp_s12"
     assert hint in complaint(recipe_of(STD, weights="pretrained"))
+    small = recipe_of({"mode": "none"}, name="resnet18", options={"small_stem": True}, weights="pretrained")
+    assert "student.options: small_stem makes a layer" in complaint(small)
     same = build_student(recipe_of(STD, **weights), 3).state_dict()
     assert all(torch.equal(tensor, stored(run)[name]) for name, tensor in same.items())
 

@@ -389,7 +389,6 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ),
         ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teachers.std: must be positive"),
         ({"name": "test_resnet", "weights": "{weights}", "options": {"deep": 1}}, "unexpected keyword argument 'deep'"),
-        ({"name": "resnet18", "weights": "pretrained", "options": {"small_stem": True}}, "options: small_stem"),
         ({"name": "test_mambaout", "weights": "{weights}"}, "does not fit the model"),
         ({"weights": "{tmp}"}, "holds no run (no recipe.yaml)"),
         ({"weights": "{tmp}/folder", "name": "resnet50"}, "name: resnet50 but {tmp}/folder is a test_resnet"),
