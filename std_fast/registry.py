@@ -82,7 +82,7 @@ class TimmStudent(Student):
         return self.backbone.forward_intermediates(x, *args, **kwargs)
 
 
-def head_names(student: Student) -> tuple[str, ...]:
+def classifier_names(student: Student) -> tuple[str, ...]:
     """Names of the class head and the distillation heads (timm's `classifier`)."""
     heads = student.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
@@ -150,7 +150,7 @@ def _register(name: str) -> None:
             lambda **options: build(name, **options), architecture(name), pretrained, feature_cfg=features, **kwargs
         )
         if isinstance(model, TimmStudent):
-            model.pretrained_cfg["classifier"] = head_names(model)
+            model.pretrained_cfg["classifier"] = classifier_names(model)
         return model
 
     create.__name__ = create.__qualname__ = architecture(name)

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,8 @@ class _Conversion:
         if not sum(map(len, sizes)):
             number = min(PROBES, max(1, self.total // 64))
             probes = self.order[np.linspace(0, self.total - 1, number).astype(np.int64)]
-            tasks = (self._task(-1 - i, part) for i, part in enumerate(_chunks(probes, 4)))
+            parts = (probes[start : start + 4] for start in range(0, number, 4))
+            tasks = (self._task(-1 - i, part) for i, part in enumerate(parts))
             for done in workers.run(fetcher.tasks(tasks)):
                 fetcher.discard(done.number)
                 sizes.append(done.samples["size"])
@@ -300,11 +301,6 @@ def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)
     if len(empty):
         log.warning("%s: %d of the classes have no image, e.g. %s", name, len(empty), names[empty[0]])
-
-
-def _chunks(values: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
 
 
 def _sha256(fd: int) -> str:

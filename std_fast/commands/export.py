@@ -35,10 +35,9 @@ from std_fast.commands.export_formats import (
     write_onnx,
     write_pt2,
 )
-from std_fast.config.recipe import Recipe, loads
+from std_fast.config.recipe import Recipe
 from std_fast.method.student import TRAINING_ONLY, Student
-from std_fast.runtime import checkpoint
-from std_fast.teachers.classifiers import load_weights
+from std_fast.teachers.classifiers import load_weights, read_run
 from std_fast.training.build import build_student
 
 FORMATS = ("timm", "class-head", "onnx", "pt2")
@@ -142,11 +141,7 @@ class LoadedStudent(NamedTuple):
 
 def trained_student(run: Path, predict: str) -> LoadedStudent:
     """From the newest complete checkpoint of a run, the moving average where it has one."""
-    found = checkpoint.newest(run / "checkpoints")
-    if found is None:
-        raise UserError(f"{run}: holds no run with a complete checkpoint; give the folder that `std-fast train` wrote")
-    path, tensors, meta = found
-    recipe, num_classes, names = loads(meta["recipe"], str(path)), meta["num_classes"], meta["class_names"]
+    recipe, state, num_classes, names, step = read_run(run)
     bare = replace(
         recipe,
         student=replace(recipe.student, weights="", drop_path=0.0),
@@ -154,15 +149,12 @@ def trained_student(run: Path, predict: str) -> LoadedStudent:
     )
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and at once replaced
         student = build_student(bare, num_classes)
-    state: dict[str, Tensor] = {}
-    for kind in ("model.", "ema."):
-        own = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-        state |= {name: tensor for name, tensor in own.items() if not name.startswith(TRAINING_ONLY)}
-    load_weights(student, state, str(run))
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
+    load_weights(student, kept, str(run))
     if predict:
         student.predict = predict  # type: ignore[assignment]
     names = names if names and len(names) == num_classes else None
-    return LoadedStudent(recipe, student.eval().requires_grad_(False), meta["step"], names)
+    return LoadedStudent(recipe, student.eval().requires_grad_(False), step, names)
 
 
 def reasons(complete: TimmModel | None, head: TimmModel | None, student: Student) -> dict[str, str]:

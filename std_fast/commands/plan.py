@@ -26,7 +26,6 @@ from std_fast.runtime.budget import CLOSING
 from std_fast.teachers.target_format import bytes_per_epoch
 
 log = logging.getLogger("std_fast")
-FORMAT = 1
 WORTH = 1.1  # stored targets are recommended where they buy a tenth more epochs
 EVALUATION_SHARE = 0.03  # of the budget, that evaluations on the way may take
 VIEWS = 10, 300

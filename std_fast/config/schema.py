@@ -160,10 +160,8 @@ def plain_value(value: Any) -> Any:
 
 _DIGITS = "[0-9]+(_[0-9]+)*"
 _NUMBERS = {
-    "int": re.compile(rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+"),
-    "float": re.compile(
-        rf"[-+]?(\.{_DIGITS}|{_DIGITS}\.?|{_DIGITS}\.{_DIGITS})([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-    ),
+    "int": rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": rf"[-+]?(\.{_DIGITS}|{_DIGITS}(\.({_DIGITS})?)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 """YAML 1.2's numbers, and Python's underscores: in PyYAML's 1.1, 010 is 8, 1e3 text, 12:30 a number"""
 
@@ -179,7 +177,7 @@ class _Loader(yaml.SafeLoader):
 
     def number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value
-        if _NUMBERS["int"].fullmatch(text):
+        if re.fullmatch(_NUMBERS["int"], text):
             return int(text, 0 if text[:2] in ("0o", "0x") else 10)
         return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
@@ -197,9 +195,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _kind, _pattern in _NUMBERS.items():
     for _class in (_Loader, _WordLoader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern.pattern})\Z"), "-+.0123456789"
-        )
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})\Z"), "-+.0123456789")
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
 for _kind in ("bool", "timestamp", *_NUMBERS):
     _WordLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _WordLoader.word)
@@ -341,8 +337,9 @@ def describe(section: Any, where: str = "") -> list[tuple[str, str, str]]:
     """
     rows = []
     defaults = section() if isinstance(section, type) else section
-    for f, hint in zip(dataclasses.fields(defaults), _hints(type(defaults)), strict=True):
-        default, path = getattr(defaults, f.name), f"{where}.{f.name}" if where else f.name
+    hints = typing.get_type_hints(type(defaults))
+    for f in dataclasses.fields(defaults):
+        hint, default, path = hints[f.name], getattr(defaults, f.name), f"{where}.{f.name}" if where else f.name
         if dataclasses.is_dataclass(default):
             rows += describe(default, path)
             continue
@@ -355,8 +352,3 @@ def describe(section: Any, where: str = "") -> list[tuple[str, str, str]]:
         if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item[0]):
             rows += describe(item[0], f"{path}.N")
     return rows
-
-
-def _hints(cls: type) -> list[Any]:
-    hints = typing.get_type_hints(cls)
-    return [hints[f.name] for f in dataclasses.fields(cls)]

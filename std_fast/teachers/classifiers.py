@@ -201,11 +201,10 @@ def stored_classes(model: nn.Module, state: dict[str, Tensor], num_classes: int)
     A head of several layers, as some of timm's have, is searched for its last parameter of so many rows.
     """
     found = None
-    heads = last_layers(model)
-    for owner, module in model.named_modules():
-        for name, own in module.named_parameters(owner) if any(module is head for head in heads) else ():
-            if name in state and state[name].ndim and own.ndim and len(own) == num_classes:
-                found = len(state[name])
+    for name in head_names(model):
+        own = model.get_parameter(name)
+        if name in state and state[name].ndim and own.ndim and len(own) == num_classes:
+            found = len(state[name])
     return found
 
 
@@ -238,6 +237,7 @@ class StoredRun(NamedTuple):
     state: dict[str, Tensor]  # the moving average where the run has one
     num_classes: int
     class_names: list[str] | None
+    step: int
 
 
 def read_run(folder: Path) -> StoredRun:
@@ -254,4 +254,4 @@ def read_run(folder: Path) -> StoredRun:
     path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"], meta["class_names"])
+    return StoredRun(loads(meta["recipe"], str(path)), state, meta["num_classes"], meta["class_names"], meta["step"])

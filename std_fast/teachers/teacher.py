@@ -254,7 +254,7 @@ def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: in
 
 def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """The newest complete checkpoint of a plain run of this project."""
-    recipe, state, count, names = read_run(path)
+    recipe, state, count, names, _ = read_run(path)
     if recipe.distill.mode != "none":
         raise UserError(f"{where}.weights: {path} is a distilled student; a teacher is a plain run (distill: none)")
     classes = select_classes(spec.classes, count, names, data, f"{where} ({path})")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from std_fast.config.recipe import Optim
 from std_fast.method.student import Student
+from std_fast.teachers.classifiers import head_names
 from std_fast.training.optimizers import SGD, Muon, build_apex
 
 
@@ -25,9 +26,7 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
     """
     spared = student.no_weight_decay()
     psi = student.training_only()
-    heads = student.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    outputs = {id(parameter) for head in heads for parameter in head.parameters()}
+    outputs = set(head_names(student))
 
     def kind(name: str, p: nn.Parameter) -> str:
         if name in psi:
@@ -35,7 +34,7 @@ def parameter_groups(student: Student, weight_decay: float, matrices_apart: bool
         if p.ndim <= 1 or name in spared:
             return "no_decay"
         is_matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[2:] == (1, 1))
-        inside = name.startswith(("backbone.", "std.")) and id(p) not in outputs
+        inside = name.startswith(("backbone.", "std.")) and name not in outputs
         return "matrices" if matrices_apart and is_matrix and inside else "decay"
 
     groups: dict[str, list] = {"decay": [], "no_decay": [], "psi": [], "matrices": []}

@@ -181,7 +181,9 @@ class Trainer:
     def backward(self, losses: Losses, micro_batches: int = 1) -> None:
         """Gradients of all parameters; psi gets none in a step without MINE."""
         pauses = self.world.size > 1 and bool(self.psi_parameters) and losses.information is None
-        total = losses.total + no_gradient(self.psi_parameters) if pauses else losses.total
+        total = losses.total
+        if pauses:  # DDP waits in each step for a gradient of every parameter: 0 for psi's
+            total = total + 0.0 * sum(parameter.sum() for parameter in self.psi_parameters)
         (total if micro_batches == 1 else total / micro_batches).backward()
         if pauses:  # as with one process, where the optimizer skips psi
             for parameter in self.psi_parameters:
@@ -232,11 +234,6 @@ def mean_losses(every: list[Losses]) -> Losses:
         if value is not None
     }
     return every[0]._replace(**means)
-
-
-def no_gradient(parameters: list[nn.Parameter]) -> Tensor | float:
-    """0, whose gradient is 0 for every parameter: DDP waits in each step for a gradient of all of them."""
-    return 0.0 * sum(parameter.sum() for parameter in parameters)
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
