@@ -62,10 +62,20 @@ class Journal:
     cannot be written is counted in `faults`; a later record is tried again.
     """
 
-    def __init__(self, folder: Path, resume_step: int, trackers: dict[str, Tracker], faults: WriteFaults) -> None:
-        """resume_step: what was logged after it is removed, since it will be logged again."""
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        trackers: dict[str, Tracker],
+        faults: WriteFaults,
+        evaluates: bool = False,
+    ) -> None:
+        """resume_step: what was logged after it is removed, since it will be logged again.
+
+        evaluates: the run begins with an evaluation of `resume_step`: what is logged of an earlier one is removed too.
+        """
         self.path, self.faults, self.trackers = folder / "metrics.jsonl", faults, trackers
-        self._resume_step, self._finished = resume_step, False
+        self._resume_step, self._evaluates, self._finished = resume_step, evaluates, False
         self._file: AppendFile | None = None
         with faults.counted(self.path.name):
             self._open()
@@ -73,10 +83,16 @@ class Journal:
     def _open(self) -> AppendFile:
         if self._file is None:
             records = read_jsonl(self.path) if self._resume_step else []
-            kept = [r for r in records if isinstance(r, dict) and r.get("step", math.inf) <= self._resume_step]
+            kept = [r for r in records if isinstance(r, dict) and self._stays(r)]
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
             self._file = AppendFile(self.path)
         return self._file
+
+    def _stays(self, record: dict) -> bool:
+        """Whether the resumed run will not log it again."""
+        step = record.get("step", math.inf)
+        again = self._evaluates and step == self._resume_step and record.get("kind") in ("eval", "end")
+        return step <= self._resume_step and not again
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """`record` needs `step`; its numbers also go to the trackers, as `kind/name`."""

@@ -86,7 +86,8 @@ class Run:
         self.ranks = RankSync(world)
         self.in_flight = StepsInFlight(parts.device, limited=self.clock.hours is not None)
         folder.write_recipe()
-        self.log = RunLog(recipe, folder.path, parts, self.clock, ledger, world, self.step, quiet)
+        evaluates = self.finished or meta.get("evaluation_pending", False)
+        self.log = RunLog(recipe, folder.path, parts, self.clock, ledger, world, self.step, quiet, evaluates)
         stack.callback(self.log.close)
         snapshots = self.schedule.snapshot_every > 0
         self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta, snapshots)

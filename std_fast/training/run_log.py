@@ -30,6 +30,7 @@ class RunLog:
         recipe: goes into trackers and reports as it is.
         folder: the run's.
         step: that the run starts from.
+        evaluates: whether it starts with an evaluation of that step.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RunLog:
         world: World,
         step: int,
         quiet: bool,
+        evaluates: bool = False,
     ) -> None:
         self.recipe, self.folder, self.parts = recipe, folder, parts
         self.clock, self.ledger, self.world = clock, ledger, world
@@ -51,7 +53,7 @@ class RunLog:
         self._journal: Journal | None = None
         if world.main:
             trackers = open_trackers(recipe.run.trackers, folder, to_dict(recipe), step, self._write_faults)
-            self._journal = Journal(folder, step, trackers, self._write_faults)
+            self._journal = Journal(folder, step, trackers, self._write_faults, evaluates)
             self._closing.callback(self._journal.close)
         what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
         self.progress = Progress(what, total or 0, unit, quiet or not world.main, faults=self._write_faults)

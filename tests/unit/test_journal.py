@@ -1,6 +1,7 @@
 """What a run records: a full disk loses records, never the training, and leaves no half ones."""
 
 import contextlib
+import json
 import resource
 import threading
 
@@ -66,6 +67,14 @@ def test_a_resumed_journal_forgets_what_will_be_logged_again(tmp_path):
     journal.write("train", {"step": 3, "loss": 1.0})
     journal.close()
     assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_evaluation_that_a_resumed_run_begins_with_is_logged_once(tmp_path):
+    records = [{"kind": kind, "step": step} for step in (1, 2) for kind in ("train", "eval")]
+    for evaluates, kept in ((False, records), (True, records[:3])):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        Journal(tmp_path, 2, {}, WriteFaults(), evaluates).close()
+        assert read_jsonl(tmp_path / "metrics.jsonl") == kept
 
 
 def test_torchs_writer_loses_the_error_in_a_thread(tmp_path, monkeypatch):
