@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
-from std_fast.method.student import Prediction, Student, backbone_and_modules
+from std_fast.method.student import PREDICTIONS, Prediction, Student, backbone_and_modules
 from std_fast.method.tokens import TokenKind
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TapNumbers = Sequence[int] | None
 Assignment = Sequence[Sequence[int]] | None
+TOKENS = (*get_args(TokenKind), "deit")
 DEFAULT = AugmentSpec()  # the recipes' normalisation
 
 
@@ -64,10 +65,15 @@ def create_student(
         from teacher `student.head_teacher[h]`.
 
     Raises:
-        UserError: an unknown name or option, or sizes or a placement that do not fit together.
+        UserError: an unknown name, option, token or prediction, or sizes or a placement that do not fit together.
 
     Source: Li et al., ICML 2022 (docs/METHOD.md, sections 2 and 3).
     """
+    for field, value, known in (("tokens", tokens, TOKENS), ("predict", predict, PREDICTIONS)):
+        if value not in known:
+            raise UserError(f"{field}: {value!r} is unknown; take one of {', '.join(known)}")
+    if teachers < 0:
+        raise UserError(f"teachers: {teachers} must be 0 (the plain model) or more")
     backbone, modules = backbone_and_modules(
         name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
     )

@@ -113,4 +113,4 @@ class _ChannelMlp(torch.autograd.Function):
 def images_of_a_piece(x_BPC: Tensor) -> int:
     """Images that are worked through together: about ROWS patches on a CPU, else the batch (fewer kernel launches)."""
     B, P = x_BPC.shape[:2]
-    return min(B, max(1, ROWS // P)) if x_BPC.device.type == "cpu" else max(1, B)
+    return max(1, min(B, ROWS // P) if x_BPC.device.type == "cpu" else B)

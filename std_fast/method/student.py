@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from std_fast.models import Backbone, build_backbone
 from std_fast.models.common import DropPathMask
 
 Prediction = Literal["mean", "class", "distill"]
+PREDICTIONS = get_args(Prediction)
 TRAINING_ONLY = "mine."  # prefix of the names of what only training needs
 
 
@@ -173,7 +174,13 @@ def resize_images(images: Tensor, size: int | None) -> Tensor:
 
 
 def predict(output: StudentOutput, how: Prediction = "mean") -> Tensor:
-    """Logits `[B, K]` by the class head, the mean of the distillation heads, or the mean of the two (METHOD.md 6)."""
+    """Logits `[B, K]` by the class head, the mean of the distillation heads, or the mean of the two (METHOD.md 6).
+
+    Raises:
+        ValueError: `how` is none of these.
+    """
+    if how not in PREDICTIONS:
+        raise ValueError(f"predict must be one of {', '.join(PREDICTIONS)}, not {how!r}")
     if output.dist_logits is None or how == "class":
         return output.class_logits
     distilled = output.dist_logits.mean(1)

@@ -60,6 +60,7 @@ def test_a_student_in_a_loop_of_ones_own(tokens):
     assert not [n for n, p in student.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert all(p.grad is None and not p.requires_grad for p in teachers.parameters())
     assert student.eval()(x).shape == (4, K)
+    assert student(x[:0]).shape == (0, K)
 
 
 def test_placement_and_plain():
@@ -71,6 +72,9 @@ def test_placement_and_plain():
     assert plain.head_teacher == () and plain.train()(images()).dist_logits is None
     with pytest.raises(UserError, match="mixer_s16"):
         create_student("mixer_s17", K)
+    for wrong in ({"tokens": "bth"}, {"predict": "distil"}, {"teachers": -1}):
+        with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
+            create_student("mixer", K, **TINY, **wrong)
     with pytest.raises(UserError, match="no effect"):
         create_student("mixer", K, tokens="deit", taps=[1], **TINY)
 
