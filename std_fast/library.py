@@ -58,7 +58,7 @@ def create_student(
         mine_weight: strength of the MINE regulariser (the recipes take 0.01). With it, subtract
             `sum(output.information)` from your loss.
         predict: the heads whose logits `student(images)` gives in evaluation: see `predict`.
-        options: of the backbone's builder (`patch_size`, `dim`, `depth`, ...).
+        options: the backbone's builder's (`patch_size`, `dim`, `depth`, ...).
 
     Returns:
         `student(images)` gives a `StudentOutput` in training mode and logits `[B, K]` in evaluation; head h learns
@@ -102,8 +102,8 @@ def create_teachers(
             them: its other logits are dropped.
         image_size, mean, std: side and normalisation of the images that the teachers will be given (by default as the
             recipes normalise: ImageNet's); those of a teacher that differ are converted.
-        temperature: of the softmax for soft labels; None for hard labels.
-        class_names: of the data, in the order of its labels: matched with a teacher's by name or WordNet id (see
+        temperature: the softmax's, for soft labels; None for hard labels.
+        class_names: the data's, in the order of its labels: matched with a teacher's by name or WordNet id (see
             `TeacherSpec.classes`).
 
     Returns:

@@ -107,7 +107,7 @@ def distillation_loss(
 
     Args:
         logits_BHK: distillation logits of the student's heads.
-        targets: of the M teachers.
+        targets: those of the M teachers.
         head_teacher: which teacher each head learns from; by default head i from teacher i. Heads of one teacher
             share its weight equally.
         reweight: weigh the teachers by their confidence, per image; otherwise equally.

@@ -98,7 +98,7 @@ def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tu
     part of the sum). Nothing is sent on the way back.
 
     Args:
-        joint_mean, log_mean_exp: of this part, scalars.
+        joint_mean, log_mean_exp: this part's two terms, scalars.
         terms_N2: both, of every part, without gradients.
     """
     local = torch.stack([joint_mean, log_mean_exp]).detach()

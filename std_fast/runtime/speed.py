@@ -127,8 +127,8 @@ class SpeedMeter:
     """The metrics of speed in a line of the log.
 
     Args:
-        flops: of an image, from `flops_per_image`; None leaves MFU out.
-        limit: of all devices together, operations per second.
+        flops: operations for an image, from `flops_per_image`; None leaves MFU out.
+        limit: operations per second of all devices together.
     """
 
     def __init__(self, device: torch.device, watch: Stopwatch, flops: float | None, limit: float) -> None:

@@ -65,7 +65,7 @@ class EpochWriter:
     An epoch that is not finished stays in its partial file, and the next writer of the same epoch continues it.
 
     Args:
-        folder, header: of the cache.
+        folder, header: the cache's.
         rows: positions of the epoch.
         batch: positions of a step over all ranks.
 

@@ -30,7 +30,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
 
     Args:
         recipe: all of it, since most sections decide something of a target.
-        precision: of the teachers, resolved.
+        precision: the teachers' precision, resolved.
     """
     d, spec = recipe.distill, loader.spec
     values: dict[str, Any] = {

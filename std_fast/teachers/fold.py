@@ -66,7 +66,7 @@ def random_image(image_size: int) -> Tensor:
 
 
 def _observe(model: nn.Module, image: Tensor) -> tuple[list[tuple[Any, Any]], Tensor]:
-    """One forward pass: the pairs (layer, norm) that can be folded, and the model's answer."""
+    """One forward pass: the pairs (layer, norm) that can be folded, and the model's logits."""
     from timm.layers import BatchNormAct2d, Conv2dSame
 
     # Exact types: a subclass may compute its weight from what it stores, or do more to its input.
@@ -91,11 +91,11 @@ def _observe(model: nn.Module, image: Tensor) -> tuple[list[tuple[Any, Any]], Te
     hooks = [m.register_forward_hook(after_layer) for m in model.modules() if type(m) in layers]
     hooks += [m.register_forward_pre_hook(before_norm) for m in model.modules() if type(m) in norms]
     try:
-        answer = model(image)
+        logits = model(image)
     finally:
         for hook in hooks:
             hook.remove()
-    return [(layer, norm) for norm, layer in found.items() if calls[layer] == calls[norm] == 1], answer
+    return [(layer, norm) for norm, layer in found.items() if calls[layer] == calls[norm] == 1], logits
 
 
 def _fold(layer: Any, norm: Any) -> None:

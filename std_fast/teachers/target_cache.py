@@ -47,7 +47,7 @@ def epochs_needed(length: Duration, steps_per_epoch: int, batch: int, views: int
     """How many different epochs a run shows; None for a budget of GPU-hours without views.
 
     Args:
-        length, batch: of the run.
+        length, batch: `run.length` and `run.batch`.
         views: `distill.views`.
     """
     if length.unit == "gpu-hours":

@@ -135,9 +135,9 @@ def build_teacher(
     """A teacher as its recipe entry says, in inference form: frozen, batch norms folded, channels-last, in `dtype`.
 
     Args:
-        num_classes, image_size, mean, std: of the student.
+        num_classes, image_size, mean, std: the student's.
         where: the recipe's name of the entry, for messages, e.g. `distill.teachers.0`.
-        class_names: of the data, to be matched with the teacher's.
+        class_names: the data's, which are matched with the teacher's.
 
     Raises:
         UserError: unknown name, weights that are missing or do not fit, a class that the teacher lacks, images of a

@@ -112,7 +112,7 @@ def open_val_loader(
     """Every image of `path`, by default `data.val`, once and in order; None when there is none.
 
     Args:
-        classes: of the model, whose labels the images get; None leaves them those of the data.
+        classes: the model's, whose labels the images get; None: they keep those of the data.
         who: whose classes these are, for messages.
 
     Raises:
@@ -142,7 +142,7 @@ def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] |
     """The student of a recipe, on the CPU, with weights that only the seed decides.
 
     Args:
-        class_names: of the data, to be matched with those of `student.weights`.
+        class_names: the data's, which are matched with those of `student.weights`.
 
     Raises:
         UserError: an unknown name, options or taps that do not fit, weights that do not fit.

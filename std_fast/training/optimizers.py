@@ -114,7 +114,7 @@ def build_apex(
     `found_inf`. `apex_adam` is `FusedAdam(capturable=True)`.
 
     Args:
-        clip: of LAMB, largest norm of all gradients together, psi's too: it clips by itself, so the step must not; 0:
+        clip: largest norm, for LAMB, of all gradients together, psi's too: LAMB clips them, so the step must not; 0:
             never.
 
     Raises:

@@ -161,7 +161,8 @@ def test_a_budget_smaller_than_its_start(measured):
 def test_a_stored_measurement_is_of_the_same_work(measured, tmp_path):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(measured))
-    same = recipe_of(length="8 gpu-hours", seed=3, log_every=7)
+    data = STD["data"] | {"train": "1.beton", "one_part": True}
+    same = recipe_of(STD | {"data": data}, length="8 gpu-hours", seed=3, log_every=7)
     with pytest.raises(UserError, match=r"bench.json: was measured for 1 GPU\(s\); leave --gpus out"):
         plan.read(path, same, 2)
     now = "2026-01-01T00:00"
