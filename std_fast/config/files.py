@@ -73,6 +73,8 @@ def read(name: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]
 
 def filled_in(out: str, name: str, seed: object) -> Path:
     """`run.out` with the run's name and seed. UserError when it holds other braces, or what no file system takes."""
+    if not out:
+        raise UserError("run.out: is empty; name the folder of the run, e.g. --run.out runs/first")
     try:
         path = Path(out.format(name=name or "run", seed=seed))
     except (AttributeError, KeyError, IndexError, ValueError):

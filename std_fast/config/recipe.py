@@ -18,7 +18,7 @@ from std_fast.config.durations import Duration, parse_seconds, parse_steps, pars
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
-from std_fast.config.options import refuse_loaders
+from std_fast.config.options import check_options
 from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict, write_yaml
 
 
@@ -60,7 +60,7 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
-        refuse_loaders(self.options, "student.options")
+        check_options(self.options, "student.options", "in_chans", "img_size")
         require(
             self.drop_path_mode == "scale" or self.drop_path > 0,
             "student.drop_path_mode",
@@ -92,9 +92,7 @@ class TeacherSpec:
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
 
     def __post_init__(self) -> None:
-        for key in ("num_classes", "image_size", "drop_path", "name"):
-            require(key not in self.options, f"distill.teachers.options.{key}", "has its own place; leave it out here")
-        refuse_loaders(self.options, "distill.teachers.options")
+        check_options(self.options, "distill.teachers.options")
         require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
         object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
 
@@ -319,6 +317,7 @@ class Run:
                 "run.micro_batch",
                 f"{self.micro_batch} must be a multiple of 4 that divides run.batch {self.batch}, 0 (off) or auto",
             )
+        require(self.eval_batch >= 0, "run.eval_batch", "cannot be negative; 0: as in training")
         require(self.log_every >= 1, "run.log_every", "must be 1 or more")
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must be 1 or more")
         require(self.not_finite_limit >= 1, "run.not_finite_limit", "must be 1 or more; to stop at the first, stop")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ def build_backbone(name: str, num_classes: int, image_size: int, drop_path: floa
         drop_path: stochastic depth rate, shared out over depth as the family's first implementation does.
         options: the family's own (`patch_size`, `dim`, `depth`, `distill_token`, ...); they override a named size.
     Raises:
-        UserError: unknown name or option, sizes that do not fit together.
+        UserError: unknown name or option, a value that is none of its kind, sizes that do not fit together.
     """
     if name not in BACKBONES:
         raise UserError(
@@ -53,8 +53,26 @@ def build_backbone(name: str, num_classes: int, image_size: int, drop_path: floa
         )
     builder = BACKBONES[name]
     known = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", "drop_path"}
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             hint = did_you_mean(option, known)
             raise UserError(f"{name} has no option {option!r}{hint} (it has: {', '.join(sorted(known))})")
+        _check_option(name, option, value, inspect.signature(builder).parameters[option].default)
     return builder(num_classes, image_size, drop_path=drop_path, **options)
+
+
+def _check_option(name: str, option: str, value: Any, default: Any) -> None:
+    """UserError unless the value is of the default's kind; where the default is 0, 0 chooses a size."""
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, Sequence):
+        numbers = (int, float) if option == "mlp_ratios" else (int,)
+        fits = isinstance(value, Sequence) and all(type(item) in numbers and item > 0 for item in value)
+        wanted = f"a list of {'numbers' if float in numbers else 'whole numbers'} above 0"
+    elif isinstance(default, float):
+        fits, wanted = type(value) in (int, float) and value >= 0, "a number, 0 or more"
+    else:
+        fits = type(value) is int and value >= min(default, 1)
+        wanted = "a whole number above 0" if default else "a whole number, or 0 for the default"
+    if not fits:
+        raise UserError(f"{name}: option {option}: {value!r} must be {wanted}")

@@ -83,7 +83,16 @@ class Trace:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def open_trace(steps: str, folder: Path, device: torch.device, watch: Stopwatch) -> Trace:
-    """The trace of the steps that `run.profile` names; where it is empty, of none."""
+def open_trace(
+    steps: str, folder: Path, device: torch.device, watch: Stopwatch, done: int = 0, end: int | None = None
+) -> Trace:
+    """The trace of the steps that `run.profile` names; where it is empty, of none.
+
+    Args:
+        done, end: steps that the run has trained, and has in all; None: not known.
+    """
     first, last = parse_steps(steps) or (0, 0)
+    if last and (last <= done or (end is not None and first > end)):
+        trained = f"{done + 1} to {end or 'the end of its hours'}"
+        log.warning("run.profile: %s are none of those that are trained (%s): there will be no trace", steps, trained)
     return Trace(first, last, folder, device, watch)

@@ -174,7 +174,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file, all of which mean this
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to trust the file
-        reason = f"it holds {foreign[1]}" if foreign else (str(error) or type(error).__name__).splitlines()[0]
+        other = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        said = other[1] if other else (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"it holds {foreign[1]}" if foreign else said
         raise UserError(
             f"{path}: cannot be read as tensors only ({reason}); save the model's state_dict() alone, as .safetensors"
         ) from None

@@ -178,12 +178,20 @@ def open_target_cache(
         UserError: the folder is no target cache, was made with other settings, or cannot be made.
     """
     folder = Path(distill.target_cache)
-    if world.main and not cache_file(folder / "targets.json").exists():
+    if world.main and _holds_nothing(folder):
         _create(folder, header_for(distill, fingerprint))
     world.wait_for_all()
     header = read_header(folder)
     check_same(folder, header.fingerprint, fingerprint)
     return TargetCache(folder, header, rows, batch, distill.labels == "soft", world)
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether the folder has no header, or one without targets, as a start that failed leaves it."""
+    if not cache_file(folder / "targets.json").exists():
+        return True
+    read_header(folder)  # refuses a file of something else, which is not ours to replace
+    return not any(name.lstrip(".").startswith("epoch-") for name in os.listdir(folder))
 
 
 def _create(folder: Path, header: Header) -> None:

@@ -81,7 +81,8 @@ class Run:
         length, batch = Duration.parse(recipe.run.length, "run.length"), recipe.run.batch
         self.clock = Clock(length, loader.steps_per_epoch, batch, ledger, meta.get("costs", {}))
         self.schedule = build_schedule(recipe, self.clock, loader.steps_per_epoch, world)
-        self.trace = open_trace(recipe.run.profile if world.main else "", folder.path, parts.device, self.stream.watch)
+        steps, watch = recipe.run.profile if world.main else "", self.stream.watch
+        self.trace = open_trace(steps, folder.path, parts.device, watch, self.step, self.clock.steps)
         stack.callback(self.trace.close)
         self.ranks = RankSync(world)
         self.in_flight = StepsInFlight(parts.device, limited=self.clock.hours is not None)

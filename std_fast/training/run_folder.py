@@ -66,7 +66,8 @@ def changed_fields(one: Recipe, two: Recipe) -> list[str]:
 
 def unused_beside(folder: Path) -> Path:
     """FOLDER-2, or the next that does not exist."""
-    return next(path for i in itertools.count(2) if not (path := folder.with_name(f"{folder.name}-{i}")).exists())
+    folder = folder if folder.name else folder.resolve()  # such as `.`
+    return next(path for i in itertools.count(2) if not (path := Path(f"{folder}-{i}")).exists())
 
 
 class Saved(NamedTuple):

@@ -144,13 +144,15 @@ def test_a_trace_of_some_steps_changes_nothing(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "length", "traced"), [("1-2", 4, 2), ("3-9", 4, 2), ("4-4", 4, 1), ("8-9", 4, 0)])
-def test_steps_at_the_ends_of_a_run(recipe, tmp_path, steps, length, traced):
+def test_steps_at_the_ends_of_a_run(recipe, tmp_path, caplog, steps, length, traced):
     plain = replace(recipe, data=replace(recipe.data, val=""))
     train(at(plain, tmp_path / "run", profile=f"steps {steps}", length=f"{length} steps"), quiet=True)
     if traced:
         assert events(tmp_path / "run", steps).count("optimizer") == traced
     else:
         assert not (tmp_path / "run" / "profile").exists()
+        said = "run.profile: steps 8-9 are none of those that are trained (1 to 4): there will be no trace"
+        assert said in caplog.text
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(recipe, tmp_path, caplog):

@@ -103,6 +103,7 @@ def test_info_and_recipes(capsys):
         (["info", "mixer", "--options", "["], "--options"),
         (["doctor", "extra"], "extra"),
         (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
+        (["train", "digits_mixer", "--run.out", ""], "run.out: is empty; name the folder of the run"),
         (["train", "digits_mixer", "--run.out", LONG], "run.out: holds a name of 300 bytes; use at most 255"),
         (["train", "digits_mixer", "--run.out", "a\0b"], "run.out: "),
         (

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.evaluate import evaluate_run
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Stopped
+from std_fast.training.run_folder import unused_beside
 from std_fast.training.train import train
 from tests.small_runs import small_recipe
 
@@ -149,6 +151,13 @@ def test_a_run_leaves_what_a_user_needs(recipe):
         train(budget, quiet=True)
     with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\)"):
         train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
+
+
+def test_the_folder_that_is_advised_where_one_is_in_use(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert unused_beside(Path(".")) == tmp_path / "run-2"
+    assert unused_beside(tmp_path / "run") == tmp_path / "run-2"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(recipe, tmp_path):

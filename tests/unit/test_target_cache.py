@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
+from std_fast.config.recipe import Distill, TeacherSpec
 from std_fast.method.losses import all_log_probs, targets_from_logits
 from std_fast.method.soft_losses import kl
 from std_fast.teachers.fingerprint import check_same
-from std_fast.teachers.target_cache import TargetCache
+from std_fast.teachers.target_cache import TargetCache, open_target_cache
 from std_fast.teachers.target_format import Header, bytes_per_epoch, pack, read_header, unpack
 
 CLASSES, TEACHERS, BATCH = 300, 2, 8
@@ -184,6 +185,21 @@ def test_no_bytes_crash_the_header_reader(tmp_path, data):
     (tmp_path / "targets.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
     with pytest.raises(UserError):
         read_header(tmp_path)
+
+
+def test_a_folder_in_which_nothing_is_stored_yet_takes_other_settings(tmp_path):
+    """A start that failed, for example for a teacher of other classes, leaves a header."""
+    teachers = (TeacherSpec("test_resnet", "w"),) * TEACHERS
+    distill = Distill(mode="std", teachers=teachers, target_cache=str(tmp_path))
+    about = {f"distill.teachers.{i}.weights": "w" for i in range(TEACHERS)}
+    about |= {"classes": CLASSES, "distill.labels": "hard", "data.train": "first"}
+    other = about | {"data.train": "second"}
+    open_target_cache(distill, about, 2 * BATCH, BATCH).close()
+    cache = open_target_cache(distill, other, 2 * BATCH, BATCH)
+    fill(cache, 0, range(2))
+    cache.close()
+    with pytest.raises(UserError, match=r"data.train: the targets in .* are of other data"):
+        open_target_cache(distill, about, 2 * BATCH, BATCH)
 
 
 def test_the_differing_field_is_named(tmp_path):

@@ -455,6 +455,12 @@ def test_numpy_objects_are_named_without_torchs_advice_to_trust_the_file(value, 
     assert "save the model's state_dict() alone" in str(caught.value) and "weights_only" not in str(caught.value)
 
 
+def test_a_file_of_another_kind_is_named_without_torchs_advice_to_trust_it(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match=r"as tensors only \(Unsupported operand \d+\); save the model's"):
+        read_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrapped_models_are_taken_off(prefix, suffix, tmp_path):
