@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -285,13 +285,18 @@ def _stored_raw(n: int, settings: ConvertSettings) -> npt.NDArray[np.bool_]:
     return draws[:, 0] < settings.raw_share
 
 
-def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None:
-    """Logs which class has which number, and warns of numbers in the order of text and of empty classes."""
-    names = listing.classes
+def classes_in_words(names: Sequence[str]) -> str:
+    """`0 = ant, 1 = bee, ..., 899 = yak`: at most SHOWN_CLASSES, the first ones and the last."""
     shown = [f"{i} = {name}" for i, name in enumerate(names)]
     if len(shown) > SHOWN_CLASSES:
         shown[SHOWN_CLASSES - 1 : -1] = ["..."]
-    log.info("%s: %d images of %d classes: %s", name, len(listing), len(names), ", ".join(shown))
+    return ", ".join(shown)
+
+
+def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None:
+    """Logs which class has which number, and warns of numbers in the order of text and of empty classes."""
+    names = listing.classes
+    log.info("%s: %d images of %d classes: %s", name, len(listing), len(names), classes_in_words(names))
     if settings.classes is None and ordered_as_text(names):
         log.warning(
             "%s: class names are numbers in the order of text, as torchvision's ImageFolder has them; give `classes` "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from std_fast.commands.arguments import Parser, Verb, add_json, add_recipe, show
 
 CONVERT_HELP = {
@@ -106,6 +107,7 @@ def add_inspect(parser: Parser) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    from pipelines.convert.job import classes_in_words
     from pipelines.convert.verify import inspect as contents
     from pipelines.convert.verify import sample_sheet
 
@@ -113,7 +115,18 @@ def inspect(args: argparse.Namespace) -> None:
     data = contents(path)
     if args.sheet:
         sample_sheet(path, args.sheet)
-    show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
+        data["sheet"] = args.sheet
+    names = data["class_names"] and classes_in_words(data["class_names"])
+    show(args, data, "\n".join(_fields(data | {"class_names": names})))
+
+
+def _fields(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key: value` of each field; those of a manifest, which nests, as `manifest.key: value`."""
+    for key, value in data.items():
+        if isinstance(value, dict) and (prefix or key == "manifest"):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield printable(f"{prefix}{key}: {value}")
 
 
 def add_verify(parser: Parser) -> None:

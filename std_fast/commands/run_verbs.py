@@ -26,7 +26,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from std_fast.commands.predict import evaluate_export
     from std_fast.config import recipe as recipes
     from std_fast.teachers.hub_folder import is_hub_folder
-    from std_fast.training.evaluate import evaluate_run, evaluate_teacher
+    from std_fast.training.evaluate import evaluate_run, evaluate_teacher, result_in_words
 
     overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
     if args.teacher is not None:
@@ -34,7 +34,7 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         evaluate_folder = evaluate_export if is_hub_folder(Path(args.run)) else evaluate_run
         result = evaluate_folder(Path(args.run), args.data, overrides)
-    show(args, result, "\n".join(f"{key} {value:.4g}" for key, value in result.items()))
+    show(args, result, result_in_words(result))
 
 
 def add_predict(parser: Parser) -> None:

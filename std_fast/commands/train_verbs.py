@@ -26,6 +26,7 @@ def train(args: argparse.Namespace) -> int:
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
     from std_fast.training.build import resolved
+    from std_fast.training.evaluate import result_in_words
     from std_fast.training.not_finite import NotFinite
     from std_fast.training.run import Stopped
     from std_fast.training.train import train as run_training
@@ -41,10 +42,9 @@ def train(args: argparse.Namespace) -> int:
         return PEER_LOST
     if rank() != 0:
         return 0
-    result = summary["result"]
-    heads = "  ".join(f"{k} {v:.2f} %" for k, v in result.items() if k.startswith("top1"))
     where = resolved(recipe).run.out
-    lines = [heads or "no validation data", f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
+    accuracy = result_in_words(summary["result"]) or "no validation data"
+    lines = [accuracy, f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
     text = "\n".join([*lines, in_words(summary["seconds"])])
     show(args, summary, text, kept=f"{where}/summary.json")
     return 0

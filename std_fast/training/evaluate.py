@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -90,15 +90,20 @@ def count_correct(
 ) -> dict[str, Tensor]:
     """Sums over a batch, on the device: images, those that each head and `how` get right, and the loss of `how`."""
     valid = labels >= 0
-    counts = {"images": valid.sum()}
-    for head in heads:
-        counts[f"top1_{head}"] = ((predict(out, head).argmax(-1) == labels) & valid).sum()
+    right = {head: ((predict(out, head).argmax(-1) == labels) & valid).sum() for head in heads}
     logits = predict(out, how).float()
     five = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-    counts["top5"] = ((five == labels[:, None]).any(-1) & valid).sum()
-    counts["top1"] = counts[f"top1_{how}"]
-    counts["loss"] = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return counts
+    counts = {"images": valid.sum(), "top1": right[how], "top5": ((five == labels[:, None]).any(-1) & valid).sum()}
+    counts |= {f"top1_{head}": count for head, count in right.items()}
+    return counts | {"loss": F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")}
+
+
+def result_in_words(result: Mapping[str, float]) -> str:
+    """`top1 11.09 %  top5 33.33 %  loss 3.1415  images 900`, in the order of `evaluate`."""
+    text = {name: f"{value:.2f} %" if name.startswith("top") else str(value) for name, value in result.items()}
+    if result:
+        text["loss"] = f"{result['loss']:.4f}"
+    return "  ".join(f"{name} {value}" for name, value in text.items())
 
 
 EVAL_FIELDS = ("data.one_part", "data.threads", "data.backend", "run.eval_batch", "run.device")

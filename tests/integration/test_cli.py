@@ -32,6 +32,9 @@ def test_convert_inspect_verify_warm(image_folder, tmp_path, capsys):
     code, out, _ = run(capsys, "inspect", beton, "--json", "--sheet", tmp_path / "sheet.png")
     assert code == 0 and json.loads(out)["samples"] == 24
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    lines = run(capsys, "inspect", beton, "--sheet", tmp_path / "sheet.png")[1].splitlines()
+    assert "class_names: 0 = ant, 1 = bee, 2 = cat" in lines and lines[-1] == f"sheet: {tmp_path}/sheet.png"
+    assert "manifest.settings.size: 32" in lines and "manifest.samples: 24" in lines
     assert run(capsys, "verify", beton, "--decode")[0] == 0
     assert run(capsys, "warm", beton)[0] == 0
     beton.write_bytes(beton.read_bytes()[:-9])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_an_export_is_evaluated_by_the_same_command(run, val, tmp_path, capsys):
     (tmp_path / "part" / NAMES[2]).rename(tmp_path / "part" / "wasp")
     assert cli.main(["eval", str(tmp_path / "export"), str(tmp_path / "part")]) == 2
     assert "the export lacks the class 'wasp' of the data" in capsys.readouterr().err
+
+
+def test_accuracy_is_printed_with_top1_first(run, capsys):
+    assert cli.main(["eval", str(run)]) == 0
+    line = capsys.readouterr().out
+    names = r"top1 [\d.]+ %  top5 [\d.]+ %  top1_class [\d.]+ %  top1_distill [\d.]+ %  top1_mean [\d.]+ %"
+    assert re.fullmatch(rf"{names}  loss \d+\.\d{{4}}  images 29\n", line), line
 
 
 def test_ffcv_reads_them_as_in_its_evaluation(val, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from pipelines.convert.job import ConvertSettings, convert
+from pipelines.convert.job import ConvertSettings, classes_in_words, convert
 from pipelines.convert.verify import inspect, sample_sheet, verify
 from pipelines.convert.warm import warm
 from pipelines.errors import UserError
@@ -40,6 +40,11 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0xFF
     path.write_bytes(data)
+
+
+def test_of_many_classes_the_first_and_the_last_are_named() -> None:
+    names = [f"n{i}" for i in range(900)]
+    assert classes_in_words(names).split(", ") == [*(f"{i} = n{i}" for i in range(11)), "...", "899 = n899"]
 
 
 def test_inspect(made: Path) -> None:
