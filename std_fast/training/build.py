@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ import pipelines
 from pipelines.augment.device import Augment
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader, LoaderSpec
+from pipelines.read.remote import is_url
 from pipelines.read.source import open_source
 from std_fast.config.files import filled_in
 from std_fast.config.recipe import Duration, Recipe, TeacherSpec
@@ -377,6 +379,11 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the run's folder filled in."""
+    """The recipe with the run's folder filled in. UserError where it would be one of the images' class folders."""
     out = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    for name in ("train", "val"):
+        data = getattr(recipe.data, name)
+        images = Path(data).resolve() if data and not is_url(data) else None
+        if images is not None and images.is_dir() and Path(out).resolve().is_relative_to(images):
+            raise UserError(f"run.out: {out} lies within the images of data.{name} ({data}); name a folder elsewhere")
     return replace(recipe, run=replace(recipe.run, out=str(out)))

@@ -117,6 +117,10 @@ def test_info_and_recipes(capsys):
             ["train", "digits_mixer", "--resume", "--run.out", __file__ + "/x"],
             __file__ + "/x is a file, or lies below one; name",
         ),
+        (
+            ["train", "digits_mixer", "--data.train", str(ROOT / "tests"), "--run.out", str(ROOT / "tests" / "run")],
+            "run.out: " + str(ROOT / "tests" / "run") + " lies within the images of data.train",
+        ),
         (["preview", "digits_mixer", "--data.train", LONG], LONG),
         (["train", LONG], LONG),
         (["eval", LONG], LONG),
