@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Duration, Recipe, parse_seconds
 from std_fast.runtime.distributed import RankSync, World, init_distributed
-from std_fast.runtime.metrics import Progress
+from std_fast.runtime.metrics import Progress, three_digits
 from std_fast.runtime.process import stop_on_signal
 from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.stream import BatchStream, TeacherSource
@@ -114,7 +114,7 @@ def fill_cache(
                 asked += min(run.batch, even - step * run.batch)
                 bar.update(epoch + (step + 1) / steps)
             writer.end()
-            bar.note(epoch + 1, f"{asked / (time.perf_counter() - began):.0f} images/s")
+            bar.note(epoch + 1, f"{three_digits(asked / (time.perf_counter() - began))} images/s")
     finally:
         stream.close()
         cache.close()

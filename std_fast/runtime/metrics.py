@@ -151,6 +151,11 @@ class CountingStream:
         return getattr(self._stream, name)
 
 
+def three_digits(value: float) -> str:
+    """`0.412`, `41.2`, `1234`: three significant digits, all those before the point, four after it at most."""
+    return f"{round(value, 4):.3g}" if value < 100 else f"{value:.0f}"
+
+
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere, on standard error; what cannot be written there is counted.
 
@@ -177,31 +182,38 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
             self._bar = Bar(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
+                BarColumn(8),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn(
+                    "{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)
+                ),  # the only one that is cut
+                expand=True,
                 console=Console(file=cast(IO[str], CountingStream(sys.stderr, self._faults))),
                 transient=False,
             )
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total, note="")
+            self._task = self._bar.add_task(self._place(0), total=total, note="")
 
     def update(self, done: float) -> None:
         """Moves the bar; nothing elsewhere."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+            self._bar.update(self._task, completed=done, description=self._place(done))
+
+    def _place(self, done: float) -> str:
+        return f"{self.what} {round(done, 4):,.10g}/{self.total:,.10g} {self.unit}".rstrip()
 
     def note(self, done: float, text: str) -> None:
         """A line of the log: beside the bar on a terminal; elsewhere a line of its own, where one is due."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=text)
+            self.update(done)
+            self._bar.update(self._task, note=text)
         elif not self.quiet and self._line_due(done):
-            self._print(f"{self.what} {done:g}/{self.total:g} {self.unit}  {text}")
+            self._print(f"{self._place(done)}  {text}")
 
     def _line_due(self, done: float) -> bool:
         now = self._clock()

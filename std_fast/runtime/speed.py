@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from std_fast.runtime.budget import PARTS, Ledger
+from std_fast.runtime.metrics import three_digits
 
 MOST_SPANS = 1024  # kept between two readings: of steps that the device has finished long before
 log = logging.getLogger("std_fast")
@@ -156,9 +157,9 @@ class SpeedMeter:
 
 
 def speed_in_words(metrics: dict[str, float]) -> str:
-    """What a line on the screen shows of `SpeedMeter.read`: `MFU 41 %  data 2 %  teacher 30 %  ...  12.3 GiB`."""
+    """What a line on the screen shows of `SpeedMeter.read`: `MFU 41.4 %  data 2.1 %  teacher 30.4 %  ...  12.3 GiB`."""
     shares = {"mfu": "MFU", "data_wait": "data"} | {
         name: name.removeprefix("share_") for name in metrics if name.startswith("share_")
     }
-    parts = [f"{text} {100 * metrics[name]:.0f} %" for name, text in shares.items() if name in metrics]
-    return "  ".join([*parts, f"{metrics['peak_memory_gib']:.2f} GiB"])
+    parts = [f"{text} {three_digits(100 * metrics[name])} %" for name, text in shares.items() if name in metrics]
+    return "  ".join([*parts, f"{three_digits(metrics['peak_memory_gib'])} GiB"])

@@ -14,7 +14,7 @@ from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import to_dict
 from std_fast.runtime.budget import Clock, Ledger, productive_seconds
 from std_fast.runtime.distributed import World
-from std_fast.runtime.metrics import Journal, Progress
+from std_fast.runtime.metrics import Journal, Progress, three_digits
 from std_fast.runtime.speed import peak_memory, speed_in_words
 from std_fast.runtime.trackers import open_trackers
 from std_fast.runtime.write_faults import WriteFaults
@@ -79,10 +79,10 @@ class RunLog:
         rate = images / busy
         seconds = {part: round(value, 3) for part, value in self.ledger.read().items()}
         faults = {name: count for name, count in self.faults(bad_steps).items() if count}
-        record = {"lr": now.lr, "images_per_second": round(rate, 1), **metrics, **faults, **speed, "seconds": seconds}
+        record = {"lr": now.lr, "images_per_second": round(rate, 4), **metrics, **faults, **speed, "seconds": seconds}
         self._record("train", step, record)
         loss = metrics.get("loss", float("nan"))
-        text = f"loss {loss:.4f}  lr {now.lr:.2e}  {rate:.0f} images/s  {speed_in_words(speed)}"
+        text = f"loss {loss:.4f}  lr {now.lr:.2e}  {three_digits(rate)} images/s  {speed_in_words(speed)}"
         self.progress.note(self._done(step), text)
 
     def evaluation(self, step: int, result: dict[str, float]) -> None:
@@ -144,7 +144,7 @@ class RunLog:
             "bad_steps": bad_steps,
             "lost_writes": self._write_faults.counts,
             "corrupt_names": [source.name(index) for index in sorted(corrupt)],
-            "images_per_second": round(samples / busy, 1) if busy else None,
+            "images_per_second": round(samples / busy, 4) if busy else None,
             "peak_memory_gib": round(peak_memory(parts.device) / 2**30, 3),
             "ceiling_tflops": round(parts.speed.limit / 1e12, 3),
             "gpu_hours": round(self.ledger.gpu_hours, 6),

@@ -228,8 +228,8 @@ def test_others_on_the_machine_do_not_lower_the_ceiling(monkeypatch):
 
 def test_the_metrics_of_speed_in_a_line():
     metrics = {"data_wait": 0.021, "peak_memory_gib": 12.345, "share_teacher": 0.304, "share_student": 0.6}
-    assert speed_in_words(metrics) == "data 2 %  teacher 30 %  student 60 %  12.35 GiB"
-    assert speed_in_words(metrics | {"mfu": 0.414}).startswith("MFU 41 %  data 2 %")
+    assert speed_in_words(metrics) == "data 2.1 %  teacher 30.4 %  student 60 %  12.3 GiB"
+    assert speed_in_words(metrics | {"mfu": 0.00414}).startswith("MFU 0.414 %  data 2.1 %")
 
 
 def test_a_model_that_cannot_be_counted_is_named_and_not_fatal(caplog):

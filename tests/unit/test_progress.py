@@ -2,6 +2,8 @@
 
 import os
 import pty
+import re
+import select
 import sys
 
 import pytest
@@ -26,8 +28,26 @@ def test_lines_printed(total: int, seconds: float, printed: list[int], capsys: p
         now[0] = done * seconds / 1000
         progress.note(done, "converting")
     lines = capsys.readouterr().err.splitlines()
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == printed
-    assert lines[0] == f"converted 1/{total} images  converting"
+    assert [int(line.split()[1].split("/")[0].replace(",", "")) for line in lines] == printed
+    assert lines[0] == f"converted 1/{total:,} images  converting"
+
+
+def test_in_80_columns_the_note_is_cut_and_the_step_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    with open(writer, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress("step", 1_281_167, "")
+        progress.note(123_456, "loss 6.9078  lr 1.00e-03  0.412 images/s  " + "student 30.4 %  " * 5)
+        progress.close()
+        shown = b""
+        while select.select([reader], [], [], 0)[0]:
+            shown += os.read(reader, 1 << 16)
+    os.close(reader)
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()))
+    last = [line.rstrip() for line in lines if line.strip()][-1]
+    assert last.startswith("step 123,456/1,281,167 ") and "loss 6.9078" in last and len(last) <= 80, shown
 
 
 def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
