@@ -40,6 +40,13 @@ def in_words(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {value:.1f} s ({100 * value / total:.0f} %)" for value, part in parts)
 
 
+def duration_in_words(seconds: float) -> str:
+    """`37 days`, `40 hours`, `12 minutes` or `50 s`: the largest unit of which there are two."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    found = (f"{seconds / size:.0f} {unit}" for unit, size in units.items() if seconds >= 2 * size)
+    return next(found, f"{seconds:.0f} s")
+
+
 def process_seconds() -> float:
     """Seconds since this process was started, its imports included, by Linux's record; 0.0 where there is none."""
     try:

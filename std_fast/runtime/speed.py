@@ -70,6 +70,11 @@ class Stopwatch:
             self.ledger.move(seconds, "train", span.part)
         return seconds
 
+    def finished(self) -> int:
+        """The newest step whose optimizer part the device has finished, 0 where there is none since `read`; no wait."""
+        ends = ((span.step, span.end) for span in reversed(self._spans) if span.part == "optimizer")
+        return next((step for step, end in ends if not self.on_gpu or end.query()), 0)
+
     def read(self, step: int) -> dict[str, float]:
         """Seconds of each part of `step`; waits for the device to finish it. What belongs to later steps is kept."""
         seconds = {}

@@ -80,6 +80,7 @@ class Evaluator:
             return {}
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)  # the steps under way are training
+        self.log.progress.say(f"evaluating {parts.val_loader.source.num_samples:,} images")
         began = time.perf_counter()
         with self.ledger.during(part):
             with ema.applied() if ema is not None else nullcontext():

@@ -12,7 +12,7 @@ import torch
 from pipelines.files import write_atomic
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import to_dict
-from std_fast.runtime.budget import Clock, Ledger, productive_seconds
+from std_fast.runtime.budget import Clock, Ledger, duration_in_words, productive_seconds
 from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import Journal, Progress, three_digits
 from std_fast.runtime.speed import peak_memory, speed_in_words
@@ -21,6 +21,9 @@ from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.build import Parts
 from std_fast.training.run_folder import versions
 from std_fast.training.schedule import StepSettings
+
+RATE_SECONDS = 5.0
+"""of training, after the first step: what the rate that is reported early is measured over, at least"""
 
 
 class RunLog:
@@ -58,6 +61,8 @@ class RunLog:
         what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
         self.progress = Progress(what, total or 0, unit, quiet or not world.main, faults=self._write_faults)
         self._closing.callback(self.progress.close)
+        self._first: tuple[int, float] | None = None  # step that was seen finished first, productive seconds then
+        self._rate_is_known = bool(clock.hours)  # or of no use: a budget has no time to the end that depends on it
         self.start()
 
     def start(self) -> None:
@@ -65,13 +70,29 @@ class RunLog:
         self._before = self.ledger.read()
 
     def update(self, step: int) -> None:
-        """After every step: moves the progress bar."""
+        """After every step: moves the progress bar. Waits for nothing."""
         self.progress.update(self._done(step))
+        self._report_rate(self.parts.speed.watch.finished())
+
+    def _report_rate(self, finished: int) -> None:
+        """Once, as soon as it is known: images per second, and the time to the end. finished: by the device."""
+        if self._rate_is_known or not finished:
+            return
+        busy = productive_seconds(self.ledger.read())
+        first, before = self._first = self._first or (finished, busy)
+        if finished <= first or busy - before < RATE_SECONDS:
+            return
+        self._rate_is_known = True
+        step_seconds, steps = (busy - before) / (finished - first), self.clock.steps or 0
+        rate, left = three_digits(self.batch / step_seconds), duration_in_words(step_seconds * (steps - finished))
+        advice = "std-fast plan says what a budget buys"
+        self.progress.say(f"step {finished:,}/{steps:,}: {rate} images/s, about {left} to the end; {advice}")
 
     def train(self, step: int, now: StepSettings, bad_steps: int) -> None:
         """Reads the meters (the only wait for the device) and writes a record of the steps since the last one."""
         meters = self.parts.trainer.meters
         steps, metrics = meters.steps, meters.read()
+        self._report_rate(step)
         before, self._before = self._before, self.ledger.read()
         busy = productive_seconds(self._before) - productive_seconds(before)
         images, waited = steps * self.batch, self._before["data"] - before["data"]

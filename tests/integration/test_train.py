@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,6 +21,7 @@ from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict, to_dict
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
+from std_fast.training import run_log
 from std_fast.training.evaluate import evaluate_run
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Stopped
@@ -198,6 +200,22 @@ def test_a_signal_saves_and_exits_with_its_own_code(recipe, tmp_path, capsys, mo
     assert "step 2, saved" in capsys.readouterr().err
     assert cli.main(["train", str(path), "--quiet", "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 9
+
+
+@pytest.mark.parametrize(("length", "reported"), [("9 steps", True), ("0.001 gpu-hours", False)])
+def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
+    recipe, tmp_path, capsys, monkeypatch, length, reported
+):
+    monkeypatch.setattr(run_log, "RATE_SECONDS", 0.0)
+    recipe = at(recipe, tmp_path / "run", recipe.data.train)
+    train(replace(recipe, run=replace(recipe.run, length=length, log_every=100)))
+    lines = capsys.readouterr().err.splitlines()
+    rates = [line for line in lines if line.endswith("to the end; std-fast plan says what a budget buys")]
+    assert bool(rates) is reported and all(
+        re.match(r"step 2/9: [\d.]+ images/s, about \d+ s to", line) for line in rates
+    )
+    evaluated = [at for at, line in enumerate(lines) if re.match(r"step \d+: top-1", line)]
+    assert evaluated and all(lines[at - 1] == "evaluating 24 images" for at in evaluated)
 
 
 def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeypatch):

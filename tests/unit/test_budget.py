@@ -18,6 +18,7 @@ from std_fast.runtime.budget import (
     Clock,
     Heartbeat,
     Ledger,
+    duration_in_words,
     earlier,
     in_words,
     process_seconds,
@@ -104,6 +105,12 @@ def test_earlier_hours_count_as_they_were_held(clock_time):
     ledger.carry({"train": 100.0, "lost": 10.0})  # GPU-seconds, of one GPU or of many
     assert ledger.gpu_hours * 3600 == pytest.approx(112)
     assert ledger.read()["train"] == 50 and ledger.held == 56
+
+
+def test_a_duration_has_the_largest_unit_of_which_there_are_two():
+    seconds = (1.4, 119.0, 120.0, 7199.0, 7200.0, 172799.0, 37 * 86400.0)
+    shown = "1 s, 119 s, 2 minutes, 120 minutes, 2 hours, 48 hours, 37 days"
+    assert ", ".join(map(duration_in_words, seconds)) == shown
 
 
 def test_in_words():

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipelines.read.batch import Batch
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime import speed
 from std_fast.runtime.budget import Ledger
-from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling, speed_in_words
+from std_fast.runtime.speed import Span, SpeedMeter, Stopwatch, ceiling, speed_in_words
 from std_fast.teachers.overlap import Overlap, Trial, tensors_of
 from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.teachers.teacher import Teacher, Teachers
@@ -195,6 +196,17 @@ def test_a_teacher_on_the_cpu_is_a_part_of_the_ledger():
             next(now), next(now)
     seconds = ledger.read()
     assert seconds["teacher"] == 3 and seconds["train"] == sum(seconds.values()) - seconds["start"] - 3
+
+
+def test_a_step_is_finished_when_its_event_is_and_nothing_waits():
+    watch = Stopwatch(CPU)
+    watch.on_gpu = True
+    reached = (SimpleNamespace(query=lambda over=over: over) for over in (True, True, False))
+    watch._spans.extend(Span(step, "optimizer", None, event) for step, event in enumerate(reached, 1))
+    watch._spans.append(Span(4, "augment", None, None))  # prepared ahead
+    assert watch.finished() == 2
+    watch._spans.clear()
+    assert watch.finished() == 0
 
 
 def test_spans_that_are_never_read_do_not_pile_up():
