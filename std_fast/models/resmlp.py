@@ -21,7 +21,8 @@ class Affine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, dim))
 
     def forward(self, x_BSC: Tensor) -> Tensor:
-        return torch.addcmul(self.beta, self.alpha, x_BSC).to(x_BSC.dtype)
+        # flat: for large batches inductor (torch 2.11, mix_order_reduction) returns gradients [C], not [1, 1, C]
+        return torch.addcmul(self.beta.flatten(), self.alpha.flatten(), x_BSC).to(x_BSC.dtype)
 
 
 class ResMlpBlock(nn.Module):
