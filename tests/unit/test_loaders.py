@@ -228,7 +228,7 @@ class Counting:
 def counting_loader(spec, backend, monkeypatch):
     """A loader and its source, which counts. (Of a source that is no BetonSource, ffcv too reads one by one.)"""
     source = Counting(open_source(spec.path))
-    monkeypatch.setattr(factory, "open_source", lambda path: source)
+    monkeypatch.setattr(factory, "open_source", lambda path, one_part=False: source)
     return open_loader(spec, backend), source
 
 

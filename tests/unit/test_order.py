@@ -167,6 +167,7 @@ def test_a_spec_takes_every_setting_that_it_shares_with_the_recipe():
         on_corrupt="skip",
         corrupt_limit=5,
         hw_decoder_load=0.5,
+        one_part=True,
     )
     taken = LoaderSpec("x.beton", 8, shuffle=True, drop_last=True, **settings.shared(resample="bicubic"))
     default = ReadSettings()

@@ -250,7 +250,7 @@ def test_a_recipe_holds_finite_numbers(value):
         recipes.load("digits_mixer", [("optim.lr", value)])
 
 
-@pytest.mark.parametrize("value", ["{when: 2001-01-01}", "{1: 2}", "{a: !!binary aGk=}", "{a: [.nan]}"])
+@pytest.mark.parametrize("value", ["{1: 2}", "{a: !!binary aGk=}", "{a: [.nan]}"])
 def test_options_are_what_json_can_say(value):
     with pytest.raises(UserError, match="student.options: expected dict"):
         recipes.load("digits_mixer", [("student.options", value)])
