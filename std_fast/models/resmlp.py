@@ -21,8 +21,7 @@ class Affine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, dim))
 
     def forward(self, x_BSC: Tensor) -> Tensor:
-        # flat: for large batches inductor (torch 2.11, mix_order_reduction) returns gradients [C], not [1, 1, C]
-        return torch.addcmul(self.beta.flatten(), self.alpha.flatten(), x_BSC).to(x_BSC.dtype)
+        return torch.addcmul(self.beta, self.alpha, x_BSC).to(x_BSC.dtype)
 
 
 class ResMlpBlock(nn.Module):
@@ -75,6 +74,9 @@ class ResMlp(Isotropic):
     Raises:
         UserError: sizes that do not fit together.
     """
+
+    inductor_settings = {"triton.mix_order_reduction": False}
+    """with it, torch 2.11 returned a gradient [C] for the last norm's [1, 1, C] (ResMLP-B24, STD, batch 64 and more)"""
 
     def __init__(
         self,

@@ -66,10 +66,20 @@ def options(backend: str, **inductor: Any) -> dict[str, Any]:
     return {"backend": backend, "dynamic": False, **more}
 
 
-def compiled(call: F, backend: str | None) -> F:
-    """`call` (a function or a module), compiled at its first use; as it is when there is no backend."""
+def compiled(call: F, backend: str | None, **inductor: Any) -> F:
+    """`call` (a function or a module), compiled at its first use; as it is when there is no backend.
+
+    Args:
+        inductor: settings of inductor; those that this torch does not have are left out.
+    """
+    if backend is None:
+        return call
+    from torch._inductor import list_options
+
     # With 30, inductor's default, the gradient of an STD module's GELU is written in float32 and read again.
-    return call if backend is None else cast(F, torch.compile(call, **options(backend, realize_opcount_threshold=100)))
+    settings = {"realize_opcount_threshold": 100} | inductor
+    known = {name: value for name, value in settings.items() if name in list_options()}
+    return cast(F, torch.compile(call, **options(backend, **known)))
 
 
 def keep_cache() -> None:

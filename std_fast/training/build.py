@@ -319,9 +319,10 @@ def build_trainer(
     for mine in student.statistics():
         mine.gather = world.gather if world.size > 1 else None
     subset = recipe.student.drop_path_mode == "subset"
+    forward = compiled(student, backend, **getattr(student.backbone, "inductor_settings", {}))
     return Trainer(
         student=student,
-        forward=replicate(compiled(student, backend), world, device, accumulates=bool(run.micro_batch)),
+        forward=replicate(forward, world, device, accumulates=bool(run.micro_batch)),
         objective=compiled(Objective(recipe.distill, o.smoothing, student.head_teacher).__call__, backend),
         optimizer=build_optimizer(student, o, device),
         ema=EMA(student, o.ema ** (run.batch / o.ema_batch)) if o.ema else None,

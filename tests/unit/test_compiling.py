@@ -183,3 +183,10 @@ def test_a_line_of_the_log_says_how_fast(recipe, tmp_path):
         assert all(share > 0 for share in shares)
         assert 0 <= line["data_wait"] < 1 and 0 < line["mfu"] < 1 and 0.05 < line["peak_memory_gib"] < 64
     assert summary["images_per_second"] > 0
+
+
+def test_a_model_s_own_settings_reach_inductor_where_this_torch_has_them(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch, "compile", lambda call, **kwargs: seen.update(kwargs) or call)
+    compiling.compiled(len, "inductor", **{"triton.spill_threshold": 8, "triton.no_such_setting": 1})
+    assert seen["options"] == {"realize_opcount_threshold": 100, "triton.spill_threshold": 8}
