@@ -62,7 +62,7 @@ def trivial_sample(u: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def trivial_amounts(op: Tensor, strength: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
     """float64 [B]: `amounts` of randaugment.py for TrivialAugment's strengths.
 
-    Values are those of the exact fractions. torchvision's float32 tables fall beside a whole number at a few strengths:
+    Values are those of the exact fractions. torchvision's float32 tables fall beside an integer at a few strengths:
     it moves an image by 15 pixels of 16 at strength 15, and does not invert a pixel that equals solarize's threshold
     at 11 strengths.
     """

@@ -15,7 +15,7 @@ differ; tests/unit/test_randaugment.py):
 | operations | how | difference | in at most |
 |---|---|---|---|
 | Invert, Posterize, Solarize, SolarizeAdd, Equalize | table [B, 3, 256] | 0 | |
-| AutoContrast | table; PIL's float product may fall just short of a whole number | 1 | 1 % |
+| AutoContrast | table; PIL's float product may fall just short of an integer | 1 | 1 % |
 | Color, Contrast, Brightness, Sharpness | blend with gray, mean gray, black, blurred; factor of 22 bits | 1 | 0.3 % |
 | Rotate, ShearX, ShearY, TranslateXRel, TranslateYRel | one bilinear resampling, weights of 11 bits | 1 | 3 % |
 
@@ -250,8 +250,8 @@ def _sharpen(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """PIL's Image.blend: `degenerate + factor * (x - degenerate)`; int32 -> uint8, cut to whole numbers in 0..255."""
-    # A factor rounded to 22 bits may put a whole number just below itself: a 2^-15 of a level more puts it back.
+    """PIL's Image.blend: `degenerate + factor * (x - degenerate)`; int32 -> uint8, cut to integers in 0..255."""
+    # A factor rounded to 22 bits may put an integer just below itself: a 2^-15 of a level more puts it back.
     fixed = (factor * (1 << _BLEND_BITS)).round().int()[:, None, None, None]
     blended = (degenerate << _BLEND_BITS) + fixed * (x - degenerate) + (1 << (_BLEND_BITS - 15))
     return (blended >> _BLEND_BITS).clamp(0, 255).to(torch.uint8)

@@ -68,11 +68,11 @@ def _check_option(name: str, option: str, value: Any, default: Any) -> None:
     elif isinstance(default, Sequence):
         numbers = (int, float) if option == "mlp_ratios" else (int,)
         fits = isinstance(value, Sequence) and all(type(item) in numbers and item > 0 for item in value)
-        wanted = f"a list of {'numbers' if float in numbers else 'whole numbers'} above 0"
+        wanted = f"a list of {'numbers' if float in numbers else 'integers'} above 0"
     elif isinstance(default, float):
         fits, wanted = type(value) in (int, float) and value >= 0, "a number, 0 or more"
     else:
         fits = type(value) is int and value >= min(default, 1)
-        wanted = "a whole number above 0" if default else "a whole number, or 0 for the default"
+        wanted = "an integer above 0" if default else "an integer, or 0 for the default"
     if not fits:
         raise UserError(f"{name}: option {option}: {value!r} must be {wanted}")
