@@ -59,7 +59,7 @@ class AugmentSpec:
         self._number("color_jitter", "a number from 0 (off) to 1", lambda v: 0 <= v <= 1)
         for name in ("mixup", "cutmix"):
             self._number(name, "0 (off) or an alpha from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)
-        self._number("shift", "an integer of pixels, 0 or more", lambda v: isinstance(v, int) and v >= 0)
+        self._number("shift", "a number of pixels: an integer, 0 or more", lambda v: isinstance(v, int) and v >= 0)
         self._numbers("erase_scale", 2, "two areas, 0 < smallest <= largest < 1", lambda v: 0 < v[0] <= v[1] < 1)
         self._numbers("mean", 3, "three numbers from 0 to 1 (not 0..255)", lambda v: all(0 <= x <= 1 for x in v))
         self._numbers("std", 3, "three numbers above 0, at most 1 (not 0..255)", lambda v: all(0 < x <= 1 for x in v))
