@@ -5,18 +5,22 @@ from __future__ import annotations
 import http.server
 import re
 import threading
+import urllib.parse
 from pathlib import Path
 
 
 class FileServer:
     """`url` is the address of `root`. ranges: whether parts of files are given. fail(path, n): a function of the path
-    and of how many requests came for it before; its result, if not 0, is the status that is sent."""
+    and of how many requests came for it before; its result, if not 0, is the status that is sent. first_byte: where
+    parts of files begin instead of where they should. logins: Authorization headers that came."""
 
     def __init__(self, root: Path, ranges: bool = True) -> None:
         self.root, self.ranges = root, ranges
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.fail = lambda path, before: 0
         self.fail_first = False  # whether each request is refused when it is made for the first time
+        self.first_byte: int | None = None
+        self.logins: set[str] = set()
         self._lock = threading.Lock()
         server = self
 
@@ -36,7 +40,9 @@ class FileServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
-        path = request.path.partition("?")[0]
+        path = urllib.parse.unquote(request.path.partition("?")[0])
+        if login := request.headers.get("Authorization"):
+            self.logins.add(login)
         asked = (request.command, path, request.headers.get("Range", ""))
         with self._lock:
             before = sum(path == one[1] for one in self.requests)
@@ -52,9 +58,11 @@ class FileServer:
         data = file.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", "")) if self.ranges else None
         if span:
-            part = data[int(span[1]) : int(span[2]) + 1]
+            first, length = int(span[1]), int(span[2]) + 1 - int(span[1])
+            first = first if self.first_byte is None else self.first_byte
+            part = data[first : first + length]
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {span[1]}-{span[2]}/{len(data)}")
+            request.send_header("Content-Range", f"bytes {first}-{first + length - 1}/{len(data)}")
         else:
             part = data
             request.send_response(200)

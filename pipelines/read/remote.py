@@ -8,12 +8,15 @@ may be called from several threads.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import io
 import itertools
+import math
 import os
 import re
+import string
 import time
 import urllib.error
 import urllib.parse
@@ -27,6 +30,7 @@ DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """seconds before each further attempt"""
 TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 24  # bytes of a copy that are asked for at once
+MAX_URLS = 1_000_000  # that one with braces may stand for
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"}
 STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 """what file systems call that which changes with a file, the best first"""
@@ -52,13 +56,23 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 def shown(url: str) -> str:
     """A URL for messages: without user, password and query, which may be secrets."""
-    parts = urllib.parse.urlsplit(url)
+    parts = _split(url)
     return printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
 def file_name(url: str) -> str:
     """Last part of the path."""
-    return urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    return urllib.parse.unquote(_split(url).path.rpartition("/")[2])
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    """Raises UserError where it is no address."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # which is parsed only now
+    except ValueError as error:
+        raise UserError(f"{re.sub('//.*@', '//', url)}: not an address ({error}); correct it") from None
+    return parts
 
 
 def expand_braces(url: str) -> list[str]:
@@ -69,11 +83,13 @@ def expand_braces(url: str) -> list[str]:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
         if span:
             first, last = int(span[1]), int(span[2])
-            if not first <= last < first + 1_000_000:
+            if not first <= last < first + MAX_URLS:
                 raise UserError(f"{shown(url)}: {{{part}}} is no range; write {{000..012}}")
             choices[i] = [str(n).zfill(len(span[1])) for n in range(first, last + 1)]
         else:
             choices[i] = part.split(",")
+    if math.prod(map(len, choices)) > MAX_URLS:
+        raise UserError(f"{shown(url)}: stands for more than {MAX_URLS:,} files; give fewer at a time")
     return ["".join(words) for words in itertools.product(*choices)]
 
 
@@ -250,7 +266,14 @@ def _is_http(url: str) -> bool:
 
 
 def _request(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, method=method, headers={"User-Agent": "std-fast", **headers})
+    parts = _split(url)
+    user, _, host = parts.netloc.rpartition("@")
+    path, query = (urllib.parse.quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    address = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+    request = urllib.request.Request(address, method=method, headers={"User-Agent": "std-fast", **headers})
+    if user:  # not sent on to where the server redirects
+        login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {login}")
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -287,6 +310,9 @@ def _read_part(url: str, start: int, end: int) -> bytes:
     with _request(url, Range=f"bytes={start}-{end - 1}") as response:
         if response.status != 206:
             raise NoRanges
+        span = response.headers.get("Content-Range", "")
+        if not span.startswith(f"bytes {start}-"):  # of some proxies: the first bytes of the file
+            raise OSError(f"bytes {start}-{end - 1} were asked for, and {span or 'others'} came")
         return response.read(end - start)
 
 

@@ -171,12 +171,31 @@ def test_an_image_that_is_gone_is_a_fault(memory: str, tmp_path: Path, monkeypat
         ("memory://bucket/none", "memory://bucket/none: nothing is there"),
         ("memory://bucket/names.txt", "names.txt: not a known source"),
         ("{http}/x-{{3..1}}.tar", "is no range"),
+        ("{http}/x-{{0..99999}}-{{0..99999}}.tar", "stands for more than 1,000,000 files"),
+        ("http://user:secret@[::1/x.tar", r"^http://\[::1/x.tar: not an address"),
+        ("http://127.0.0.1:none/x.tar", "none/x.tar: not an address"),
     ],
 )
 def test_mistakes(url: str, message: str, server: FileServer, memory: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
         convert(url.format(http=server.url), str(tmp_path / "x.beton"))
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_addresses_with_blanks_and_a_login(server: FileServer, tmp_path: Path) -> None:
+    (server.root / "ä b.bin").write_bytes(b"some bytes")
+    url = f"{server.url}/ä b.bin".replace("//", "//user:s%40cret@")
+    file = remote.info(url)
+    assert remote.read(file.url, 5, 10) == b"bytes"
+    assert server.logins == {"Basic dXNlcjpzQGNyZXQ="}
+    assert remote.shown(url) == f"{server.url}/ä b.bin"
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_a_server_that_gives_other_bytes_than_asked_for(start: int, server: FileServer, disk: Path) -> None:
+    server.first_byte = start
+    with pytest.raises(UserError, match=rf"bytes 5-9 were asked for, and bytes {start}-{start + 4}/.* came"):
+        remote.read(f"{server.url}/names.txt", 5, 10)
 
 
 def test_braces() -> None:
