@@ -28,6 +28,7 @@ SETTINGS = {
     "no tokens": Setting({"tokens": "none", **NO_MINE}),
     "DeiT token": Setting({"tokens": "deit", **NO_MINE}),
     "STD": Setting({}),
+    "STD, true labels": Setting({"mode": "std", "labels": "ground_truth"}, ""),
     "STD narrow": Setting({"token_mlp_ratio": [0.5, 1.0]}),
     "STD at the last block": Setting({"taps": [-1], "assign": [[0, 1]]}),
     "no tokens, other loss": Setting({"tokens": "none", **NO_MINE}, OTHER),

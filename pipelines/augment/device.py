@@ -60,6 +60,10 @@ class TrainBatch:
     step: int
     targets: Any = None
 
+    def main_labels(self) -> Tensor:
+        """int64 [B]: of a mixed image the label with the larger share."""
+        return torch.where(self.lam >= 0.5, self.labels_a, self.labels_b)
+
 
 class Augment(nn.Module):
     """Shift, flip, recolour, normalise, erase and mix a batch on its device, without a host synchronisation.

@@ -42,7 +42,8 @@ def readme(report: dict, recipe: Recipe, chosen: list[str]) -> str:
     """The model card: what it is, how images are prepared, how each file is used."""
     p, d, name = preprocessing(recipe), recipe.distill, recipe.student.name
     size, classes, differences = report["image_size"], report["classes"], report["differences"]
-    distilled = f", distilled from {len(d.teachers)} teacher(s) by STD (tokens: {d.tokens})" if d.mode == "std" else ""
+    source = f"distilled from {len(d.teachers)} teacher(s)" if d.teachers else "trained on its labels alone"
+    distilled = f", {source} by STD (tokens: {d.tokens})" if d.mode == "std" else ""
     ours = (
         "import std_fast.registry  # registers the architecture\n"
         if (report["architecture"] or "").startswith("std_")

@@ -62,7 +62,7 @@ def timm_models(recipe: Recipe, student: Student) -> tuple[TimmModel | None, Tim
             return head, None
         args: dict[str, Any] = {"teachers": 0}
     else:
-        args = {"teachers": len(d.teachers), "tokens": d.tokens, "predict": student.predict}
+        args = {"teachers": d.num_teachers, "tokens": d.tokens, "predict": student.predict}
         if d.token_mlp_ratio != Distill.token_mlp_ratio:
             args["token_mlp_ratio"] = list(d.token_mlp_ratio)
         args |= {key: to_lists(value) for key, value in (("taps", d.taps), ("assign", d.assign)) if value is not None}

@@ -88,7 +88,7 @@ def overview(runs: list[RunData]) -> str:
         best = max((r["top1"] for r in t.evals if number(r.get("top1"))), default=None)
         r = t.recipe
         teachers = len(r.distill.teachers)
-        how = f"STD, {teachers} teacher{'s' * (teachers > 1)}" if teachers else "plain"
+        how = f"STD, {teachers or 'no'} teacher{'s' * (teachers > 1)}" if r.distill.mode == "std" else "plain"
         rows.append([
             f"{swatch(t)}{html.escape(t.name)}<br><small>{html.escape(r.summary)}</small>",
             f"{html.escape(r.student.name)}<br><small>{html.escape(how)}</small>",

@@ -135,8 +135,10 @@ class Distill:
     token_mlp_ratio: tuple[float, float] = opt(
         (0.5, 4.0), "hidden widths of the modules' spatial and channel MLP over the channels C; default: the paper's"
     )
-    labels: Literal["hard", "soft"] = opt(
-        "hard", "teacher targets: their argmax, or their distribution at `temperature`"
+    labels: Literal["hard", "soft", "ground_truth"] = opt(
+        "hard",
+        "teacher targets: their argmax, or their distribution at `temperature`; `ground_truth`: no teachers, the "
+        "distillation heads learn the data set's labels (of a mixed image that with the larger share)",
     )
     loss: Literal["kl", "dkd", "dist", "ofa"] = opt(
         "kl", "loss of soft labels: KL (Hinton 2015), DKD (Zhao 2022), DIST (Huang 2022) or OFA's (Hao 2023)"
@@ -156,14 +158,10 @@ class Distill:
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
         require(self.temperature > 0, "distill.temperature", "must be positive")
-        require(
-            self.labels == "soft" or self.temperature == 1.0,
-            "distill.temperature",
-            "has no effect on hard labels; leave it at 1 or set distill.labels to soft",
-        )
-        require(
-            self.labels == "soft" or self.loss == "kl", "distill.loss", "has no effect on hard labels; leave it out"
-        )
+        if self.labels != "soft":
+            for name, default in (("temperature", 1.0), ("loss", "kl"), ("top_k", 0)):
+                fix = "has no effect without distill.labels: soft; leave it out"
+                require(getattr(self, name) == default, f"distill.{name}", fix)
         require(0 <= self.class_share <= 1, "distill.class_share", f"{self.class_share} must be between 0 and 1")
         require(min(self.token_mlp_ratio) > 0, "distill.token_mlp_ratio", "must be positive")
         require(
@@ -174,22 +172,20 @@ class Distill:
         require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
         require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")
         require(
-            self.labels == "soft" or not self.top_k,
-            "distill.top_k",
-            "has no effect on hard labels; leave it at 0 or set distill.labels to soft",
-        )
-        require(
-            not self.target_cache or self.labels == "hard" or self.top_k > 0,
+            not self.target_cache or self.labels != "soft" or self.top_k > 0,
             "distill.top_k",
             "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.target_cache out",
         )
-        require(
-            not self.target_cache or self.mode == "std",
-            "distill.target_cache",
-            "has no effect with mode: none; leave it out",
-        )
+        useful = not self.target_cache or self.mode == "std"
+        require(useful, "distill.target_cache", "has no effect with mode: none; leave it out")
         if self.mode == "std":
-            require(len(self.teachers) > 0, "distill.teachers", "is empty; name a teacher or set distill.mode to none")
+            if self.labels == "ground_truth":
+                fix = "has no effect with distill.labels: ground_truth; leave it out"
+                require(not self.teachers, "distill.teachers", fix)
+                require(not self.target_cache, "distill.target_cache", fix)
+            else:
+                fix = "is empty; name a teacher, or set distill.labels to ground_truth or distill.mode to none"
+                require(len(self.teachers) > 0, "distill.teachers", fix)
             for i, teacher in enumerate(self.teachers):
                 require(bool(teacher.name or teacher.weights), f"distill.teachers.{i}", "needs a name or weights")
             require(
@@ -198,11 +194,15 @@ class Distill:
                 "has no effect with tokens: deit; leave taps and assign out",
             )
         else:
-            require(
-                not self.teachers,
-                "distill.teachers",
-                "have no effect without distill.mode std; set it, or leave them out",
-            )
+            fix = "have no effect without distill.mode std; set it, or leave them out"
+            require(not self.teachers, "distill.teachers", fix)
+
+    @property
+    def num_teachers(self) -> int:
+        """Columns M of the teacher targets; of the ground truth one for each module, which takes a teacher's place."""
+        if self.labels == "ground_truth":
+            return 1 if self.tokens == "deit" else len(self.taps or (0, 0))
+        return len(self.teachers)
 
     @property
     def uses_mine(self) -> bool:

@@ -2,8 +2,9 @@
 
     loader.epoch(e) -> Batch (uint8) -> Augment -> TrainBatch -> TargetSource -> TrainBatch with targets -> step
 
-One class for all ways in which targets come: `NoTargets` (a plain run), `TeacherSource` (the teachers run on each
-batch), `CachedSource` (read from the target cache, or computed and written to it).
+One class for all ways in which targets come: `NoTargets` (a plain run), `LabelSource` (the data set's labels),
+`TeacherSource` (the teachers run on each batch), `CachedSource` (read from the target cache, or computed and written
+to it).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from pipelines.augment.device import Augment, TrainBatch
 from pipelines.errors import UserError
 from pipelines.read.batch import Batch, Loader
+from std_fast.config.recipe import Distill
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.budget import Ledger
 from std_fast.runtime.speed import Stopwatch
@@ -65,6 +67,17 @@ class NoTargets:
     def deliver(self, batch: TrainBatch) -> None: ...
 
     def close(self) -> None: ...
+
+
+class LabelSource(NoTargets):
+    """The data set's labels in place of M teachers' hard labels; of a mixed image that with the larger share."""
+
+    def __init__(self, num_teachers: int) -> None:
+        self.num_teachers = num_teachers
+
+    def targets(self, batch: TrainBatch) -> TeacherTargets:
+        labels_BM = batch.main_labels()[:, None].expand(-1, self.num_teachers)
+        return TeacherTargets(labels_BM, torch.zeros_like(labels_BM, dtype=torch.float16))
 
 
 class TeacherSource(NoTargets):
@@ -126,9 +139,14 @@ class CachedSource:
 
 
 def target_source(
-    teachers: Teachers | None, cache: TargetCache | None, autocast: Callable[[], AbstractContextManager]
+    distill: Distill,
+    teachers: Teachers | None,
+    cache: TargetCache | None,
+    autocast: Callable[[], AbstractContextManager],
 ) -> TargetSource:
     """Where the targets of a run come from."""
+    if distill.mode == "std" and distill.labels == "ground_truth":
+        return LabelSource(distill.num_teachers)
     source = None if teachers is None else TeacherSource(teachers, autocast)
     if cache is not None:
         return CachedSource(cache, source)

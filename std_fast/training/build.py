@@ -161,7 +161,7 @@ def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] |
             raise UserError(
                 f"student.name: {s.name} is timm's own and has no STD form; take one of this project's students"
             )
-        modules = plan_modules(backbone, len(d.teachers), d.taps, d.assign)
+        modules = plan_modules(backbone, d.num_teachers, d.taps, d.assign)
     mine = d.mine
     if d.module_weights is not None and len(d.module_weights) != len(modules):
         raise UserError(f"distill.module_weights: has {len(d.module_weights)} entries for {len(modules)} modules")
@@ -177,9 +177,9 @@ def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] |
 def build_teachers(
     recipe: Recipe, num_classes: int, device: torch.device, class_names: list[str] | None = None
 ) -> Teachers | None:
-    """The frozen teachers on the device; None for a plain run."""
+    """The frozen teachers on the device; None where there are none."""
     d = recipe.distill
-    if d.mode == "none":
+    if not d.teachers:
         return None
     images = recipe.data.image_size, recipe.augment.mean, recipe.augment.std
     teachers = []
@@ -274,7 +274,7 @@ def build(
         augment = Augment(r.augment, r.run.seed).to(device)
         backend = make_fast(r.run.compile, device, augment, teachers)
         trainer = build_trainer(r, student, device, precision, backend, watch, world)
-        targets = target_source(teachers, target_cache, trainer.autocast)
+        targets = target_source(r.distill, teachers, target_cache, trainer.autocast)
         overlap = Overlap(r.run.overlap, device)
         stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
         closing.callback(stream.close)

@@ -73,7 +73,6 @@ class Objective:
         """`distillation_loss` with the settings of `distill`."""
         d = self.distill
         temperature = d.temperature if d.labels == "soft" else None
-        labels_B = torch.where(batch.lam >= 0.5, batch.labels_a, batch.labels_b)
         return distillation_loss(
             logits_BHK,
             batch.targets,
@@ -81,7 +80,7 @@ class Objective:
             reweight=d.reweight,
             temperature=temperature,
             loss=d.loss,
-            labels_B=labels_B,
+            labels_B=batch.main_labels(),
             head_weights=head_weights,
         )
 
