@@ -19,6 +19,18 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
+class FieldError(UserError):
+    """A value that a settings class refuses, one that a recipe may hold in several places.
+
+    Attributes:
+        field, reason: the class's own field, and what is wrong with its value.
+    """
+
+    def __init__(self, owner: str, field: str, reason: str) -> None:
+        super().__init__(f"{owner}.{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
 class DataError(UserError):
     """Data that cannot be used as it is: the message names the file, the sample and what to do."""
 

@@ -26,10 +26,10 @@ def devkit_labels(path: str, names: list[str]) -> tuple[dict[str, str], list[str
     try:
         wnids, labels = confined(read_devkit, path)
     except (Refused, OSError) as error:
-        raise UserError(f"labels {printable(path)}: not ImageNet's devkit ({error})") from None
+        raise UserError(f"--labels {printable(path)}: not ImageNet's devkit ({error})") from None
     if len(labels) != len(names):
         raise UserError(
-            f"labels {printable(path)}: {len(labels)} labels for {len(names)} images; use the tar of the same year"
+            f"--labels {printable(path)}: {len(labels)} labels for {len(names)} images; use the tar of the same year"
         )
     return dict(zip(sorted(names), labels, strict=True)), wnids
 

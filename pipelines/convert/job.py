@@ -299,7 +299,7 @@ def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None
     log.info("%s: %d images of %d classes: %s", name, len(listing), len(names), classes_in_words(names))
     if settings.classes is None and ordered_as_text(names):
         log.warning(
-            "%s: class names are numbers in the order of text, as torchvision's ImageFolder has them; give `classes` "
+            "%s: class names are numbers in the order of text, as torchvision's ImageFolder has them; give --classes "
             "(one name a line) for another order",
             name,
         )

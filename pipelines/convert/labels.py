@@ -25,6 +25,7 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "class_name", "c
 """column of a label file or of parquet, or key of a JSON object, that holds the label"""
 DELIMITERS = "\t,;"
 _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d*)?([eE][+-]?\d{1,2})?")
+_OTHER_BASE = re.compile(r"[+-]?0[xXoObB][\da-fA-F]+")
 _BOXES = re.compile(r"(\S+)(\s+-?\d+(\.\d+)?){4}(\s+\S+(\s+-?\d+(\.\d+)?){4})*")
 """a label, four coordinates, and so on: Kaggle's ImageNet and Tiny ImageNet"""
 
@@ -41,14 +42,20 @@ def read_classes(path: str) -> list[str]:
         if text.lstrip().startswith("{"):
             found = json.loads(text)["classes"]
         else:
-            found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+            found = json.loads(text) if text.lstrip().startswith("[") else without_comments(text.splitlines())
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"classes {printable(path)}: JSON without a list `classes`; give a beton's manifest") from None
+        raise UserError(
+            f"--classes {printable(path)}: JSON without a list `classes`; give a beton's manifest"
+        ) from None
     is_list = isinstance(found, list) and all(isinstance(name, str) for name in found)
     names = printable_names([name.strip() for name in found]) if is_list else None
     if not names or "" in names:
-        raise UserError(f"classes {printable(path)}: must hold different, non-empty names, one on each line")
+        raise UserError(f"--classes {printable(path)}: must hold different, non-empty names, one on each line")
     return names
+
+
+def without_comments(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.lstrip().startswith("#")]
 
 
 def is_number(text: str) -> bool:
@@ -64,12 +71,17 @@ def parse_labels(texts: Sequence[str], classes: list[str] | None, where: str) ->
     texts = [text.strip() for text in texts]
     numeric = [is_number(text) for text in texts]
     given = set(classes or ())
+    if texts and all(map(_OTHER_BASE.fullmatch, texts)) and not given.issuperset(texts):
+        raise UserError(
+            f"{where}: labels such as {printable(texts[0])} may be numbers or names; write decimal numbers, or give "
+            "--classes that names all of them"
+        )
     if not all(numeric):
         if any(numeric) and not given.issuperset(texts):
             number, name = texts[numeric.index(True)], texts[numeric.index(False)]
             raise UserError(
                 f"{where}: some labels are numbers ({printable(number)}) and others names ({printable(name)}); write "
-                "one kind, or give `classes` that names all of them"
+                "one kind, or give --classes that names all of them"
             )
         return texts
     broken = next((text for text in texts if not float(text).is_integer()), None)
@@ -82,7 +94,7 @@ def parse_labels(texts: Sequence[str], classes: list[str] | None, where: str) ->
         if differs is not None:
             raise UserError(
                 f"{where}: label {printable(differs)} may be class number {int(float(differs))} or the class named "
-                f"{printable(differs)!r}, number {index[differs]} of `classes`; put `classes` in the order of numbers"
+                f"{printable(differs)!r}, number {index[differs]} of --classes; put its names in the order of numbers"
             )
     return numbers
 
@@ -126,8 +138,8 @@ def read_labels(
     if is_devkit(path):
         by_name, wnids = devkit_labels(path, names)
         return {**by_name}, wnids
-    where = f"labels {printable(path)}"
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    where = f"--labels {printable(path)}"
+    lines = [line for line in without_comments(read_text(path).splitlines()) if line.strip()]
     if not lines:
         raise UserError(f"{where}: is empty; give a line for each image")
     pairs = _pairs(lines, ImageNames(names), where, key)
@@ -143,7 +155,7 @@ def read_labels(
         raise UserError(
             f"{where}: numbers begin at {min(numbers)}; if it is ImageNet's ground truth, give the devkit "
             "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; otherwise number from 0, or give "
-            "`classes`, whose first line names number 0"
+            "--classes, whose first line names number 0"
         )
     return dict(zip(used, parsed, strict=True)), None
 
@@ -170,7 +182,7 @@ def _from_table(rows: list[list[str]], images: ImageNames, where: str, key: str 
     # a label such as 7 may look like the name of 7.jpg: full names come first, then the column that comes first
     scores = [(sum(map(has_image_ending, cells)), len(cells)) for cells in named]
     name_column = scores.index(max(scores))
-    header = [] if images.find(rows[0][name_column] if name_column < len(rows[0]) else "") else rows[0]
+    header = rows[0] if _is_header(rows[0][name_column : name_column + 1], images) else []
     body = rows[1:] if header else rows
     label = _label_column(header, body, name_column, where, key)
     collected = _Collected(images, where)
@@ -188,7 +200,7 @@ def _label_column(header: list[str], body: list[list[str]], name: int, where: st
     columns = ", ".join(map(printable, header))
     if key is not None:
         if header.count(key) != 1:
-            raise UserError(f"{where}: no column {printable(key)!r} (label_key) among {columns or 'unnamed ones'}")
+            raise UserError(f"{where}: no column {printable(key)!r} (--label-key) among {columns or 'unnamed ones'}")
         return header.index(key)
     others = [i for i in range(max(map(len, [header, *body]))) if i != name]
     if len(others) == 1:
@@ -200,14 +212,14 @@ def _label_column(header: list[str], body: list[list[str]], name: int, where: st
         return known[0]
     if not header:
         raise UserError(f"{where}: {len(others) + 1} columns without a header; keep name and label of each image")
-    raise UserError(f"{where}: which of the columns {columns} is the label is not certain; name it as `label_key`")
+    raise UserError(f"{where}: which of the columns {columns} is the label is not certain; name it by --label-key")
 
 
 def _from_words(lines: list[str], images: ImageNames, where: str) -> dict[str, str] | None:
     """NAME LABEL with white space between them; both may hold spaces, so that the name is what an image is called."""
     collected = _Collected(images, where)
+    lines = [line.strip() for line in lines]
     for line in lines:
-        line = line.strip()
         if line.startswith('"') and '"' in line[1:]:
             name, _, rest = line[1:].partition('"')
             splits = [(name, rest.strip())]
@@ -221,9 +233,16 @@ def _from_words(lines: list[str], images: ImageNames, where: str) -> dict[str, s
                 "put a tab between name and label"
             )
         name, label = known[0] if known else splits[0] if splits else (line, "")
+        if line is lines[0] and not is_number(label) and _is_header([name], images):
+            continue
         boxes = _BOXES.fullmatch(label)
         collected.add(name, boxes[1] if boxes else label.strip('"'))
     return collected.done() if collected.labels else None
+
+
+def _is_header(names: list[str], images: ImageNames) -> bool:
+    """Whether the first line is one, by its cell among the names. The name of an image that is missing is none."""
+    return not any(images.find(name) or has_image_ending(name) for name in names)
 
 
 class _Collected:
@@ -250,9 +269,9 @@ class _Collected:
             )
 
     def done(self) -> dict[str, str]:
-        if self.labels and len(self._unknown) > 1:  # one may be the header
-            shown = printable(self._unknown[1])
-            log.warning("%s: %d lines name no image of the source, e.g. %s", self._where, len(self._unknown), shown)
+        if self.labels and self._unknown:
+            count, shown = len(self._unknown), printable(self._unknown[0])
+            log.warning("%s: lines that name no image of the source: %d, e.g. %s", self._where, count, shown)
         return self.labels
 
 

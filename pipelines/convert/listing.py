@@ -26,7 +26,7 @@ MAX_TEXT = 1 << 28
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SOURCES = (
     "an image folder (SRC/CLASS/*), a tar or a folder of tars, parquet files, or CIFAR's binary files "
-    "(images without classes need `labels`)"
+    "(images without classes need --labels)"
 )
 
 
@@ -148,7 +148,7 @@ class Builder:
 def too_few(src: str, highest: int, classes: list[str]) -> UserError:
     return UserError(
         f"{printable(src)}: has label {highest}, but only {len(classes)} classes are named; "
-        "fix the labels or give `classes` with all names"
+        "fix the labels or give --classes with all names"
     )
 
 

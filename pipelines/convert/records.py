@@ -34,7 +34,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
         starts = {"train": ("data_batch", "train"), "test": ("test",)}.get(wanted)
         entries = [entry for entry in entries if starts and entry.name.startswith(starts)]
         if not entries:
-            raise UserError(f"split {settings.split!r}: not in {printable(tree.source)}; choose train or test")
+            raise UserError(f"--split {settings.split!r}: not in {printable(tree.source)}; choose train or test")
     hundred = entries[0].name in ("train.bin", "test.bin")
     record = CIFAR_PIXELS + (2 if hundred else 1)
     for entry in entries:
@@ -66,7 +66,7 @@ def _of_split(root: str, entries: list[Entry], settings: ConvertSettings) -> lis
         raise UserError(f"{printable(root)}: holds {', '.join(map(printable, splits))}; choose one of them as `split`")
     chosen = [entry for entry in entries if settings.split in (None, split_of[entry.name])]
     if not chosen:
-        raise UserError(f"split {settings.split!r}: {printable(root)} holds {', '.join(map(printable, splits))}")
+        raise UserError(f"--split {settings.split!r}: {printable(root)} holds {', '.join(map(printable, splits))}")
     return chosen
 
 
@@ -145,7 +145,7 @@ def _column(path: str, names: list[str], known: tuple[str, ...], key: str | None
     found = [name for name in known if name in names] if key is None else [name for name in names if name == key]
     if len(found) == 1:
         return found[0]
-    option = "rename one" if known is IMAGE_COLUMNS else "name the right one as `label_key`"
+    option = "rename one" if known is IMAGE_COLUMNS else "name the right one by --label-key"
     if found:
         raise UserError(f"{printable(path)}: several columns may be meant: {', '.join(found)}; {option}")
     wanted = printable(key) if key is not None else " or ".join(known)
@@ -197,7 +197,7 @@ def _label(value: Any, path: str) -> int | str | None:
         if value != value:  # NaN: the row has none
             return None
         if not value.is_integer():
-            raise UserError(f"{path}: label {value} is no class number; name the right column as `label_key`")
+            raise UserError(f"{path}: label {value} is no class number; name the right column by --label-key")
         return int(value)
     return value if isinstance(value, (int, str)) else None
 

@@ -7,6 +7,7 @@ in `tars`, parquet and CIFAR's binary files in `records`.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import stat
@@ -45,6 +46,8 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
         status = os.stat(src)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
+        if glob.has_magic(src):
+            reason = f"{reason}: only a URL may be a pattern, for files on a disk name their folder"
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
     if stat.S_ISDIR(status.st_mode):
         return list_tree(LocalTree(src), settings, work)
@@ -68,11 +71,11 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
     kind, used = _kind(tree, entries, settings)
     builder = Builder(kind, fixed_classes(settings))
     if kind != "tar" and settings.label_from not in ("auto", kind):
-        raise UserError(f"label_from {settings.label_from!r}: {printable(tree.source)} holds no tars; leave it out")
+        raise UserError(f"--label-from {settings.label_from!r}: {printable(tree.source)} holds no tars; leave it out")
     if kind in ("parquet", "cifar") and settings.labels is not None:
-        raise UserError(f"labels: {kind} files hold their own labels; leave it out")
+        raise UserError(f"--labels: {kind} files hold their own labels; leave it out")
     if kind in ("folder", "tar") and settings.split is not None:
-        raise UserError(f"split {settings.split!r}: only parquet and CIFAR hold several; leave it out")
+        raise UserError(f"--split {settings.split!r}: only parquet and CIFAR hold several; leave it out")
     if kind == "folder":
         list_flat = settings.labels is not None
         return (_list_flat if list_flat else _list_folder)(tree, entries, settings, builder)
@@ -107,7 +110,7 @@ def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings) -> tuple[
         found["parquet"] = [entry for entry in inner if entry.name.lower().endswith(".parquet")]
     if settings.kind != "auto":
         if settings.kind != "folder" and not found[settings.kind]:
-            raise UserError(f"kind {settings.kind!r}: {printable(tree.source)} holds no such files; give {SOURCES}")
+            raise UserError(f"--kind {settings.kind!r}: {printable(tree.source)} holds no such files; give {SOURCES}")
         return settings.kind, found.get(settings.kind, [])
     kinds = [kind for kind, members in found.items() if members]
     if kinds and _has_class_folder(tree, visible):
@@ -181,7 +184,7 @@ def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     if all(name.lower() in SPLIT_NAMES for name in classes):
         raise UserError(
             f"{printable(tree.source)}: its folders ({', '.join(map(printable, classes))}) are splits without "
-            "classes; convert each with `labels`"
+            "classes; convert each with --labels"
         )
     return builder.done(tree.source, classes)
 

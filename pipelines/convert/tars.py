@@ -69,8 +69,8 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
     images = _Images(flat, builder)
     if settings.labels is not None:
         if nested or settings.label_from != "auto":
-            what = f"label_from {settings.label_from!r}" if settings.label_from != "auto" else "the class tars within"
-            raise UserError(f"labels: {printable(tree.source)} has its labels from {what}; leave one of them out")
+            what = f"--label-from {settings.label_from!r}" if settings.label_from != "auto" else "the class tars within"
+            raise UserError(f"--labels: {printable(tree.source)} has its labels from {what}; leave one of them out")
         return _from_file(images, tree, settings, builder)
     choice = _label_source(tars, images, settings, tree)
     for tar in tars:
@@ -227,13 +227,13 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
         same = all({tar.stem} >= {f.rpartition("/")[2] for f in some} for tar, some in zip(tars, folders, strict=True))
         certain += ["folder", "tar"] if one_each and not same else ["folder"]
     if len(certain) > 1:
-        raise UserError(f"{where}: labels may be from {' or '.join(certain)}; choose with `label_from`")
+        raise UserError(f"{where}: labels may be from {' or '.join(certain)}; choose with --label-from")
     if certain:
         return certain[0]
     if len(tars) == 1:
         raise UserError(
             f"{where}: its images carry no labels (neither KEY.cls nor KEY.json with a label nor class folders nor "
-            "tars of classes); give `labels`: a label file or ImageNet's devkit"
+            "tars of classes); give --labels, a label file or ImageNet's devkit"
         )
     _refuse_shards([tar.stem for tar in tars], where, settings)
     return "tar"
@@ -252,7 +252,7 @@ def _refuse_shards(stems: list[str], where: str, settings: ConvertSettings) -> N
     if part is not None and settings.label_from == "auto":
         raise UserError(
             f"{where}: {printable(part)}.tar may be a class or a part of the data set, and its images carry no labels; "
-            "choose with `label_from tar` if each tar is a class, else give `labels`"
+            "choose with --label-from tar if each tar is a class, else give --labels"
         )
 
 

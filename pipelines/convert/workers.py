@@ -244,7 +244,7 @@ def convert_task(task: ConvertTask, settings: ConvertSettings, files: list[str],
             data = read_place(path, offset, size, bool(name), settings.max_bytes)
             made = prepare_cifar(data, settings, raw) if is_cifar else prepare(data, settings, raw)
             if len(made.payload) > settings.page_size:
-                raise BadImage(f"{len(made.payload)} bytes do not fit a page of {settings.page_size} (page_size)")
+                raise BadImage(f"{len(made.payload)} bytes do not fit a page of {settings.page_size} (--page-size)")
         except BadImage as error:
             faults.append((source, str(error)))
             continue

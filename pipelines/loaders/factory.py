@@ -33,7 +33,7 @@ def open_loader(spec: LoaderSpec, backend: str = "auto", source: Source | None =
     dataset that cannot be opened.
     """
     if backend not in BACKENDS:
-        raise UserError(f"backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+        raise UserError(f"data.backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     source = open_source(spec.path, spec.one_part) if source is None else source
     if backend == "auto":
         backend, reason = _choose(spec, source)

@@ -42,11 +42,11 @@ _INSTALL = "pip install ffcv numba, with OpenCV, libjpeg-turbo and pkg-config in
 def library() -> str:
     """Path of FFCV's native library. FFCV itself is not imported: that takes seconds. Raises UserError without it."""
     if importlib.util.find_spec("numba") is None:
-        raise UserError(f"backend: ffcv needs numba, which is missing: {_INSTALL}")
+        raise UserError(f"data.backend: ffcv needs numba, which is missing: {_INSTALL}")
     package = importlib.util.find_spec("ffcv")
     found = package and importlib.machinery.PathFinder.find_spec("ffcv._libffcv", package.submodule_search_locations)
     if not found or not found.origin:
-        raise UserError(f"backend: ffcv is not installed: {_INSTALL}")
+        raise UserError(f"data.backend: ffcv is not installed: {_INSTALL}")
     return found.origin
 
 
@@ -82,7 +82,7 @@ class FfcvLoader(ThreadedLoader):
 
             native.load(path)
         except (ImportError, OSError, AttributeError, RuntimeError) as error:  # the last: numba, without a cache folder
-            raise UserError(f"backend: ffcv is installed but does not load ({error}): {_INSTALL}") from error
+            raise UserError(f"data.backend: ffcv is installed but does not load ({error}): {_INSTALL}") from error
         super().__init__(spec, source)
         self._native = native
         filters = {"bilinear": native.BILINEAR, "bicubic": native.BICUBIC, "area": native.AREA}

@@ -62,7 +62,7 @@ class ResidentLoader(LoaderBase):
         free = free_memory(self.device)
         if needed > free // 2:
             raise UserError(
-                f"backend: resident would keep {needed / 2**30:.1f} GiB of pixels on {self.device}, where "
+                f"data.backend: resident would keep {needed / 2**30:.1f} GiB of pixels on {self.device}, where "
                 f"{free / 2**30:.1f} GiB are free; choose ffcv or torch"
             )
         self._images: torch.Tensor | None = torch.from_numpy(self._read()).to(self.device)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import rng
-from pipelines.errors import UserError
+from pipelines.errors import FieldError
 from pipelines.options import opt
 
 Sizes = npt.NDArray[np.integer]
@@ -90,7 +90,7 @@ def _central(heights: Sizes, widths: Sizes, h: Sizes, w: Sizes) -> Boxes:
 
 @dataclass(frozen=True)
 class CropSpec:
-    """How boxes are drawn. Raises UserError naming `crop.FIELD` for a value out of range."""
+    """How boxes are drawn. Raises FieldError for a value out of range."""
 
     kind: str = opt("random_resized", f"one of {', '.join(KINDS)}")
     scale: tuple[float, float] = opt((0.08, 1.0), "random_resized: least and largest share of the image's area")
@@ -99,13 +99,13 @@ class CropSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"crop.kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+            raise FieldError("crop", "kind", f"{self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"crop.scale {self.scale} must be two increasing numbers in (0, 1]")
+            raise FieldError("crop", "scale", f"{self.scale} must be two increasing numbers in (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise UserError(f"crop.ratio {self.ratio} must be two increasing positive numbers")
+            raise FieldError("crop", "ratio", f"{self.ratio} must be two increasing positive numbers")
         if not 0 < self.fraction <= 1:
-            raise UserError(f"crop.fraction {self.fraction} must lie in (0, 1]")
+            raise FieldError("crop", "fraction", f"{self.fraction} must lie in (0, 1]")
 
     def boxes(self, heights: Sizes, widths: Sizes, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> Boxes:
         """Boxes int32 [B, 4] for images of these sizes at these positions of the epoch."""

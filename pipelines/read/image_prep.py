@@ -77,15 +77,17 @@ class ConvertSettings:
         choices = {"side": SIDES, "mode": MODES, "kind": KINDS, "label_from": LABEL_FROM}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
+                )
         limits = {"quality": (1, 100), "raw_share": (0, 1), "max_pixels": (1, MAX_PIXELS), "max_bytes": (1, 1 << 31)}
         if self.size is not None:
             limits["size"] = (1, MAX_SIDE)
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} {getattr(self, name)} must lie in {low}..{high}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in {low}..{high}")
         if not MIN_PAGE <= self.page_size <= MAX_PAGE or self.page_size & (self.page_size - 1):
-            raise UserError(f"page_size {self.page_size} must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
+            raise UserError(f"--page-size {self.page_size} must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
 
 
 class Prepared(NamedTuple):

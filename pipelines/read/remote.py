@@ -239,8 +239,8 @@ def _asked(url: str, action: Callable[[], T]) -> T:
 
 def _unreachable(url: str, error: Exception) -> UserError:
     return UserError(
-        f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; run the same command again: "
-        "it continues where it stopped"
+        f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; look at the address and the "
+        "network, then run the same command again: it continues where it stopped"
     )
 
 

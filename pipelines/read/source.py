@@ -43,6 +43,12 @@ def open_source(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         if os.path.exists(only) or not glob.has_magic(only):
             return _complete(only, one_part)
         paths = sorted(p for p in glob.glob(only) if not p.endswith(".json"))
+        folder = next(filter(os.path.isdir, paths), None)
+        if folder is not None:
+            raise UserError(
+                f"{printable(only)}: matches the folder {printable(folder)}; a pattern names betons. Give one image "
+                "folder (SRC/CLASS/*) by its own name"
+            )
         if not paths:
             raise UserError(f"{printable(only)}: no file matches this pattern; give betons made by `std-fast convert`")
     else:

@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        verb = self.prog.removeprefix("std-fast").strip()  # the line begins with `std-fast:` already
+        raise UserError(f"{verb}{': ' if verb else ''}{message}; see {self.prog} --help")
 
 
 class Verb(NamedTuple):

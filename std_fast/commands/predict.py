@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from pipelines.augment.device import Augment
 from pipelines.errors import DataError, UserError, printable
 from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.folder import EXTENSIONS, FileSource
+from pipelines.read.remote import is_url
 from std_fast.commands.export import trained_student
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
@@ -135,13 +137,16 @@ def list_images(given: Sequence[str]) -> list[str]:
     """
     files: list[str] = []
     for name in given:
+        if is_url(name):
+            raise UserError(f"{name}: a URL, and images are read from files alone; fetch it and name the file")
         matches = [name]
         if not os.path.lexists(name) and glob.has_magic(name):
             matches = sorted(glob.glob(name, recursive=True))
-        found = [file for match in matches for file in (_in_folder(match) if os.path.isdir(match) else [match])]
-        if not found:
-            raise UserError(f"{name}: no image is there ({' '.join(EXTENSIONS)}); name images, folders or a pattern")
-        files += found
+        found = [_in_folder(match) if os.path.isdir(match) else [match] for match in matches]
+        if not found or [] in found:
+            where = matches[found.index([])] if found else name
+            raise UserError(f"{where}: no image is there ({' '.join(EXTENSIONS)}); name images, folders or a pattern")
+        files += itertools.chain(*found)
     return list(dict.fromkeys(files))
 
 

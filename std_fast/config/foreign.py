@@ -8,7 +8,7 @@ from pipelines.errors import UserError
 from std_fast.config.schema import UnknownKey, describe
 
 FOREIGN_NAMES = {
-    "run.length": "epochs num_epochs max_epochs max_steps num_steps max_duration train_epochs",
+    "run.length": "epochs num_epochs max_epochs max_steps num_steps max_duration train_epochs budget",
     "run.batch": "batch_size train_batch_size global_batch_size per_device_train_batch_size b",
     "run.micro_batch": "grad_accum_steps gradient_accumulation_steps accumulate accum_iter accumulate_grad_batches "
     "device_train_microbatch_size",
@@ -67,8 +67,10 @@ FIELD_OF = {name: field for field, names in FOREIGN_NAMES.items() for name in na
 def explained(error: UnknownKey, recipe: type[Any]) -> UserError:
     """The error with our name of what was meant: one of another section, or a neighbour's."""
     fields = {name: text for name, _, text in describe(recipe)}
-    key = error.wanted.rpartition(".")[2].lower()
+    section, key = error.wanted.partition(".")[0].lower(), error.wanted.rpartition(".")[2].lower()
     meant = [FIELD_OF[key]] if key in FIELD_OF else [name for name in fields if name.rpartition(".")[2] == key]
+    if not meant and section in FIELD_OF:  # such as budget.foo
+        meant = [FIELD_OF[section]]
     if not meant:
         return error
     if len(meant) > 1:

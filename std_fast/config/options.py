@@ -1,8 +1,9 @@
-"""Options of a model's builder that a recipe may not set."""
+"""Values that a recipe's fields may not have: options of a model's builder, URLs where a path is meant."""
 
 from __future__ import annotations
 
-from std_fast.config.schema import require
+from pipelines.errors import FieldError
+from pipelines.read.remote import is_url
 
 OWN_PLACE = ("num_classes", "image_size", "drop_path", "name")
 """arguments that the data or other fields decide"""
@@ -10,16 +11,22 @@ LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_ov
 """arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
 
 
-def check_options(options: dict, where: str, *decided: str) -> None:
-    """UserError if a builder's options hold what has its own place, what is `decided` elsewhere, or load a file."""
+def check_local(path: str, owner: str, field: str) -> None:
+    """FieldError where a field that names a file or folder on a disk holds a URL: a path would be made of it."""
+    if is_url(path):
+        raise FieldError(owner, field, f"{path} is a URL, which only data may be; name a file or folder on a disk")
+
+
+def check_options(options: dict, owner: str, *decided: str) -> None:
+    """FieldError if a builder's options hold what has its own place, what is `decided` elsewhere, or load a file."""
     for key in (*OWN_PLACE, *decided):
-        require(key not in options, f"{where}.{key}", "has its own place; leave it out here")
-    refuse_loaders(options, where)
+        if key in options:
+            raise FieldError(owner, f"options.{key}", "has its own place; leave it out here")
+    refuse_loaders(options, owner)
 
 
-def refuse_loaders(options: dict, where: str) -> None:
-    """UserError if a builder's options would have it load something by itself."""
+def refuse_loaders(options: dict, owner: str) -> None:
+    """FieldError if a builder's options would have it load something by itself."""
     for key in LOADERS:
-        require(
-            key not in options, f"{where}.{key}", "would load a file past all checks; use `weights` and leave it out"
-        )
+        if key in options:
+            raise FieldError(owner, f"options.{key}", "would load a file past all checks; use `weights` instead")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.augment.spec import AugmentSpec
-from pipelines.errors import UserError
+from pipelines.errors import FieldError, UserError
 from pipelines.read.crops import CropSpec
 from pipelines.read.settings import Backend, ReadSettings, Resample
-from std_fast.config.durations import Duration, parse_seconds, parse_steps, parse_warmup, unkept
+from std_fast.config.durations import Duration, parse_seconds, parse_steps, parse_warmup
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
-from std_fast.config.options import check_options
+from std_fast.config.options import check_local, check_options
 from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict, write_yaml
 
 
@@ -60,7 +60,9 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
-        check_options(self.options, "student.options", "in_chans", "img_size")
+        require(bool(self.name), "student.name", "is empty; name a model, e.g. mixer_s16")
+        check_options(self.options, "student", "in_chans", "img_size")
+        check_local(self.weights, "student", "weights")
         require(
             self.drop_path_mode == "scale" or self.drop_path > 0,
             "student.drop_path_mode",
@@ -92,8 +94,11 @@ class TeacherSpec:
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
 
     def __post_init__(self) -> None:
-        check_options(self.options, "distill.teachers.options")
-        require(self.std is None or min(self.std) > 0, "distill.teachers.std", "must be positive")
+        check_options(self.options, "teacher")
+        check_local(self.weights, "teacher", "weights")
+        check_local(self.classes, "teacher", "classes")
+        if self.std is not None and min(self.std) <= 0:
+            raise FieldError("teacher", "std", "must be positive")
         object.__setattr__(self, "weights", self.weights.removeprefix("local-dir:"))  # as timm names a folder
 
 
@@ -169,6 +174,7 @@ class Distill:
             "distill.module_weights",
             "must be a number of 0 or more for each module; DeiT's token has none",
         )
+        check_local(self.target_cache, "distill", "target_cache")
         require(self.views >= 0, "distill.views", "cannot be negative; 0 shows new images in every epoch")
         require(self.top_k >= 0, "distill.top_k", "cannot be negative; 0 keeps all probabilities")
         require(
@@ -327,6 +333,9 @@ class Run:
             "run.rollback_every",
             "write epochs, steps or samples, more than nothing",
         )
+        check_local(self.out, "run", "out")
+        twice = next((name for name in self.trackers if self.trackers.count(name) > 1), "")
+        require(not twice, "run.trackers", f"{twice} stands twice; keep one")
         for name, seed in (("run.seed", self.seed), ("run.init_seed", self.init_seed)):
             require(seed is None or 0 <= seed < 2**63, name, "must be from 0 to 2^63 - 1")
         require(Duration.parse(self.length, "run.length").amount > 0, "run.length", "must be more than nothing")
@@ -351,17 +360,6 @@ class Recipe:
     optim: Optim = opt(Optim(), "")
     run: Run = opt(Run(), "")
     name: str = opt("", "filled in from the file's name")
-
-
-def unkept_durations(recipe: Recipe, steps_per_epoch: int) -> list[str]:
-    """A line for each duration that the run does not keep to."""
-    run, distill = recipe.run, recipe.distill
-    every = {"run.eval_every": run.eval_every}
-    if distill.uses_mine:
-        every["distill.mine.every"] = distill.mine.every
-    if run.not_finite == "rollback":
-        every["run.rollback_every"] = run.rollback_every
-    return list(unkept(every, recipe.optim.warmup, run.length, steps_per_epoch, run.batch))
 
 
 def load(name: str, overrides: list[tuple[str, str]] | tuple = ()) -> Recipe:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from pipelines.errors import UserError, did_you_mean
+from pipelines.errors import FieldError, UserError, did_you_mean
 from pipelines.options import opt as opt
 
 MAX_YAML = 1 << 20  # characters
@@ -76,7 +76,10 @@ def from_dict(cls: type, data: Any, where: str = "", base: Any = None) -> Any:
         factory = known[key].default_factory
         default = getattr(base, key) if base is not None else None if factory is dataclasses.MISSING else factory()
         values[key] = _convert(hints[key], value, path, default)
-    return cls(**values) if base is None else dataclasses.replace(base, **values)
+    try:
+        return cls(**values) if base is None else dataclasses.replace(base, **values)
+    except FieldError as error:
+        raise UserError(f"{where}.{error.field}: {error.reason}" if where else str(error)) from None
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:

@@ -37,6 +37,12 @@ def partner_rows(x_BD: Tensor) -> Tensor:
     return x_BD.unflatten(0, (B // 4, 2, 2)).flip(1).flatten(0, 2)
 
 
+def in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer(x)` in the dtype of x: what psi computes is no coarser where its weights are, e.g. in bfloat16."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
 class StatisticsNetwork(nn.Module):
     """psi: a 3-layer perceptron `C+P -> D -> D -> 1` with GELU that scores a pair (T_S', T_C').
 
@@ -53,11 +59,18 @@ class StatisticsNetwork(nn.Module):
 
     def score(self, hidden_ND: Tensor) -> Tensor:
         """First-layer sums `[..., D]` -> scores `[...]`."""
-        return self.fc3(F.gelu(self.fc2(F.gelu(hidden_ND)))).squeeze(-1)
+        return in_dtype_of(F.gelu(in_dtype_of(F.gelu(hidden_ND), self.fc2)), self.fc3).squeeze(-1)
 
     def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of one batch -> scores of joint pairs `[B, M]` and of marginal pairs `[B, M]`."""
-        s_BMD, c_BMD = self.fc1_s(ts_BMC), self.fc1_c(tc_BMP)
+        """Tokens of one batch -> scores of joint pairs `[B, M]` and of marginal pairs `[B, M]`.
+
+        Raises:
+            ValueError: tokens of other lengths than `dim_s` and `dim_c`; fewer than two images.
+        """
+        lengths, found = (self.fc1_s.in_features, self.fc1_c.in_features), (ts_BMC.shape[-1], tc_BMP.shape[-1])
+        if found != lengths:
+            raise ValueError(f"tokens of lengths {found}: psi was made for (dim_s, dim_c) = {lengths}")
+        s_BMD, c_BMD = in_dtype_of(ts_BMC, self.fc1_s), in_dtype_of(tc_BMP, self.fc1_c)
         return self.score(s_BMD + c_BMD), self.score(s_BMD + partner_rows(c_BMD))
 
 
@@ -134,7 +147,8 @@ class MutualInformation(nn.Module):
         self.register_buffer("log_average", torch.full((), math.nan))
 
     def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
-        """Tokens `[B, M, C]` and `[B, M, P]` -> V, a scalar, computed at least in float32 under autocast too."""
+        """Tokens `[B, M, C]` and `[B, M, P]` -> V, a scalar, computed at least in float32: under autocast too, and with
+        psi in bfloat16. Raises ValueError as `StatisticsNetwork`."""
         with torch.autocast(ts_BMC.device.type, enabled=False):
             joint_mean, log_mean = self.terms(
                 reverse_gradient(at_least_float32(ts_BMC), self.weight),

@@ -142,7 +142,8 @@ class STDModule(nn.Module):
 
     def channel_token(self, z_BPC: Tensor) -> Tensor:
         """`T_C' = MLP_C(LN([Z , T_C])) + T_C`, the MLP along the channels: `[B, P, C] -> [B, M, P]`."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace would keep the pieces of one batch size
+        # a trace would keep the pieces of one batch size, and torch.func takes operators alone
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             token_BMP = self._channel_mlp_to_compile(z_BPC)
         else:
             token_BPM = channel_mlp(z_BPC, self.token_c, self.norm_c, self.fc1_c, self.fc2_c.weight)
@@ -181,7 +182,9 @@ class STDModule(nn.Module):
         return norm(z_BPC)
 
     def forward(self, z_BPC: Tensor) -> TokenOutput:
-        """Features `[B, P, C]` -> `TokenOutput`."""
+        """Features `[B, P, C]` -> `TokenOutput`. Raises ValueError where P or C is not that of the module."""
+        if not torch.jit.is_tracing() and z_BPC.shape[1:] != (self.patches, self.dim):
+            raise ValueError(f"features {tuple(z_BPC.shape)} are not [B, patches={self.patches}, dim={self.dim}]")
         spatial = self.spatial_token(z_BPC) if self.tokens in ("both", "spatial") else None
         channel = self.channel_token(z_BPC) if self.tokens in ("both", "channel") else None
         parts = [part for part in (spatial, channel) if part is not None]

@@ -32,7 +32,7 @@ def build_classifier(name: str, num_classes: int, image_size: int, drop_path: fl
     Raises:
         UserError: an unknown name, or options that timm refuses.
     """
-    refuse_loaders(options, "options")
+    refuse_loaders(options, name)
     if name in BACKBONES:
         return build_backbone(name, num_classes, image_size, drop_path, **options)
     if drop_path:
@@ -124,7 +124,7 @@ def use_small_stem(model: nn.Module, name: str) -> nn.Module:
     from timm.models.resnet import ResNet
 
     if not isinstance(model, ResNet):
-        raise UserError(f"options.small_stem: is for timm's ResNets, and {name} is none; leave it out")
+        raise UserError(f"{name}: the option small_stem is for timm's ResNets, and {name} is none; leave it out")
     deep = isinstance(model.conv1, nn.Sequential)
     first: Any = model.conv1[0] if deep else model.conv1
     conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride=1, padding=1, bias=False)

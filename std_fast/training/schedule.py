@@ -7,7 +7,9 @@ import math
 import time
 from dataclasses import dataclass
 
-from std_fast.config.recipe import Duration, Recipe, parse_seconds, parse_warmup, unkept_durations
+from std_fast.config.durations import Duration, parse_seconds, parse_warmup, unkept
+from std_fast.config.recipe import Distill, Recipe
+from std_fast.config.schema import difference
 from std_fast.runtime.budget import Clock
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.training.optim import peak_learning_rate
@@ -116,10 +118,24 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
     return WARMUP_OF_A_BUDGET
 
 
+def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
+    """A line for each duration that the run does not keep to, and for fields that have no effect in it."""
+    run, distill = recipe.run, recipe.distill
+    every = {"run.eval_every": run.eval_every}
+    if distill.uses_mine:
+        every["distill.mine.every"] = distill.mine.every
+    if run.not_finite == "rollback":
+        every["run.rollback_every"] = run.rollback_every
+    lines = list(unkept(every, recipe.optim.warmup, run.length, steps_per_epoch, run.batch))
+    if distill.mode == "none" and (idle := difference(Distill(mode="none"), distill, "distill")):
+        lines.append(f"{', '.join(idle)}: no effect with distill.mode none")
+    return lines
+
+
 def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: World = SINGLE_PROCESS) -> Schedule:
     """The table of a recipe, its durations converted to steps; what cannot be kept is logged."""
     r, run, mine = recipe, recipe.run, recipe.distill.mine
-    for line in unkept_durations(recipe, steps_per_epoch) if world.main else ():
+    for line in unkept_settings(recipe, steps_per_epoch) if world.main else ():
         log.warning(line)
 
     def steps(duration: str) -> int:

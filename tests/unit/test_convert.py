@@ -193,7 +193,7 @@ def test_what_does_not_fit_a_page_is_refused(tmp_path: Path) -> None:
     (tmp_path / "src" / "a").mkdir(parents=True)
     save(tmp_path / "src" / "a" / "large.jpg", 0, 1200, 800)
     settings = ConvertSettings(mode="raw", page_size=1 << 21)
-    with pytest.raises(DataError, match=r"large.jpg \(2880000 bytes do not fit a page of 2097152 \(page_size\)\)"):
+    with pytest.raises(DataError, match=r"large.jpg \(2880000 bytes do not fit a page of 2097152 \(--page-size\)\)"):
         convert(str(tmp_path / "src"), str(tmp_path / "x.beton"), settings=settings)
 
 
@@ -230,7 +230,7 @@ def test_proportion_is_decided_by_a_hash_of_the_index(images: Path, tmp_path: Pa
         ({"size": 0}, "size 0 must lie in"),
         ({"quality": 101}, "quality 101 must lie in 1..100"),
         ({"raw_share": 1.5}, "raw_share"),
-        ({"page_size": 3 << 20}, "page_size 3145728 must be a power of two"),
+        ({"page_size": 3 << 20}, "page-size 3145728 must be a power of two"),
         ({"max_pixels": 1 << 40}, "max_pixels"),
     ],
 )

@@ -115,7 +115,7 @@ def test_full_image():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "centre"}, "crop.kind 'centre'.*center"),
+        ({"kind": "centre"}, "crop.kind: 'centre'.*center"),
         ({"scale": (0.0, 1.0)}, "crop.scale"),
         ({"scale": (0.5, 0.4)}, "crop.scale"),
         ({"scale": (0.5, 1.1)}, "crop.scale"),

@@ -82,14 +82,32 @@ def test_the_label_column_is_chosen_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns image, label, category is the label is not certain"):
         labels_of(text, ["a.jpg", "b.jpg"], tmp_path)
     assert labels_of(text, ["a.jpg", "b.jpg"], tmp_path, key="category") == {"a.jpg": "ant", "b.jpg": "bee"}
-    with pytest.raises(UserError, match=r"no column 'class' \(label_key\) among image, label, category"):
+    with pytest.raises(UserError, match=r"no column 'class' \(--label-key\) among image, label, category"):
         labels_of(text, ["a.jpg", "b.jpg"], tmp_path, key="class")
 
 
 def test_lines_of_other_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "std_fast"):
         assert labels_of("a.jpg 0\nb.jpg 1\nc.jpg 2\n", ["a.jpg"], tmp_path) == {"a.jpg": 0}
-    assert "2 lines name no image of the source, e.g. c.jpg" in caplog.text
+    assert "lines that name no image of the source: 2, e.g. b.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.jpg 0\nzz.jpg 1\n", "zz.jpg 1\na.jpg 0\n", "zz.jpg,1\na.jpg,0\n", "name label\na.jpg 0\nzz 1\n", "zz 1\na 0\n"],
+)
+def test_one_line_of_another_image_is_said_wherever_it_stands(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert labels_of(text, ["a.jpg"], tmp_path) == {"a.jpg": 0}
+    assert "lines that name no image of the source: 1, e.g. zz" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["# by hand\n{}", "#name,label\n{}", "{}\n# the end\n"])
+@pytest.mark.parametrize("rows", ["a.jpg,1\nb.jpg,0", "a.jpg 1\nb.jpg 0", "1\n0"])
+def test_comments_are_no_labels(text: str, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert labels_of(text.format(rows), ["a.jpg", "b.jpg"], tmp_path) == {"a.jpg": 1, "b.jpg": 0}
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -97,9 +115,10 @@ def test_lines_of_other_images_are_counted(tmp_path: Path, caplog: pytest.LogCap
     [
         (
             "a.jpg 0\nb.jpg cat\n",
-            "some labels are numbers .0. and others names .cat.; write one kind, or give `classes`",
+            "some labels are numbers .0. and others names .cat.; write one kind, or give --classes",
         ),
         ("a.jpg 0.5\nb.jpg 1\n", "label 0.5 is no class number"),
+        ("a.jpg 0x0\nb.jpg 0x1f\n", "labels such as 0x0 may be numbers or names; write decimal numbers, or give --cl"),
         ("a.jpg 0\na.jpg 1\nb.jpg 0\n", "a.jpg has two labels, 0 and 1; keep one"),
         (
             "x.jpg 0\ny.jpg 1\n",
@@ -112,7 +131,7 @@ def test_lines_of_other_images_are_counted(tmp_path: Path, caplog: pytest.LogCap
         ('{"a.jpg": 0, "b.jpg": 1}', "no line is an image's name and its label"),
         ("a.jpg\nb.jpg\n", "its lines name images, and no labels"),
         ("0\n1\n0\n", "3 lines for 2 images; give one each"),
-        ("a.jpg 1\nb.jpg 2\n", "numbers begin at 1; .* give the devkit .* or give `classes`"),
+        ("a.jpg 1\nb.jpg 2\n", "numbers begin at 1; .* give the devkit .* or give --classes"),
         ("a.jpg,7,9\nb.jpg,8,9\n", "3 columns without a header; keep name and label"),
         ("", "is empty"),
         (b"\xff\xfea\x00", "cannot be read as text"),
@@ -131,7 +150,7 @@ def test_a_name_and_label_that_could_be_cut_twice(tmp_path: Path) -> None:
 def test_numbers_as_names_of_classes() -> None:
     """Where a number is also the name of another class, neither meaning is taken."""
     assert parse_labels(["0", "1", "10"], ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], "x") == [0, 1, 10]
-    with pytest.raises(UserError, match="x: label 10 may be class number 10 or the class named '10', number 2 of `cl"):
+    with pytest.raises(UserError, match="x: label 10 may be class number 10 or the class named '10', number 2 of --cl"):
         parse_labels(["0", "1", "10"], ["0", "1", "10", "2"], "x")
     assert parse_labels(["0", "cat"], ["cat", "0"], "x") == ["0", "cat"]
     assert parse_labels(["1", "3.0", "1e1"], None, "x") == [1, 3, 10]
@@ -141,6 +160,7 @@ def test_class_lists(tmp_path: Path) -> None:
     path = tmp_path / "classes"
     for text in (
         "\ufeffgolden retriever\nant\n",
+        "# in order\ngolden retriever\nant\n",
         '["golden retriever", "ant"]',
         '\ufeff{"classes": ["golden retriever", "ant"]}',
     ):

@@ -107,7 +107,7 @@ def test_names_in_cls(tmp_path: Path) -> None:
 def test_tars_that_may_be_classes_or_shards(tmp_path: Path) -> None:
     for name in ("train-00", "train-01"):
         tar(tmp_path / "src" / f"{name}.tar", {"1.jpg": IMAGE})
-    with pytest.raises(UserError, match=r"train-00.tar may be a class or a part .* `label_from tar` .* give `labels`"):
+    with pytest.raises(UserError, match=r"train-00.tar may be a class or a part .* --label-from tar .* give --labels"):
         listed(tmp_path / "src", tmp_path)
     assert listed(tmp_path / "src", tmp_path, label_from="tar").classes == ["train-00", "train-01"]
 
@@ -115,7 +115,7 @@ def test_tars_that_may_be_classes_or_shards(tmp_path: Path) -> None:
 def test_labels_from_two_places(tmp_path: Path) -> None:
     files = {"a/1.jpg": IMAGE, "a/1.json": b'{"label": 5}', "b/2.jpg": IMAGE, "b/2.json": b'{"label": 6}'}
     tar(tmp_path / "x.tar", files)
-    with pytest.raises(UserError, match=r"x.tar: labels may be from json or folder; choose with `label_from`"):
+    with pytest.raises(UserError, match=r"x.tar: labels may be from json or folder; choose with --label-from"):
         listed(tmp_path / "x.tar", tmp_path)
     assert listed(tmp_path / "x.tar", tmp_path, label_from="json").labels.tolist() == [5, 6]
     assert listed(tmp_path / "x.tar", tmp_path, label_from="folder").classes == ["a", "b"]
@@ -219,7 +219,7 @@ def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
     src = folder(tmp_path / "src", "a/1.jpg")
     with pytest.raises(UserError, match="split 'train': only parquet and CIFAR"):
         listed(src, tmp_path, split="train")
-    with pytest.raises(UserError, match="label_from 'json': .* holds no tars"):
+    with pytest.raises(UserError, match="label-from 'json': .* holds no tars"):
         listed(src, tmp_path, label_from="json")
 
 
@@ -265,7 +265,7 @@ def test_parquet_rows_without_a_label(tmp_path: Path) -> None:
 
 def test_parquet_label_key(tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", [1, 0], column="breed")
-    with pytest.raises(UserError, match="no column label or .* among image, breed; name the right one as `label_key`"):
+    with pytest.raises(UserError, match="no column label or .* among image, breed; name the right one by --label-key"):
         listed(path, tmp_path)
     assert listed(path, tmp_path, label_key="breed").labels.tolist() == [1, 0]
 

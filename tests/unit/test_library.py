@@ -63,6 +63,29 @@ def test_a_student_in_a_loop_of_ones_own(tokens):
     assert student(x[:0]).shape == (0, K)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_student_of_another_dtype_has_mine_too(dtype):
+    student = create_student("mixer", 10, 16, mine_weight=0.1, patch_size=8, dim=16, depth=3).to(dtype)
+    output = student(torch.randn(4, 3, 16, 16, dtype=dtype))
+    assert [v.dtype for v in output.information] == [torch.promote_types(dtype, torch.float32)] * 2
+    sum(output.information).backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in student.mine.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"num_classes": 0}, "num_classes: 0 must be 1 or more; 0, for pooled features, goes with teachers=0"),
+        ({"mine_width": 0}, "mine_width: 0 must be"),
+        ({"mine_ema": 1.0}, "mine_ema: 1.0 must be"),
+        ({"token_mlp_ratio": (0.5, 0.0)}, "token_mlp_ratio: .* must be positive"),
+    ],
+)
+def test_sizes_that_no_student_has(wrong, complaint):
+    with pytest.raises(UserError, match=complaint):
+        create_student(**{"name": "mixer", "num_classes": 10, "image_size": 16, "patch_size": 8, **wrong})
+
+
 def test_placement_and_plain():
     assert create_student("mixer", K, **TINY).taps == (2, 3)
     assert create_student("mixer", K, teachers=1, taps=[1], **TINY).taps == (1,)

@@ -415,7 +415,7 @@ def test_the_sweep_runs_once_for_a_machine_and_a_dataset(beton, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "backend", "message"),
     [
-        ({}, "fast", "backend 'fast' is unknown"),
+        ({}, "fast", "data.backend: 'fast' is unknown"),
         ({"resample": "area"}, "torch", "resample: 'area'"),
         ({"resample": "area"}, "resident", "resample: 'area'"),
         pytest.param({"resample": "area"}, "dali", "resample: 'area'", marks=needs_dali),
@@ -506,7 +506,7 @@ def test_decoding_together_leaves_odd_files_to_the_host(tmp_path):
 
 def test_resident_refuses_what_does_not_fit(beton, monkeypatch):
     monkeypatch.setattr("pipelines.loaders.resident.free_memory", lambda device: 100_000)
-    with pytest.raises(UserError, match="backend: resident would keep"):
+    with pytest.raises(UserError, match="data.backend: resident would keep"):
         open_loader(training(beton), "resident")
 
 

@@ -100,6 +100,11 @@ def test_psi_learns_that_dependent_tokens_are_dependent():
         assert mine(x, torch.randn(4096, 1, 1)).item() < 0.2 * truth  # the same network on independent tokens
 
 
+def test_tokens_of_another_length_are_named():
+    with pytest.raises(ValueError, match=r"tokens of lengths \(16, 8\): psi was made for \(dim_s, dim_c\) = \(16, 9\)"):
+        MutualInformation(16, 9)(torch.zeros(4, 1, 16), torch.zeros(4, 1, 8))
+
+
 def test_a_lone_image_has_no_marginal_partner():
     with pytest.raises(ValueError, match="another image"):
         partner_rows(torch.zeros(1, 3))

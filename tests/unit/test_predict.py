@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.errors import UserError
 from pipelines.loaders.ffcv import library
 from std_fast import cli, export_run
 from std_fast.commands.predict import evaluate_export, list_images, predict_images
@@ -191,8 +192,12 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     assert list_images(["b/notes.txt", "gone.jpg"]) == ["b/notes.txt", "gone.jpg"]  # the reader names them
     for nothing in ("*.gif", "b/.git/empty"):
         Path("b/.git/empty").mkdir(exist_ok=True)
-        with pytest.raises(Exception, match="no image is there"):
+        with pytest.raises(UserError, match=f"{re.escape(nothing)}: no image is there"):
             list_images([nothing])
+    with pytest.raises(UserError, match="b/.git/empty: no image is there"):
+        list_images(["b/*.png", "b/.git/*"])
+    with pytest.raises(UserError, match="https://host/a.jpg: a URL, .* fetch it"):
+        list_images(["https://host/a.jpg"])
 
 
 @pytest.mark.parametrize(

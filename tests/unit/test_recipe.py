@@ -10,6 +10,7 @@ from std_fast.config import recipe as recipes
 from std_fast.config.foreign import FIELD_OF, FOREIGN_NAMES
 from std_fast.config.recipe import Duration, Recipe, TeacherSpec, parse_seconds, parse_warmup
 from std_fast.config.schema import describe, difference, from_dict, merge, set_dotted, to_dict
+from std_fast.training.schedule import unkept_settings
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))
@@ -66,6 +67,25 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ({"distill": {"mine": {"every": "2 samples"}}}, "distill.mine.every"),
         ({"augment": {"flip": 2}}, "augment.flip"),
         ({"data": {"crop": {"scale": [0.5]}}}, "data.crop.scale: expected 2 values, got 1"),
+        ({"data": {"crop": {"scale": [0, 2]}}}, "data.crop.scale: (0.0, 2.0) must be"),
+        ({"data": {"eval_crop": {"fraction": 2}}}, "data.eval_crop.fraction: 2.0 must lie"),
+        (
+            {"distill": {"mode": "std", "teachers": [{"name": "a"}, {"name": "b", "std": [0, 1, 1]}]}},
+            "distill.teachers.1.std: must be positive",
+        ),
+        (
+            {"distill": {"mode": "std", "teachers": [{"name": "a", "options": {"num_classes": 3}}]}},
+            "distill.teachers.0.options.num_classes: has its own place",
+        ),
+        (
+            {"distill": {"mode": "std", "teachers": [{"weights": "https://host/a.pth"}]}},
+            "distill.teachers.0.weights: https://host/a.pth is a URL, which only data may be; name a file",
+        ),
+        ({"student": {"weights": "s3://bucket/a.safetensors"}}, "student.weights: s3://bucket/a.safetensors is a URL"),
+        ({"distill": {"target_cache": "s3://bucket/a"}}, "distill.target_cache: s3://bucket/a is a URL"),
+        ({"run": {"out": "s3://bucket/a"}}, "run.out: s3://bucket/a is a URL"),
+        ({"run": {"trackers": ["tensorboard", "wandb", "wandb"]}}, "run.trackers: wandb stands twice"),
+        ({"student": {"name": ""}}, "student.name: is empty"),
         ({"data": {"hw_decoder_load": -0.1}}, "data.hw_decoder_load: -0.1"),
         ({"data": 3}, "data: expected a section"),
     ],
@@ -149,12 +169,16 @@ def test_what_is_more_than_nothing_is_at_least_a_step():
         ([("optim.warmup", "5 epochs"), ("run.length", "1 gpu-hours")], None),
         ([("run.rollback_every", "1 samples"), ("run.not_finite", "rollback")], "run.rollback_every: 1 samples is"),
         ([("run.rollback_every", "1 samples")], None),
+        (
+            [("distill.taps", "[1]"), ("distill.alpha", "0.9")],
+            "distill.taps, distill.alpha: no effect with distill.mode",
+        ),
     ],
 )
-def test_durations_that_a_run_does_not_keep_to(overrides, line):
+def test_settings_that_a_run_does_not_keep_to(overrides, line):
     plain = [("run.length", "2 epochs"), ("optim.warmup", "1 steps"), ("run.eval_every", "1 epochs")]
     recipe = recipes.load("digits_mixer", [*plain, *overrides])
-    lines = recipes.unkept_durations(recipe, 10)
+    lines = unkept_settings(recipe, 10)
     assert [] == lines if line is None else len(lines) == 1 and line in lines[0]
 
 
@@ -302,6 +326,7 @@ def test_a_recipe_of_an_earlier_version_with_teachers_needs_no_mode(tmp_path):
     [
         ("batch_size", "batch_size: unknown key; here it is run.batch (images per step over all GPUs)"),
         ("run.epochs", "run.epochs: unknown key; here it is run.length"),
+        ("budget.foo", "budget.foo: unknown key; here it is run.length ("),
         ("workers", "here it is data.threads"),
         ("training.label_smoothing", "here it is optim.smoothing"),
         ("lr", "here it is optim.lr (peak learning rate"),

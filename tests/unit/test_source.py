@@ -366,6 +366,7 @@ def test_nothing_to_open(tmp_path):
         (tmp_path / "missing", "missing: cannot be opened .No such file"),
         (tmp_path / "pipe", "pipe: cannot be opened .not a regular file"),
         (tmp_path / "x*.beton", "no file matches"),
+        (tmp_path.parent / f"{tmp_path.name[:-1]}*", f"matches the folder {tmp_path}; a pattern names betons"),
         ("nul\0byte", r"nul\\x00byte: cannot be opened"),
         (f"{tmp_path},{tmp_path}", "name several betons by one pattern"),
         ([], "the list of betons is empty"),

@@ -252,7 +252,7 @@ def test_no_tar_breaks_the_reader(changes: list[tuple[int, int]], length: int) -
 
 def test_a_tar_without_labels_asks_for_them(contents: dict, tmp_path: Path) -> None:
     tar(tmp_path / "val.tar", flat(contents))
-    with pytest.raises(UserError, match="carry no labels .* give `labels`"):
+    with pytest.raises(UserError, match="carry no labels .* give --labels"):
         list_source(str(tmp_path / "val.tar"), KEEP, str(tmp_path))
 
 

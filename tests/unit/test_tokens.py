@@ -185,6 +185,25 @@ def test_parameters_follow_the_rule_of_method_2():
     assert sum(p.numel() for p in STDModule(C, P, K).parameters()) == rule
 
 
+def test_torch_func_gives_autograds_gradients_also_image_by_image():
+    module, z_BPC = STDModule(16, 9, 5, 2).double(), torch.randn(4, 9, 16, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+
+    def loss(values, z):
+        return torch.func.functional_call(module, values, (z,)).logits.square().mean()
+
+    expected = dict(zip(parameters, torch.autograd.grad(loss(parameters, z_BPC), parameters.values()), strict=True))
+    torch.testing.assert_close(torch.func.grad(loss)(parameters, z_BPC), expected)
+    by_image = torch.func.vmap(torch.func.grad(lambda v, z: loss(v, z[None])), (None, 0))(parameters, z_BPC)
+    torch.testing.assert_close({name: g.mean(0) for name, g in by_image.items()}, expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 16), (4, 9, 15), (9, 16)])
+def test_features_of_another_shape_are_named(shape):
+    with pytest.raises(ValueError, match=r"features .* are not \[B, patches=9, dim=16\]"):
+        STDModule(16, 9, 5)(torch.zeros(shape))
+
+
 def test_refuses_impossible_sizes():
     with pytest.raises(ValueError, match="positive"):
         STDModule(0, 4, 10)

@@ -18,7 +18,7 @@ def import_dali() -> Any:
     try:
         import nvidia.dali
     except (ImportError, OSError) as error:
-        raise UserError(f"backend: dali is not installed or does not load ({error}): {INSTALL}") from error
+        raise UserError(f"data.backend: dali is not installed or does not load ({error}): {INSTALL}") from error
     return nvidia.dali
 
 
