@@ -12,6 +12,7 @@ what their operands hold.
 
     std-fast bench codegen --out benchmarks/results                 # Mixer-S16 for sm_90
     std-fast bench codegen --model resmlp_s24 --batch 512 --target sm_80
+    std-fast bench codegen --set combo_kernels=true triton.persistent_reductions=false     # what a setting would change
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, default=0.0, help="ceiling of bfloat16's products [of the target]")
     parser.add_argument("--tbps", type=float, default=0.0, help="ceiling of memory traffic, TB/s [of the target]")
     parser.add_argument("--no-teachers", action="store_true", help="leave the teachers out, which compile longest")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of inductor or AOTAutograd"
+    )
 
 
 # -- what is recorded -------------------------------------------------------------------------------------------------
@@ -98,10 +103,12 @@ class Recorder(TorchDispatchMode):
 
         def recorded(tuner: Any, *args: Any, **kwargs: Any) -> Any:
             result = run(tuner, *args, **kwargs)
-            names = list(tuner.triton_meta.get("signature", {}))
-            total = 1e9 * tuner.inductor_meta.get("kernel_num_gb", 0.0)
-            outputs = [x for name, x in zip(names, args, strict=False) if "out_ptr" in name and isinstance(x, Tensor)]
-            written = min(total, float(sum(held(x) for x in outputs)))
+            signature = list(tuner.triton_meta.get("signature", {}))
+            named = [(name, held(x)) for name, x in zip(signature, args, strict=False) if isinstance(x, Tensor)]
+            written = float(sum(size for name, size in named if "out_ptr" in name))
+            total = 1e9 * tuner.inductor_meta.get("kernel_num_gb", 0.0)  # combined kernels have no count
+            total = total or written + sum(size for name, size in named if name.startswith("in_"))
+            written = min(total, written)
             kernel = self.add(tuner.inductor_meta.get("kernel_name", tuner.fn.__name__), total - written, written)
             if not kernel.compiled:
                 kernel.compiled = configurations(tuner)
@@ -175,7 +182,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.tflops, args.tbps = args.tflops or tflops, args.tbps or tbps
     recorder = Recorder(1e12 * args.tflops, 1e12 * single, 1e12 * args.tbps)
     teachers = tuple(args.teachers)
-    with counting_bytes(), targeted(args.target), workload.workplace(args, teachers) as folder:
+    chosen, place = settings_of(args.set), workload.workplace(args, teachers)
+    with counting_bytes(), chosen, targeted(args.target), place as folder:
         with workload.built(workload.recipe_for(args, folder, ())) as plain:
             record_step(recorder, PLAIN, plain, workload.given_batch(plain))
         del plain
@@ -261,6 +269,28 @@ def counting_bytes() -> Iterator[None]:
     if not hasattr(config, "benchmark_kernel"):
         raise UserError(f"codegen: torch {torch.__version__} has no count of bytes (config.benchmark_kernel)")
     with config.patch(benchmark_kernel=True, autotune_local_cache=False):
+        yield
+
+
+@contextlib.contextmanager
+def settings_of(words: list[str]) -> Iterator[None]:
+    """Inside, NAME=VALUE holds in torch._inductor.config, or in torch._functorch.config where that has the name.
+
+    Raises:
+        UserError: neither has it, or a word has no value.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    with contextlib.ExitStack() as stack:
+        for word in words:
+            name, _, value = word.partition("=")
+            home = next((config for config in (inductor, functorch) if name in config.get_config_copy()), None)
+            if home is None or not value:
+                raise UserError(
+                    f"--set: {word!r} is not NAME=VALUE of a setting of torch._inductor or torch._functorch"
+                )
+            stack.enter_context(home.patch({name: yaml.safe_load(value)}))
         yield
 
 

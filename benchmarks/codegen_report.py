@@ -45,7 +45,7 @@ def report_of(args: argparse.Namespace, kernels: list[Kernel]) -> dict[str, Any]
         step["mfu_percent"] = harness.significant(100 * step["gflop"] / args.tflops / step["least_ms"], 3)
     rows = sorted((row_of(kernel) for inside in regions.values() for kernel in inside), key=lambda r: -r["least_us"])
     return {
-        "variant": f"{args.model}-{args.target}",
+        "variant": "-".join([args.model, args.target, *args.set]),
         "rows": rows,
         "regions": sums,
         "steps": steps,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import codegen, codegen_report, fake_gpu
+from pipelines.errors import UserError
 
 MEGA = 1_000_000
 
@@ -66,7 +67,9 @@ def test_a_report_sums_regions_and_steps():
         kernel("augmentation", 0.001, [spills]),
         kernel("teachers", 0.016),
     ]
-    args = SimpleNamespace(batch=300, tflops=790.0, model="m", target="sm_90", precision="auto", no_teachers=False)
+    args = SimpleNamespace(
+        batch=300, tflops=790.0, model="m", target="sm_90", precision="auto", no_teachers=False, set=[]
+    )
     report = codegen_report.report_of(args, kernels)
     plain, std, asked = report["steps"]
     assert (plain["least_ms"], std["least_ms"], asked["least_ms"]) == (30, 33, 50)
@@ -84,3 +87,18 @@ def test_where_no_gpu_is_one_line_says_what_is_needed(monkeypatch, capsys):
     monkeypatch.setattr(codegen.sys, "argv", ["codegen"])
     assert codegen.main() == 2
     assert "needs a GPU; STD_FAST_FAKE_GPU: /nowhere/fake-gpu is no script" in capsys.readouterr().err
+
+
+def test_settings_hold_inside_alone():
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    found = inductor.combo_kernels, inductor.triton.persistent_reductions, functorch.activation_memory_budget
+    words = ["combo_kernels=true", "triton.persistent_reductions=false", "activation_memory_budget=0.5"]
+    with codegen.settings_of(words):
+        assert inductor.combo_kernels is True and inductor.triton.persistent_reductions is False
+        assert functorch.activation_memory_budget == 0.5
+    assert found == (inductor.combo_kernels, inductor.triton.persistent_reductions, functorch.activation_memory_budget)
+    for wrong in ("combo_kernels", "no_such_setting=1"):
+        with pytest.raises(UserError, match=f"--set: '{wrong}' is not NAME=VALUE"), codegen.settings_of([wrong]):
+            pass
