@@ -7,6 +7,7 @@ every (setting, student, initialisation). Killed at any moment and called again,
     std-fast bench evidence --size cpu --data IMAGENETTE --teachers teachers --work WORK
     std-fast bench evidence --work WORK --out benchmarks/results     # collects: tables, JSON, figure
     std-fast bench evidence --from benchmarks/results/FILE.json --out AGAIN     # shows and draws a stored result
+    std-fast bench evidence --size gpu --keep RESULTS.json --minutes 9 ...      # on machines that lose their disks
 
 IMAGENETTE holds train/WNID/* and val/WNID/*. Sizes: `gpu` (C 512), `cpu` (C 64 and C 128, about 16 hours of a core),
 `short` (C 64, fewer epochs, hard labels only, about an hour of a core), `smoke` (seconds; tries the machinery).
@@ -36,7 +37,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.study import Children, Study, collect, measure_costs
+from benchmarks.study import Children, Study, collect, measure_costs, restore
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
 from pipelines.errors import UserError
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores [1]")
     parser.add_argument("--only", default="*", help="pattern of job names; what they need is done too")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then stop, saved; call again to continue")
+    parser.add_argument(
+        "--keep", metavar="FILE", help="results are written there after each run; a run that is in it is not made again"
+    )
     parser.add_argument("--list", action="store_true", help="only name the jobs and whether they are done")
     parser.add_argument("--from", dest="stored", metavar="FILE", help="a stored result: show and draw it again")
     parser.add_argument(
@@ -77,18 +81,34 @@ def run(args: argparse.Namespace) -> harness.Report:
     }
     settings = {"size": "cpu", "teachers": os.path.abspath("teachers"), "precision": "auto"} | known
     settings |= {name: value for name, value in wanted.items() if value}
-    study = Study(settings["size"], work, settings["data"], settings["teachers"], settings["precision"])
+    source, teachers, precision = settings["data"], settings["teachers"], settings["precision"]
+    study = Study(settings["size"], work, source, teachers, precision, args.device)
     if args.costs:
         measure_costs(study, args)
         return {"rows": []}
     if args.list:
         return {"variant": study.name, "listed": {job: study.done(job) for job in study.jobs}, "rows": []}
-    if args.data is not None:
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomic(record, json.dumps(settings))
-        jobs = max(1, args.jobs)
-        study.work_off(jobs, args.only, time.monotonic() + 60 * args.minutes, Children(jobs))
-    return collect(study) | {"rows": []}
+    if args.data is None:
+        return collect(study) | {"rows": []}
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomic(record, json.dumps(settings))
+    left = work_off(study, args)
+    return collect(study) | {"rows": [], "left": left}
+
+
+def work_off(study: Study, args: argparse.Namespace) -> list[str]:
+    """The jobs that are left when the time is over, or when a signal came."""
+    keep = Path(args.keep) if args.keep else None
+    if keep is not None and keep.is_file():
+        restore(study, json.loads(keep.read_text(encoding="utf-8")))
+    about = {"question": "evidence", "rows": [], "conditions": harness.conditions(args.device)}
+
+    def after_each() -> None:
+        if keep is not None:
+            write_atomic(keep, json.dumps(about | collect(study), indent=1))
+
+    jobs, until = max(1, args.jobs), time.monotonic() + 60 * args.minutes
+    return study.work_off(jobs, args.only, until, Children(jobs), after_each)
 
 
 def show_any(report: harness.Report) -> str:

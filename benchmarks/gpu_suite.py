@@ -11,6 +11,10 @@ anew; CODE is a digest of the project's Python files. A piece whose result is th
 taken again; one that failed or was cut off comes after those that have not been tried. --known FOLDER reads results
 from there too, where --out starts empty. `gpu_suite.log` holds the output of the pieces.
 
+--study IMAGENETTE TEACHERS WORK makes the study a piece, of up to nine minutes: its runs are in WORK, where the next
+piece continues; those that are done are also in `study-CARD.json` beside the results, and are not made again on
+another disk, whatever code made them (examples/imagenet_teachers.py makes TEACHERS).
+
 --caches FOLDER keeps what inductor and Triton compile, so that a second call starts warm. A folder that a fake GPU
 filled for sm_90 serves a real one in part: Triton's kernels are found by their source and target, while inductor's
 graphs carry the name of the card in their key and are compiled anew; what it chose without a clock (*.best_config)
@@ -25,13 +29,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +90,12 @@ PARTS = (
     bench("options", "--model", "cyclemlp_b1", "--batch", "512", name="options cyclemlp_b1", expected=150),
     bench("compile", "--limit", "80", expected=150),
     bench("mine_gaussians", expected=60),
+    Part("study", ("benchmarks.evidence", "--size", "gpu"), expected=120, limit=540),
 )
+UNFINISHED = "to be continued"
+SMOKE_RUN = "C-16-plain-0"
+SAVING = 40
+"""seconds that a piece has to end in, from a signal on: a run of the study is saved"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,18 +107,23 @@ def main(argv: list[str] | None = None) -> int:
             if "report" in one:
                 print(harness.write(one["report"], Path(args.out)))
         return 0
-    device, parts = args.device, [part for part in PARTS if args.only is None or part.name in args.only]
+    folder, device = Path(args.out), args.device
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in PARTS if part.name in (args.only or [part.name])]
+    if not args.study:
+        parts = [part for part in parts if part.name != "study"]
+        harness.progress("study: left out, --study does not say where its images are")
     if args.smoke:
         words = ("--smoke", *(("--device", device) if device != "auto" else ()))
         one_of_each: dict[str, Part] = {}
         for part in parts:
             if part.question:
-                one_of_each.setdefault(part.question, Part(part.question, (part.words[0], *words), part.expected))
+                one_of_each.setdefault(part.question, replace(part, name=part.question, words=(part.words[0], *words)))
         parts = list(one_of_each.values())
+    tiny = "-smoke" if args.smoke else ""
+    parts = [with_study(part, args, f"study-{card()}{tiny}.json") for part in parts]
     keep_caches(args.caches)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu_suite-{card()}-{code()}{'-smoke' if args.smoke else ''}.json"
+    path = folder / f"gpu_suite-{card()}-{code()}{tiny}.json"
     found = results(path) or results(Path(args.known or folder) / path.name)
     try:
         beside = harness.cores() if args.smoke and device != "cuda" else 1
@@ -119,7 +134,19 @@ def main(argv: list[str] | None = None) -> int:
                 choice.unlink(missing_ok=True)
     print(table(found))
     tried = [found[part.name] for part in parts if part.name in found]
-    return 0 if all(one["state"] == "ok" for one in tried) else 1
+    return 0 if all(one["state"] in ("ok", UNFINISHED) for one in tried) else 1
+
+
+def with_study(part: Part, args: argparse.Namespace, name: str) -> Part:
+    """The piece with the study's folders, where it is the study; `name`: of the file that keeps its runs."""
+    if part.question != "evidence":
+        return part
+    keep, known = Path(args.out) / name, Path(args.known or args.out) / name
+    if known.is_file() and not keep.exists():
+        shutil.copyfile(known, keep)
+    images, teachers, work = map(os.path.abspath, args.study)
+    words = ("--data", images, "--teachers", teachers, "--work", work, "--keep", os.path.abspath(keep))
+    return replace(part, words=(*part.words, *words, *(("--only", SMOKE_RUN) if args.smoke else ())))
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
@@ -131,6 +158,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PIECE", choices=[p.name for p in PARTS], help="these pieces")
     parser.add_argument("--known", metavar="FOLDER", help="results are looked for there, if --out has none")
     parser.add_argument("--caches", metavar="FOLDER", help="what is compiled stays there [where torch keeps it]")
+    parser.add_argument(
+        "--study", nargs=3, metavar=("IMAGENETTE", "TEACHERS", "WORK"), help="folders; with them, the study is a piece"
+    )
     parser.add_argument("--split", metavar="FILE", help="only write each report of this file to --out")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cuda"), default="auto", help="of --smoke [the CPU]")
@@ -203,6 +233,8 @@ def results(path: Path) -> dict[str, dict[str, Any]]:
 def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     """Runs a part; returns its state, seconds, and report or last lines."""
     words = [sys.executable, "-m", *part.words] + (["--json"] if part.question else [])
+    if part.question == "evidence":
+        words += ["--minutes", f"{max(limit - SAVING, 0) / 60:.2f}"]
     began = time.monotonic()
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -212,22 +244,32 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     try:
         out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-        out, said = process.communicate()
+        out, said = end(process)
         state = f"ran past its limit of {limit:.0f} s"
     except BaseException:  # this call is ended: so is the piece, which leaves no result
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         raise
     with open(folder / "gpu_suite.log", "a", encoding="utf-8") as file:
         file.write(f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
     if not state and process.returncode == 0 and part.question:
         try:
-            return {"state": "ok", **result, "report": harness.printed_report(out)}
+            report = harness.printed_report(out)
+            return {"state": UNFINISHED if report.get("left") else "ok", **result, "report": report}
         except ValueError:
             state = "wrote no report"
     state = state or ("ok" if process.returncode == 0 else f"exit code {process.returncode}")
     return {"state": state, **result, "said": f"{said}\n{out}".strip().splitlines()[-5:]}
+
+
+def end(process: subprocess.Popen) -> tuple[str, str]:
+    """Ends a piece with the processes that it has started; returns what it has written."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=SAVING)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 def save(path: Path, found: Mapping[str, dict[str, Any]]) -> None:
@@ -239,9 +281,10 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
     """A line for each part, and one for each of its rows and ratios."""
     lines = []
     for name, one in found.items():
+        report = one.get("report", {})
         lines.append(f"{name}: {one['state']}" + (f", {one['seconds']} s" if "seconds" in one else ""))
         lines += [f"    {line}" for line in one.get("said", ())]
-        report = one.get("report", {})
+        lines += [f"    {len(report['runs'])} runs are done, {len(report['missing'])} left"] if "runs" in report else []
         for row in report.get("rows", ()):
             keys = (
                 *("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor"),

@@ -34,6 +34,7 @@ from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.build import Parts, build
 
 TARGETS = "targets"
+COLLECTED = "collected.json"  # in the folder of a run that another machine made
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class Study:
         teachers: folder of the teachers' weights.
     """
 
-    def __init__(self, size: str, work: Path, source: str, teachers: str, precision: str = "auto") -> None:
-        self.name, self.size, self.work, self.precision = size, SIZES[size], work, precision
+    def __init__(
+        self, size: str, work: Path, source: str, teachers: str, precision: str = "auto", device: str = "auto"
+    ) -> None:
+        self.name, self.size, self.work = size, SIZES[size], work
+        self.precision, self.device = precision, device
         self.source, self.teachers = Path(source), Path(teachers)
         self.jobs = {job.name: job for job in self._jobs()}
 
@@ -138,7 +142,8 @@ class Study:
                 distill["taps"] = [size.students[student]["student"]["options"]["depth"]]
             if setting.labels == OTHER or job == TARGETS:
                 distill |= size.soft
-        return merged(size.common, size.students[student], common, {"distill": distill})
+        on = {"run": {"device": self.device}}
+        return merged(on, size.common, size.students[student], common, {"distill": distill})
 
     # -- what later jobs follow from ----------------------------------------------------------------------------------
 
@@ -156,8 +161,10 @@ class Study:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def work_off(self, jobs: int, only: str, until: float, children: Children) -> bool:
-        """Runs what is not done, in order, `jobs` at a time; returns whether all of it is done.
+    def work_off(
+        self, jobs: int, only: str, until: float, children: Children, after_each: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """Runs what is not done, in order, `jobs` at a time; returns the jobs that are left.
 
         Raises:
             UserError: at the end, naming the jobs that failed.
@@ -182,12 +189,13 @@ class Study:
                     logs = ", ".join(str(self.out(job) / "log.txt") for job in sorted(failed))
                     raise UserError(f"--work: {len(failed)} jobs failed; look into {logs}, then call again")
                 if not running:
-                    return all(self.done(j) for j in wanted)
+                    return [j for j in wanted if not self.done(j)]
                 for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     job, code = running.pop(future), future.result()
-                    if code not in (0, STOPPED):
+                    if code not in (0, STOPPED) and not children.stopped:
                         failed.add(job)
                     harness.progress(f"{job}: {'done' if code == 0 else f'exit code {code}, see its log'}")
+                    after_each()
                 if time.monotonic() > until:
                     children.stop()
 
@@ -249,7 +257,7 @@ def measure_costs(study: Study, args: argparse.Namespace) -> None:
             recipe = study._student(
                 Setting(setting.distill | loss, setting.labels), student, "costs", 0, f"{study.size.epochs} epochs"
             )
-            path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+            path.write_text(yaml.safe_dump(merge(recipe, study.size.costs)), encoding="utf-8")
             parts[cost_name(student, name)] = build(recipes.load(str(path)))
     try:
         times = harness.measure({name: one_step(p) for name, p in parts.items()}, args)
@@ -270,7 +278,12 @@ def collect(study: Study) -> harness.Report:
     runs = []
     for job in study.jobs.values():
         folder = study.out(job.name)
-        if not study.done(job.name) or job.verb == "costs":
+        if job.verb == "costs":
+            continue
+        if (folder / COLLECTED).is_file():
+            runs.append(json.loads((folder / COLLECTED).read_text(encoding="utf-8")))
+            continue
+        if not study.done(job.name):
             continue
         run = {"job": job.name, "verb": job.verb, **job.about, "summary": study.summary(job.name)}
         if job.verb == "train":
@@ -290,6 +303,21 @@ def collect(study: Study) -> harness.Report:
         "costs": json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else None,
         "missing": [job for job in study.jobs if not study.done(job)],
     }
+
+
+def restore(study: Study, report: harness.Report) -> None:
+    """Takes what `collect` found on another disk as done, but for the targets themselves, which it does not hold."""
+    for run in report["runs"]:
+        folder = study.out(run["job"])
+        if run["job"] not in study.jobs or study.done(run["job"]):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("summary", "predictions") if run["verb"] == "train" else ():
+            write_atomic(folder / f"{name}.json", json.dumps(run[name]))
+        write_atomic(folder / COLLECTED, json.dumps(run))
+    if report["costs"] and not study.done(COSTS.name):
+        study.out(COSTS.name).mkdir(exist_ok=True)
+        write_atomic(study.out(COSTS.name) / "costs.json", json.dumps(report["costs"]))
 
 
 class Children:

@@ -60,6 +60,8 @@ class Size:
     """length of the runs that choose the other loss; 0: nothing is chosen"""
     cost_turns: int = 31
     """how often a step of each setting is timed, in turns"""
+    costs: Overrides = field(default_factory=dict)
+    """of the recipes whose steps are timed"""
     soft: Overrides = field(default_factory=lambda: {"labels": "soft", "temperature": 2.0, "top_k": 9})
     """how the targets are stored; hard labels are read from the same files"""
 
@@ -78,7 +80,12 @@ ON_A_CPU: Overrides = {
 }
 SIZES = {
     "gpu": Size(
-        common={"base": "imagenette_mixer", "run": {"batch": 256, "eval_every": "2 epochs"}},
+        common={
+            "base": "imagenette_mixer",
+            "data": {"backend": "resident"},
+            "run": {"batch": 256, "eval_every": "2 epochs", "compile": "off"},  # a run has 1,000 steps
+        },
+        costs={"run": {"compile": "inductor"}},
         teachers=TEACHERS,
         students={"C 512": mixer(512)},
         inits={"C 512": (0, 1, 2, 3)},
@@ -105,7 +112,7 @@ SIZES = {
         common={
             "base": "imagenette_mixer",
             "data": {"image_size": 32, "threads": 1, "backend": "torch"},
-            "run": {"batch": 4, "eval_every": "1 epoch", "log_every": 1, "device": "cpu"},
+            "run": {"batch": 4, "eval_every": "1 epoch", "log_every": 1},
         },
         teachers=("test_resnet", "test_efficientnet"),
         students={

@@ -57,3 +57,22 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
     for name, tensor in first.items():
         same = torch.equal(tensor.reshape(-1).view(torch.uint8), second[name].reshape(-1).view(torch.uint8))
         assert same, f"{name} differs"
+
+
+def small_study(folder: Path, images: Path) -> list[str]:
+    """What the evidence study of size smoke needs, made in `folder`: its images, the same for training and validation,
+    and two teachers of random weights; their folders."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from benchmarks.study_sizes import SIZES
+
+    for part in ("train", "val"):
+        (folder / "imagenette").mkdir(parents=True, exist_ok=True)
+        (folder / "imagenette" / part).symlink_to(images.resolve())
+    (folder / "teachers").mkdir()
+    for name in SIZES["smoke"].teachers:
+        torch.manual_seed(0)
+        save_file(timm.create_model(name, num_classes=3).state_dict(), folder / "teachers" / f"{name}.safetensors")
+    return [str(folder / "imagenette"), str(folder / "teachers")]

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 import yaml
-from safetensors.torch import save_file
 
 from benchmarks import evidence, harness, study_sizes
 from benchmarks import study as studies
 from benchmarks.study_data import pack, unpack
 from benchmarks.study_report import Group, difference, mcnemar
 from tests.killing import Child
+from tests.small_runs import small_study
 
 
 class Forked(studies.Children):
@@ -44,32 +42,20 @@ def evidence_main(*argv: str) -> None:
     sys.exit(evidence.command(list(argv)))
 
 
-@pytest.fixture
-def source(image_folder, tmp_path):
-    """Imagenette's layout, with the same images for training and validation, and two teachers of random weights."""
-    folder = tmp_path / "imagenette"
-    folder.mkdir()
-    for part in ("train", "val"):
-        (folder / part).symlink_to(image_folder)
-    (tmp_path / "teachers").mkdir()
-    for name in study_sizes.SIZES["smoke"].teachers:
-        torch.manual_seed(0)
-        save_file(timm.create_model(name, num_classes=3).state_dict(), tmp_path / "teachers" / f"{name}.safetensors")
-    return folder
-
-
-def test_a_study_stopped_and_gone_on_with(source, tmp_path, capsys):
+def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     work = tmp_path / "work"
     work.mkdir()
-    known = {"size": "smoke", "data": str(source), "teachers": str(tmp_path / "teachers"), "precision": "auto"}
+    source, teachers = small_study(tmp_path, image_folder)
+    known = {"size": "smoke", "data": source, "teachers": teachers, "precision": "auto"}
     (work / "study.json").write_text(json.dumps(known))
-    study = studies.Study("smoke", work, known["data"], known["teachers"])
+    study = studies.Study("smoke", work, source, teachers, device="cpu")
     forever = time.monotonic() + 1e6
     first = Forked(stop_after=3)
-    assert not study.work_off(1, "*", forever, first)
+    assert len(study.work_off(1, "*", forever, first)) == len(study.jobs) - 3
     assert sum(study.done(job) for job in study.jobs) == len(first.commands) == 3
-    rest = Forked()
-    assert study.work_off(1, "*", forever, rest)
+    rest, seen = Forked(), []
+    assert study.work_off(1, "*", forever, rest, lambda: seen.append(len(studies.collect(study)["runs"]))) == []
+    assert seen[0] == 4 and seen[-1] == len(study.jobs) - 1  # what is known after each job; costs are no run
     assert len(first.commands) + len(rest.commands) == len(study.jobs) == 1 + 4 + 1 + 2 * 5
 
     report = studies.collect(study) | {"conditions": harness.conditions(), "missing": []}
@@ -94,6 +80,13 @@ def test_a_study_stopped_and_gone_on_with(source, tmp_path, capsys):
     assert predictions["macs"] > plain["predictions"]["macs"] > 0
     held_out = std["evaluations"][-1]
     assert held_out["images"] == 3 and held_out["samples"] == 20
+
+    # Another disk, and only what was collected: nothing is missing there but the targets, which all is done without.
+    other = studies.Study("smoke", tmp_path / "other", source, teachers, device="cpu")
+    studies.restore(other, json.loads(json.dumps(report)))
+    again = studies.collect(other)
+    assert again["missing"] == ["targets"] and again["seconds_per_sample"] == costs
+    assert again["runs"] == report["runs"] and other.other_loss() == study.other_loss()
 
     stored = tmp_path / "stored.json"
     stored.write_text(json.dumps(report))

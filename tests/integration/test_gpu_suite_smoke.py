@@ -6,16 +6,22 @@ import subprocess
 import sys
 
 from benchmarks import gpu_suite, harness
+from tests.small_runs import small_study
 
 
-def test_smoke_runs_every_benchmark(tmp_path):
-    words = [sys.executable, "-m", "benchmarks.gpu_suite", "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(words, cwd=harness.ROOT, capture_output=True, text=True, timeout=400)
+def test_smoke_runs_every_benchmark(image_folder, tmp_path):
+    study = [*small_study(tmp_path, image_folder), str(tmp_path / "work")]
+    words = [sys.executable, "-m", "benchmarks.gpu_suite", "--smoke", "--out", str(tmp_path), "--study", *study]
+    done = subprocess.run(words, cwd=harness.ROOT, capture_output=True, text=True, timeout=900)
     log = (tmp_path / "gpu_suite.log").read_text()
     assert done.returncode == 0, done.stdout + log
     (path,) = tmp_path.glob("gpu_suite-*-smoke.json")
     found = json.loads(path.read_text())
     assert set(found["parts"]) == {part.question for part in gpu_suite.PARTS if part.question}
+    runs = found["parts"].pop("evidence")["report"]["runs"]
+    assert [run["job"] for run in runs] == [gpu_suite.SMOKE_RUN] and runs[0]["predictions"]["labels"]
+    (kept,) = tmp_path.glob("study-*-smoke.json")
+    assert json.loads(kept.read_text())["runs"] == runs
     for name, part in found["parts"].items():
         report = part["report"]
         assert part["state"] == "ok" and report["question"] == name

@@ -19,6 +19,7 @@ from benchmarks import fake_gpu, gpu_suite, harness, workload
 from benchmarks.harness import ROOT
 from std_fast.runtime import checkpoint
 from tests.rehearsal import steps
+from tests.small_runs import small_study
 
 VALUES, COMPILES = {"FAKE_GPU_VALUES": "1"}, {"FAKE_GPU_VALUES": "compile"}
 LIMIT = 1200.0  # seconds that any command may take
@@ -200,7 +201,8 @@ def steady_steps(g: Ground) -> None:
 def suite_stopped_and_resumed(g: Ground) -> None:
     """Every benchmark of the suite at tiny sizes; SIGTERM once the first has its result; then calls until all are."""
     log, folder = g.folder / "suite.log", g.folder / "suite"
-    words = f"--smoke --device cuda --minutes 11 --out {folder}"
+    study = [*small_study(g.folder / "study", g.folder / "images"), str(g.folder / "study" / "work")]
+    words = f"--smoke --device cuda --minutes 11 --out {folder} --study {shlex.join(study)}"
     first = g.start(words, log, VALUES, "benchmarks.gpu_suite")
     until = time.monotonic() + LIMIT
     while first.poll() is None and time.monotonic() < until and not list(folder.glob("*.json")):
