@@ -124,14 +124,16 @@ def create_teachers(
     from std_fast.teachers.classes import wrong_classes
     from std_fast.teachers.teacher import Teacher, Teachers, build_teacher
 
-    if not teachers:
-        raise UserError("teachers: is empty; name at least one")
+    if not teachers or isinstance(teachers, str):
+        raise UserError("teachers: is empty; name at least one" if not teachers else "teachers: give a list, [NAME]")
+    if temperature is not None and not temperature > 0:
+        raise UserError(f"temperature: {temperature} must be above 0")
     built = []
     for i, teacher in enumerate(teachers):
         if isinstance(teacher, nn.Module):
             if (found := getattr(teacher, "num_classes", num_classes)) != num_classes:
                 raise UserError(wrong_classes(f"teachers.{i}", found, num_classes))
-            built.append(Teacher(teacher, mean, std, mean, std))
+            built.append(Teacher(teacher, mean, std, mean, std, num_classes=num_classes))
             continue
         if isinstance(teacher, str):
             folder = Path(teacher).is_dir()

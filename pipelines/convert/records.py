@@ -46,12 +46,17 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
         local = tree.local(entry, entry.name)
         number = builder.file(local)
         data = np.memmap(local, np.uint8, "r").reshape(-1, record)
-        for i, label in enumerate(data[:, record - CIFAR_PIXELS - 1].tolist()):
+        labels = data[:, record - CIFAR_PIXELS - 1]
+        if labels.max() >= (100 if hundred else 10):
+            raise UserError(
+                f"{printable(path)}: has label {labels.max()}, so it is no file of CIFAR; download it again"
+            )
+        for i, label in enumerate(labels.tolist()):
             offset = i * record + record - CIFAR_PIXELS
             builder.add(f"{entry.name}/{i}", label, number, offset, CIFAR_PIXELS, entry.stamp)
     names_file = "fine_label_names.txt" if hundred else "batches.meta.txt"
     classes = None
-    for entry in tree.children() if len(entries) > 1 or settings.split else []:
+    for entry in tree.children():
         if entry.name == names_file:  # one name a line, the last line empty
             lines = read_text(tree.local(entry, entry.name)).splitlines()
             classes = [line.strip() for line in lines if line.strip()]

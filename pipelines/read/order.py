@@ -81,17 +81,17 @@ class BatchSampler:
         if self.n < 1:
             raise UserError("the dataset is empty: give one with at least one sample")
         if batch < 1 or batch % world:
-            raise UserError(f"batch {batch} must be a positive multiple of the number of processes, {world}")
+            raise UserError(f"run.batch: {batch} must be a positive multiple of the number of processes, {world}")
         if self.drop_last and self.local_batch % 2:
             raise UserError(
-                f"batch {batch} over {world} process(es) must be even on each, because neighbours are mixed: "
+                f"run.batch: {batch} over {world} process(es) must be even on each, because neighbours are mixed: "
                 f"take {batch + world}"
             )
         if self.drop_last and batch > self.n:
             unit = 4 * world  # a recipe's batch is a multiple of 4 on each process
             most = self.n // unit * unit
             fix = f"take at most {most}" if most else f"give at least {unit} samples"
-            raise UserError(f"batch {batch} is larger than the dataset ({self.n} samples): {fix}")
+            raise UserError(f"run.batch: {batch} is larger than the dataset ({self.n} samples): {fix}")
 
     @property
     def local_batch(self) -> int:

@@ -6,11 +6,12 @@ Imports nothing heavy, as all modules `*_verbs.py`: `std-fast --help` starts at 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from pipelines.errors import UserError
@@ -83,24 +84,34 @@ def split_overrides(words: list[str], options: Collection[str] = ()) -> tuple[li
     return own, overrides
 
 
-def show(args: argparse.Namespace, data: dict, text: str, kept: str = "") -> None:
-    """One JSON document on standard output with --json, otherwise the text. A reader that has left is no error.
+@contextlib.contextmanager
+def printing(kept: str = "") -> Iterator[None]:
+    """The block prints to standard output, and a reader that has left is no error.
 
     Args:
-        kept: the file that also holds it. Output that cannot be written is then only a warning.
+        kept: the file that also holds what is printed. Output that cannot be written is then only a warning.
 
     Raises:
         UserError: standard output cannot be written.
     """
     try:
-        print(json.dumps(data, indent=1) if args.json else text, flush=True)
+        yield
+        sys.stdout.flush()
     except OSError as error:
+        if error.filename is not None:  # of another file
+            raise
         settle(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return
         if not kept:
             raise UserError(output_lost(error)) from None
         say(f"{output_lost(error)}; what it lost is in {kept}")
+
+
+def show(args: argparse.Namespace, data: dict, text: str, kept: str = "") -> None:
+    """One JSON document on standard output with --json, otherwise the text; see `printing`."""
+    with printing(kept):
+        print(json.dumps(data, indent=1) if args.json else text)
 
 
 def output_lost(error: OSError) -> str:

@@ -22,6 +22,10 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
     if images < 4:
         raise UserError("--images: must be 4 or more")
     device = pick_device(recipe.run.device)
-    with open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device) as loader:
+    try:
+        opened = open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device)
+    except UserError as error:
+        raise UserError(str(error).replace("run.batch:", "--images:", 1)) from None
+    with opened as loader:
         mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
         contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)

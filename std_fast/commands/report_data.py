@@ -61,12 +61,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """Raises UserError for a folder that holds no run."""
     runs: list[RunData] = []
     for i, folder in enumerate(folders):
+        recipe, found = read_saved(folder), folder / "summary.json"
         try:
-            recipe = read_saved(folder)
-            found = folder / "summary.json"
             summary = read_json(found) if found.is_file() else {}
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: cannot be read ({error})") from None
+            raise UserError(f"{found}: cannot be read ({error}); restore or remove it") from None
         records = [r for r in read_jsonl(folder / "metrics.jsonl") if isinstance(r, dict) and number(r.get("step"))]
         name = folder.resolve().name
         if name in (other.name for other in runs):

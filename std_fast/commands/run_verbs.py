@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from std_fast.commands.arguments import Parser, Verb, add_json, show
+from std_fast.commands.arguments import Parser, Verb, add_json, printing, show
 
 
 def add_eval(parser: Parser) -> None:
@@ -55,23 +55,25 @@ def predict(args: argparse.Namespace) -> int:
     images: list[dict] = []
     faults: list[str] = []
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    if args.csv:
-        writer.writerow(["image", "rank", "label", "name", "words", "probability"])
-    for path, guesses in predict_images(Path(args.model), args.images, args.top, args.backend):
-        if not guesses:
-            faults.append(path)
-        elif args.json:
-            images.append({"image": path, "classes": [guess._asdict() for guess in guesses]})
-        elif args.csv:
-            rows = enumerate(guesses, 1)
-            writer.writerows([path, rank, g.label, g.name, g.words, f"{g.probability:.6f}"] for rank, g in rows)
-        else:
-            print(printable(path))
-            width = max(len(guess.name) for guess in guesses)
-            for g in guesses:
-                print(f"  {100 * g.probability:6.2f} %  {g.label:5}  {g.name:<{width}}  {g.words}".rstrip())
-    if args.json:
-        print(json.dumps({"model": args.model, "images": images, "not_images": faults}, indent=1))
+    found = predict_images(Path(args.model), args.images, args.top, args.backend)
+    with printing():
+        if args.csv:
+            writer.writerow(["image", "rank", "label", "name", "words", "probability"])
+        for path, guesses in found:
+            if not guesses:
+                faults.append(path)
+            elif args.json:
+                images.append({"image": path, "classes": [guess._asdict() for guess in guesses]})
+            elif args.csv:
+                rows = enumerate(guesses, 1)
+                writer.writerows([path, rank, g.label, g.name, g.words, f"{g.probability:.6f}"] for rank, g in rows)
+            else:
+                print(printable(path))
+                width = max(len(guess.name) for guess in guesses)
+                for g in guesses:
+                    print(f"  {100 * g.probability:6.2f} %  {g.label:5}  {g.name:<{width}}  {g.words}".rstrip())
+        if args.json:
+            print(json.dumps({"model": args.model, "images": images, "not_images": faults}, indent=1))
     return 2 if faults else 0
 
 

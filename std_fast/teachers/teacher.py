@@ -66,9 +66,10 @@ class Teacher(nn.Module):
         student_std: Triple,
         image_size: int | None = None,
         classes: Sequence[int] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.image_size = model, image_size
+        self.model, self.image_size, self.num_classes = model, image_size, num_classes
         self.dtype = next((p.dtype for p in model.parameters()), torch.float32)  # of the first layer
         self.same = tuple(mean) == tuple(student_mean) and tuple(std) == tuple(student_std)
         # (x * s_std + s_mean - mean) / std as one multiplication and one addition
@@ -93,6 +94,11 @@ class Teacher(nn.Module):
                 size = (self.image_size, self.image_size)
                 images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
             logits = self.model(images.to(self.dtype))
+            if self.num_classes is not None and logits.shape[1:] != (self.num_classes,):
+                shape = list(logits.shape)
+                raise UserError(
+                    f"teachers: one gives logits of shape {shape}, not [B, {self.num_classes}]; fix its head"
+                )
             return logits if self.classes is None else logits.index_select(1, self.classes)
 
 

@@ -63,6 +63,13 @@ def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys, pol
     assert code == 0 and png.read_bytes().startswith(b"\x89PNG") and str(png) in out
 
 
+def test_a_sheet_of_more_images_than_there_are(image_folder, tmp_path, capsys):
+    code, _, err = run(
+        capsys, "preview", "digits_mixer", "--data.train", image_folder, "--out", tmp_path / "p.png", "--images", 64
+    )
+    assert code == 2 and "std-fast: --images: 64 is larger than the dataset (24 samples): take at most 24" in err
+
+
 def test_info_and_recipes(capsys):
     code, out, _ = run(
         capsys,

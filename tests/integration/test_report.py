@@ -145,6 +145,10 @@ def test_what_is_missing_is_said_or_left_out(runs, tmp_path):
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert data["png"] == [] and "No predictions: " in "".join(page.text)
     assert "holds no complete checkpoint" in "".join(page.text)
+    (bare / "summary.json").write_text("")
+    with pytest.raises(UserError, match=r"bare/summary.json: cannot be read \(.*; restore or remove it"):
+        report.write_report([bare], tmp_path / "out")
+    (bare / "summary.json").unlink()
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match="holds no run"):
             report.write_report([folder], tmp_path / "out")

@@ -132,6 +132,12 @@ def test_teachers_that_cannot_be_had_are_named(tmp_path):
         many = Classifier(7)
         many.num_classes = 7
         create_teachers([Classifier(), many], K)
+    with pytest.raises(UserError, match=r"teachers: one gives logits of shape \[2, 7\], not \[B, 4\]"):
+        create_teachers([Classifier(7)], K)(torch.zeros(2, 3, SIZE, SIZE))
+    with pytest.raises(UserError, match=r"teachers: give a list"):
+        create_teachers("resnet50", K)
+    with pytest.raises(UserError, match="temperature: 0 must be above 0"):
+        create_teachers([Classifier()], K, temperature=0)
     with pytest.raises(UserError, match="holds no run"):
         create_teachers([str(tmp_path)], K)
     with pytest.raises(UserError, match=r"teachers.0.weights"):

@@ -123,7 +123,7 @@ def test_indices_keep_the_padding():
         (10, 4, 3, False, "multiple of the number of processes, 3"),
         (10, 3, 1, True, "even on each.*take 4"),
         (60, 6, 2, True, "even on each.*take 8"),
-        (10, 16, 1, True, r"larger than the dataset \(10 samples\): take at most 8"),
+        (10, 16, 1, True, r"^run.batch: 16 is larger than the dataset \(10 samples\): take at most 8"),
         (19, 24, 2, True, r"larger than the dataset \(19 samples\): take at most 16"),  # a multiple of 4 on each
         (7, 8, 2, True, "give at least 8 samples"),
     ],

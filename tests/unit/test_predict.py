@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,15 @@ def test_table_csv_and_json(run, val, capsys):
     assert out.splitlines()[0] == str(image) and len(out.splitlines()) == 2
     assert f"{100 * first['probability']:.2f} %" in out and first["name"] in out
     assert typed(capsys, run, image, "--json", "--csv")[0] == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--csv",), ("--json",)])
+def test_output_that_cannot_be_written_is_said(options, run, val, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code = cli.main(["predict", str(run), str(val / NAMES[0] / "00.jpg"), *options])
+    assert code == 2
+    assert capsys.readouterr().err.endswith("std-fast: standard output: cannot be written (No space left on device)\n")
 
 
 def test_what_is_no_image_is_named_and_the_others_are_predicted(run, val, tmp_path, capsys, caplog):

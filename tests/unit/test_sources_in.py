@@ -347,6 +347,11 @@ def test_cifar(hundred: bool, tmp_path: Path) -> None:
         assert source.class_names == ["apple", "bear", "car"]
         for i in range(count):
             assert (decode_sample(source, i) == images[part, i].transpose(1, 2, 0)).all()
+    assert list_source(str(tmp_path / "src"), KEEP, str(tmp_path)).classes == ["apple", "bear", "car"]  # of train
+    path = tmp_path / "src" / names[0]
+    path.write_bytes(b"\xff" + path.read_bytes()[1:] if not hundred else b"\xff\xff" + path.read_bytes()[2:])
+    with pytest.raises(UserError, match=f"{names[0]}: has label 255, so it is no file of CIFAR"):
+        list_source(str(tmp_path / "src"), KEEP, str(tmp_path))
 
 
 # folders and mistakes
