@@ -12,6 +12,7 @@ import warnings
 from dataclasses import asdict
 
 from std_fast.commands.doctor_probes import Check, one_line, probes
+from std_fast.runtime.process import say
 
 
 def checks() -> list[Check]:
@@ -69,6 +70,7 @@ def report(results: list[Check] | None = None) -> int:
 
 def main(json_document: bool = False) -> int:
     """`std-fast doctor [--json]`: prints either form, returns the exit code."""
+    say("std-fast doctor: importing torch, FFCV and DALI, which takes seconds")
     results = checks()
     if not json_document:
         return report(results)

@@ -97,7 +97,8 @@ def teach(args: argparse.Namespace) -> int:
         say(f"std-fast: {error}")
         return PEER_LOST
     if rank() == 0:
-        text = f"{data['targets']}: {data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB, {data['asked']} images asked"
+        size = f"{data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB"
+        text = f"{data['targets']}: {size}, {data['asked']} images seen by the teachers"
         with_views = f" --distill.views {data['views']}" if data["views"] else ""
         show(args, data, f"{text}\ntrain with --distill.target-cache {data['targets']}{with_views}")
     return 0

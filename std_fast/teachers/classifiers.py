@@ -71,29 +71,45 @@ def create_pretrained(name: str, image_size: int, where: str, **options: Any) ->
         where: the recipe's field that asks for them, such as `student.weights`.
 
     Raises:
-        UserError: timm has none, or the download fails; names the file to fetch and its place.
+        UserError: timm has none, or the download fails (`NotDownloaded`); names the file to fetch and its place.
     """
     import timm
 
-    config = timm_config(name)
+    timm_config(name)  # the name is one of timm's
     if options.get("small_stem"):
         section = where.removesuffix(".weights")
         raise UserError(f"{section}.options: small_stem makes a layer that no pretrained weights fit; leave it out")
     if not timm.is_model_pretrained(name):
         raise UserError(f"{where}: timm has no pretrained weights for {name!r}; give a file")
+    log.info("%s: timm's weights of %s, downloaded where they are not in its cache", where, name)
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it logs each of a dozen attempts, twice
     try:
         return create_timm(name, image_size, pretrained=True, **options)
     except UserError:
         raise
     except Exception as error:  # the hub's client raises many kinds of error for a failed download
         log.debug("download of %s failed", name, exc_info=True)
-        file = config.hf_hub_filename or "model.safetensors"
-        source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
-        here = f"weights/{name}{Path(str(source)).suffix}"
-        raise UserError(
-            f"{where}: {name} could not be downloaded ({type(error).__name__}); fetch {source} on a machine with a "
-            f"network, put it here as {here}, and set {where} to {here}"
+        raise NotDownloaded(
+            f"{where}: {name} could not be downloaded ({type(error).__name__}); on a machine with a network fetch "
+            f"{file_to_fetch(name, where)}"
         ) from None
+    finally:
+        hub.setLevel(level)
+
+
+class NotDownloaded(UserError):
+    """Pretrained weights that could not be had from the network."""
+
+
+def file_to_fetch(name: str, where: str) -> str:
+    """The address of timm's pretrained weights, and where to put the file: the end of a message."""
+    config = timm_config(name)
+    file = config.hf_hub_filename or "model.safetensors"
+    source = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
+    here = f"weights/{name}{Path(str(source)).suffix}"
+    return f"{source}, put it here as {here}, and set {where} to {here}"
 
 
 def timm_config(name: str) -> Any:

@@ -30,6 +30,7 @@ from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
 from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
 from std_fast.teachers.classes import DataClasses, relabel
+from std_fast.teachers.classifiers import NotDownloaded, file_to_fetch
 from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.overlap import Overlap
 from std_fast.teachers.stream import BatchStream, target_source
@@ -185,7 +186,12 @@ def build_teachers(
     teachers = []
     for i, spec in enumerate(d.teachers):
         dtype = teacher_dtype(spec, recipe.run.precision, device)
-        teachers.append(build_teacher(spec, num_classes, *images, f"distill.teachers.{i}", dtype, class_names))
+        try:
+            teachers.append(build_teacher(spec, num_classes, *images, f"distill.teachers.{i}", dtype, class_names))
+        except NotDownloaded as error:  # those of the others too, so that one walk to the network is enough
+            rest = [(j, t.name) for j, t in enumerate(d.teachers) if j > i and t.weights == "pretrained"]
+            more = [file_to_fetch(name, f"distill.teachers.{j}.weights") for j, name in rest]
+            raise UserError("; and fetch ".join([str(error), *more])) from None
     return Teachers(teachers, d.temperature if d.labels == "soft" else None, d.top_k).to(device)
 
 

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the children: sums in one or
 
 import numpy as np
 
+from benchmarks.conditions import conditions
 from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.ground import FAULTS, Ground
 from tests.killing import get_ready
@@ -62,8 +63,13 @@ def main() -> int:
     took = f"{time.monotonic() - began:.0f} s, seed {seed}"
     print(f"\n{well} of {len(table)} rows as they should be, {tried} faults tried, {took}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"seed": seed, "rows": table}, indent=1), encoding="utf-8")
+        Path(args.json).write_text(as_json(seed, table), encoding="utf-8")
     return 0 if well == len(table) else 1
+
+
+def as_json(seed: int, table: list[dict]) -> str:
+    """The table with what it was made on: machine, versions and commit."""
+    return json.dumps({"seed": seed, "conditions": conditions(), "rows": table}, indent=1)
 
 
 def show(text: str) -> None:

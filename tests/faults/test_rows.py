@@ -1,5 +1,6 @@
 """Some rows of the campaign (`make faults`), the quick ones, in every run of the tests."""
 
+import json
 import time
 import zlib
 from pathlib import Path
@@ -8,11 +9,17 @@ import numpy as np
 import pytest
 
 from tests.faults import rows  # noqa: F401 - registers them
+from tests.faults.__main__ import as_json
 from tests.faults.ground import FAULTS, Ground
 from tests.faults.kills import KilledTraining
 from tests.small_runs import small_recipe
 
 QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints", "the reader of its log")
+
+
+def test_a_table_carries_its_conditions() -> None:
+    written = json.loads(as_json(28, []))
+    assert written["seed"] == 28 and {"cpu", "versions", "commit", "date"} <= written["conditions"].keys()
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,10 @@ def test_a_server_that_goes_away(
         return 500 if images[0] > 30 else 0
 
     server.fail = fail
-    with pytest.raises(UserError, match=r"^http.*/train.tar: cannot be read \(HTTP 500 .*tried 5 times; run"):
+    with pytest.raises(
+        UserError,
+        match=r"^http.*/train.tar: cannot be read \(HTTP 500 .*tried 5 times; look at the address .* then run",
+    ):
         made(f"{server.url}/train.tar", tmp_path / "remote.beton")
     server.fail = lambda path, before: 0
     with caplog.at_level(logging.INFO, "std_fast"):

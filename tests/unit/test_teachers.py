@@ -19,11 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
-from std_fast.config.recipe import TeacherSpec
+from std_fast.config.recipe import Recipe, TeacherSpec
+from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import build_classifier, read_weights
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, in_precision
-from std_fast.training.build import teacher_dtype
+from std_fast.training.build import build_teachers, teacher_dtype
 
 K = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)  # the student's
@@ -359,17 +360,22 @@ def test_pretrained_of_other_classes_is_refused_before_it_is_fetched():
     assert "distill.teachers.1 (resnet50): a teacher of 1000 classes, but the data has 4" in text
 
 
-def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path):
+def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path, caplog):
     """A real attempt: nothing listens on that port, and nothing is in the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError) as caught:
-        build_teacher(TeacherSpec("test_resnet", "pretrained"), 1000, 32, MEAN, STD, "distill.teachers.0")
+    teachers = [{"name": name, "weights": "pretrained"} for name in ("test_resnet", "test_vit")]
+    recipe = from_dict(Recipe, {"distill": {"mode": "std", "teachers": teachers}, "data": {"image_size": 32}})
+    with pytest.raises(UserError) as caught, caplog.at_level(logging.INFO):
+        build_teachers(recipe, 1000, torch.device("cpu"))
     text = str(caught.value)
-    assert "could not be downloaded (LocalEntryNotFoundError)" in text
+    assert text.startswith("distill.teachers.0.weights: test_resnet could not be downloaded (LocalEntryNotFoundError)")
+    assert [record.name for record in caplog.records if record.name != "timm.models._builder"] == ["std_fast"]
     assert "https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors" in text
     assert "put it here as weights/test_resnet.safetensors" in text
     assert "set distill.teachers.0.weights to weights/test_resnet.safetensors" in text
+    assert "/timm/test_vit.r160_in1k/resolve/main/model.safetensors, put it here as weights/test_vit.saf" in text
+    assert "set distill.teachers.1.weights to weights/test_vit.safetensors" in text
 
 
 @pytest.mark.parametrize(
