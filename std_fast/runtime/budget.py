@@ -179,27 +179,6 @@ def earlier(folder: Path, step: int, saved: Mapping[str, float]) -> dict[str, fl
     return parts | {"lost": parts["lost"] + lost}
 
 
-class StepsInFlight:
-    """Keeps the host at most two steps ahead of the GPU where `limited`, so that a budget's clock is the device's.
-
-    The device always has a full step left to do while the host waits.
-    """
-
-    def __init__(self, device: torch.device, limited: bool) -> None:
-        self.limited = limited and device.type == "cuda"
-        self._events: deque[torch.cuda.Event] = deque()
-
-    def limit(self) -> None:
-        """After each step is launched."""
-        if not self.limited:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._events.append(event)
-        if len(self._events) > 2:
-            self._events.popleft().synchronize()
-
-
 class Clock:
     """Progress of a training: by steps, or by the share of a GPU-hour budget that is spent.
 
@@ -232,6 +211,7 @@ class Clock:
         self._step_seconds = 0.0
         self._timed_steps = 0
         self._before = productive_seconds(ledger.read())
+        self._in_flight: deque[torch.cuda.Event] = deque()
 
     def start(self, world: World) -> None:
         """Before the first step: `share` on all ranks, with a warning where nothing is left of a budget."""
@@ -239,6 +219,17 @@ class Clock:
         if self.share >= 1:
             spent = in_words(self.ledger.read())
             log.warning("run.length: %s are spent before the first step (%s): there will be one", self.length, spent)
+
+    def limit_steps_ahead(self, device: torch.device) -> None:
+        """After each step is launched: with a budget the host stays at most two steps ahead of a GPU, so that the hours
+        are the device's. The device always has a full step left to do while the host waits."""
+        if self.hours is None or device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._in_flight.append(event)
+        if len(self._in_flight) > 2:
+            self._in_flight.popleft().synchronize()
 
     def cost(self, part: str, seconds: float | None) -> None:
         """Takes the seconds of the last evaluation or save as the estimate for the one at the end; None: not known."""

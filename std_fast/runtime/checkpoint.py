@@ -33,15 +33,20 @@ FORMAT = 1
 KEY = "std_fast"
 ALIGNED = 64  # bytes; where a tensor may begin in a buffer of many
 META_DEFAULTS: dict[str, Any] = {
+    "step": 0,
+    "complete": False,
     "class_names": None,
     "content": {},
-    "seconds": {},
-    "best": {},
-    "costs": {},
     "devices": 1,
-    "complete": False,
+    "seconds": {},
+    "costs": {},
+    "micro_batch": 0,
+    "best": {},
+    "evaluation_pending": False,
+    "bad_steps": [],
+    "snapshot_step": 0,
 }
-"""metadata that a file may lack"""
+"""metadata of a run that begins; for what a file lacks too"""
 log = logging.getLogger("std_fast")
 
 

@@ -38,7 +38,7 @@ from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_targ
 from std_fast.teachers.teacher import Teachers, autocast, build_classifier, build_teacher
 from std_fast.training.guard import Guard
 from std_fast.training.initial_weights import load_initial_weights
-from std_fast.training.micro_batch import micro_batch_of
+from std_fast.training.micro_batch import MicroBatch, micro_batch_of
 from std_fast.training.optim import EMA, build_optimizer
 from std_fast.training.state import TrainState
 from std_fast.training.step import Objective, Trainer
@@ -202,24 +202,17 @@ def teacher_dtype(spec: TeacherSpec, run_precision: str, device: torch.device) -
 
 
 def build_missing_teachers(
-    make: Callable[[], Teachers | None], target_cache: TargetCache | None, epochs: int | None
+    recipe: Recipe, loader: Loader, device: torch.device, target_cache: TargetCache
 ) -> Teachers | None:
-    """What `make` returns, unless a cache holds the targets of all epochs of the run: then None.
-
-    Args:
-        epochs: that the run shows, see `epochs_needed`.
-
-    Raises:
-        UserError: the teachers are needed and cannot be built.
-    """
-    if target_cache is None:
-        return make()
+    """The teachers, unless the cache holds the targets of all epochs of the run. UserError as `build_teachers`."""
+    length, batch = Duration.parse(recipe.run.length), recipe.run.batch
+    epochs = epochs_needed(length, loader.steps_per_epoch, batch, recipe.distill.views)
     missing = None if epochs is None else target_cache.missing(epochs)
     if missing == []:
         log.info("%s holds the targets of all epochs: no teacher is needed", target_cache.folder)
         return None
     try:
-        return make()
+        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
     except UserError as error:
         lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
@@ -267,19 +260,21 @@ def build(
             closing.callback(val_loader.close)
         student = build_student(r, source.num_classes, source.class_names).to(device)
         check_options(r, student, world)
+        micro_batch = micro_batch_of(r, world)
         target_cache = None
         if r.distill.target_cache:
             about, rows = fingerprint(r, train_loader, precision), train_loader.steps_per_epoch * r.run.batch
             target_cache = open_target_cache(r.distill, about, rows, r.run.batch, world)
             closing.callback(target_cache.close)
-        make_teachers = functools.partial(build_teachers, r, source.num_classes, device, source.class_names)
-        epochs = epochs_needed(Duration.parse(r.run.length), train_loader.steps_per_epoch, r.run.batch, r.distill.views)
-        teachers = build_missing_teachers(make_teachers, target_cache, epochs)
+            teachers = build_missing_teachers(r, train_loader, device, target_cache)
+        else:
+            teachers = build_teachers(r, source.num_classes, device, source.class_names)
         watch, limit = Stopwatch(device, ledger), ceiling(device, precision)
-        flops = arithmetic(r, student, teachers)
+        varies = r.student.early_size or r.student.drop_path_mode == "subset"  # a step's arithmetic: there is no MFU
+        flops = None if varies else flops_per_image(student, teachers, r.data.image_size)  # before compilation
         augment = Augment(r.augment, r.run.seed).to(device)
         backend = make_fast(r.run.compile, device, augment, teachers)
-        trainer = build_trainer(r, student, device, precision, backend, watch, world)
+        trainer = build_trainer(r, student, device, precision, backend, watch, micro_batch, world)
         targets = target_source(r.distill, teachers, target_cache, trainer.autocast)
         overlap = Overlap(r.run.overlap, device)
         stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
@@ -303,13 +298,6 @@ def build(
         )
 
 
-def arithmetic(recipe: Recipe, student: Student, teachers: Teachers | None) -> float | None:
-    """Operations per image, counted before anything is compiled; None where steps differ, so that there is no MFU."""
-    if recipe.student.early_size or recipe.student.drop_path_mode == "subset":
-        return None
-    return flops_per_image(student, teachers, recipe.data.image_size)
-
-
 def build_trainer(
     recipe: Recipe,
     student: Student,
@@ -317,6 +305,7 @@ def build_trainer(
     precision: str,
     backend: str | None,
     watch: Stopwatch,
+    micro_batch: MicroBatch,
     world: World = SINGLE_PROCESS,
 ) -> Trainer:
     """The step of a recipe around a student on its device: compiled, then replicated over the processes."""
@@ -340,7 +329,7 @@ def build_trainer(
         world=world,
         drop_path=compiled(kept_rows(student.backbone.drop_rates) if subset else residual_scales, backend),
         watch=watch,
-        micro_batch=micro_batch_of(recipe, world),
+        micro_batch=micro_batch,
     )
 
 
@@ -371,7 +360,6 @@ def check_options(recipe: Recipe, student: Student, world: World) -> None:
                 f"student.drop_path_mode: subset needs a run.batch that is a multiple of {GROUP * world.size}, "
                 f"{GROUP} for each process; it is {recipe.run.batch}"
             )
-    micro_batch_of(recipe, world)
     if s.early_size:
         timms = getattr(student.backbone, "pretrained_cfg", {"fixed_input_size": True})
         if not getattr(student.backbone, "any_size", not timms.get("fixed_input_size")):

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from std_fast.method.student import Prediction
-from std_fast.runtime.budget import Clock, Ledger
+from std_fast.runtime.budget import Clock
 from std_fast.runtime.distributed import World
 from std_fast.training.build import Parts
 from std_fast.training.evaluate import Abandoned, evaluate
@@ -21,58 +20,54 @@ class Evaluator:
     """Evaluates the student of `parts` on its validation data.
 
     Args:
-        how: the prediction that is evaluated.
         stop: called before each batch; True abandons the evaluation. All ranks must get the same.
         meta: metadata of the checkpoint that the run continues from.
 
     Attributes:
         result: metrics of the last evaluation; empty without validation data.
         best: step and accuracy of the best evaluation.
-        pending: the last evaluation was abandoned, and is still to be made.
+        deferred: the last evaluation was abandoned, and is still to be made.
     """
 
     def __init__(
         self,
         parts: Parts,
-        how: Prediction,
         clock: Clock,
-        ledger: Ledger,
         log: RunLog,
         stop: Callable[[], bool],
         world: World,
         meta: Mapping[str, Any],
     ) -> None:
-        self.parts, self.how, self.clock, self.ledger = parts, how, clock, ledger
-        self.log, self.stop, self.world = log, stop, world
+        self.parts, self.clock, self.log, self.stop, self.world = parts, clock, log, stop, world
         self.result: dict[str, float] = {}
-        self.best: dict[str, float] = meta.get("best", {})
-        self.pending: bool = meta.get("evaluation_pending", False)
+        self.best: dict[str, float] = meta["best"]
+        self.deferred: bool = meta["evaluation_pending"]
 
     def meta(self) -> dict[str, Any]:
         """For a checkpoint of this moment."""
-        return {"best": self.best, "evaluation_pending": self.pending}
+        return {"best": self.best, "evaluation_pending": self.deferred}
 
     def start(self, step: int, finished: bool) -> None:
-        """Before the first step: makes a pending evaluation, and that of a run which has no step left. Else a budget
+        """Before the first step: makes a deferred evaluation, and that of a run which has no step left. Else a budget
         times one, so that its clock has the cost of the last evaluation."""
-        if self.pending or finished:
+        if self.deferred or finished:
             self(step)
         elif self.clock.hours and "evaluate" not in self.clock.costs:
             self(step, "start")
-            if not self.pending and self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours:
+            if not self.deferred and self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours:
                 self(step, "start", record=False)  # the first one is slower than the last will be
 
     def __call__(self, step: int, part: str = "evaluate", record: bool = True) -> None:
-        """Evaluates after `step` steps, unless `stop` returns True: then it is pending.
+        """Evaluates after `step` steps, unless `stop` returns True: then it is deferred.
 
         Args:
             part: what the time counts as in the ledger.
             record: whether it is logged, and counts for `best`.
         """
-        self.pending = True
+        self.deferred = True
         with suppress(Abandoned):
             self.result = self._evaluate(step, part, record)
-            self.pending = False
+            self.deferred = False
 
     def _evaluate(self, step: int, part: str, record: bool) -> dict[str, float]:
         parts, student, ema = self.parts, self.parts.trainer.student, self.parts.trainer.ema
@@ -82,11 +77,12 @@ class Evaluator:
             torch.cuda.synchronize(parts.device)  # the steps under way are training
         self.log.progress.say(f"evaluating {parts.val_loader.source.num_samples:,} images")
         began = time.perf_counter()
-        with self.ledger.during(part):
+        with self.clock.ledger.during(part):
             with ema.applied() if ema is not None else nullcontext():
                 self.world.share_buffers(student)
                 normalise, autocast = parts.augment.normalise_only, parts.trainer.autocast
-                result = evaluate(student, parts.val_loader, normalise, autocast, self.how, self.world, self.stop)
+                how = parts.recipe.distill.predict
+                result = evaluate(student, parts.val_loader, normalise, autocast, how, self.world, self.stop)
             student.train()
         self.clock.cost("evaluate", self.world.broadcast(time.perf_counter() - began))
         if record:

@@ -50,6 +50,11 @@ class MicroBatch:
     fitted: set[Hashable] = field(default_factory=set)
     """kinds of steps that have fitted"""
 
+    def resume(self, found: int) -> None:
+        """Before the first step: continues with the size that `auto` had found, where it still divides the share."""
+        if self.auto and found in sizes(self.size, self.unit):
+            self.size = found
+
     def split(self, batch: TrainBatch) -> list[TrainBatch]:
         """The micro-batches, in order: views, nothing is copied."""
         images = len(batch.positions)
@@ -101,20 +106,13 @@ class MicroBatch:
         return max((n for n in sizes(images, self.unit) if 2 * n <= (self.size or images)), default=0)
 
 
-def micro_batch_of(recipe: Recipe, world: World = SINGLE_PROCESS, found: int = 0) -> MicroBatch:
-    """What `run.micro_batch` means for this number of processes.
-
-    Args:
-        found: the size that `auto` had found before the run was interrupted; 0: none.
-
-    Raises:
-        UserError: it does not divide a process's share.
-    """
+def micro_batch_of(recipe: Recipe, world: World = SINGLE_PROCESS) -> MicroBatch:
+    """What `run.micro_batch` means for this number of processes. UserError: it does not divide a process's share."""
     wanted, share = recipe.run.micro_batch, recipe.run.batch // world.size
     unit = GROUP if recipe.student.drop_path_mode == "subset" else 4  # rows that belong together: see drop_path, mine
     allowed = sizes(share, unit)
     if wanted == "auto":
-        return MicroBatch(found if found in allowed else share, unit, True, world)
+        return MicroBatch(share, unit, True, world)
     if wanted and wanted not in allowed:
         nearest = max((n for n in allowed if n <= wanted), default=min(allowed))
         raise UserError(

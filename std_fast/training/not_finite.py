@@ -29,31 +29,22 @@ class NonFiniteMonitor:
     """The steps of a run that were not finite, as far as the host has read them. All ranks have the same.
 
     The guard detects them on the device, where such a step changes nothing; the host reads the guard when it waits for
-    the device anyway. With `rollback` the monitor takes the snapshots and returns to them.
+    the device anyway. With `rollback` the monitor takes the snapshots, the first at once, and returns to them.
 
     Args:
         run: the recipe's section.
         meta: metadata of the checkpoint that the run continues from.
-        takes_snapshots: whether the schedule has snapshots; the first is taken here.
     """
 
-    def __init__(
-        self,
-        run: RunSpec,
-        guard: Guard,
-        state: TrainState,
-        log: RunLog,
-        meta: Mapping[str, Any],
-        takes_snapshots: bool,
-    ) -> None:
+    def __init__(self, run: RunSpec, guard: Guard, state: TrainState, log: RunLog, meta: Mapping[str, Any]) -> None:
         self._run, self._guard, self._state, self._log = run, guard, state, log
-        self.steps: list[int] = list(meta.get("bad_steps", []))
-        self._snapshot_step = meta.get("snapshot_step", 0)
+        self.steps: list[int] = list(meta["bad_steps"])
+        self._snapshot_step = meta["snapshot_step"]
         known = len(self.steps)
         room = known if run.not_finite == "stop" else max(known, run.not_finite_limit)
         guard.set(self.steps, room + 1, room if run.not_finite == "skip" else known)
-        if takes_snapshots and not state.snapshot:
-            self.take_snapshot(meta.get("step", 0))
+        if run.not_finite == "rollback" and not state.snapshot:
+            self.take_snapshot(meta["step"])
 
     def meta(self) -> dict[str, Any]:
         """For a checkpoint of this moment. Waits for the device."""

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 
 from std_fast.config.recipe import Duration, Recipe
-from std_fast.runtime.budget import Clock, Ledger, StepsInFlight
+from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, RankSync, World
-from std_fast.runtime.trace import open_trace
 from std_fast.runtime.trackers import check_trackers
 from std_fast.training.build import build, resolved
 from std_fast.training.evaluator import Evaluator
-from std_fast.training.micro_batch import micro_batch_of
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
 from std_fast.training.run_folder import RunFolder
 from std_fast.training.run_log import RunLog
@@ -60,40 +58,29 @@ class Run:
         already: float = 0.0,
     ) -> None:
         """signals: received so far; the caller appends to it. already: see `train`."""
-        self.recipe, self.world, self.signals = resolved(recipe), world, signals
+        self.recipe = recipe = resolved(recipe)
         check_trackers(recipe.run.trackers)
-        self.ledger = Ledger(world.size, already=already)
-        self.step, self.stop_wanted = 0, False
-        self.folder = RunFolder(self.recipe, world, self.ledger, resume)
+        self.world, self.signals, self.step, self.stop_wanted = world, signals, 0, False
+        self.ledger = ledger = Ledger(world.size, already=already)
+        self.folder = folder = RunFolder(recipe, world, ledger, resume)
         with ExitStack() as stack:
-            stack.callback(lambda: self.folder.close(self.step))
-            self._build(stack, quiet)
+            stack.callback(lambda: folder.close(self.step))
+            self.parts = parts = build(folder.pinned(recipe), world, ledger, folder.check_data)
+            stack.callback(parts.close)
+            self.trainer, self.stream, epoch = parts.trainer, parts.stream, parts.train_loader.steps_per_epoch
+            meta = folder.restore(parts.state, parts.val_loader)
+            self.step, self.complete = meta["step"], meta["complete"]
+            self.trainer.micro_batch.resume(meta["micro_batch"])
+            self.clock = Clock(Duration.parse(recipe.run.length), epoch, recipe.run.batch, ledger, meta["costs"])
+            self.schedule = build_schedule(recipe, self.clock, epoch, world)
+            self.ranks = RankSync(world)
+            folder.write_recipe()
+            evaluates = self.finished or meta["evaluation_pending"]
+            self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, evaluates)
+            stack.callback(self.log.close)
+            self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta)
+            self.evaluator = Evaluator(parts, self.clock, self.log, self.sync_ranks, world, meta)
             self.close = stack.pop_all().close
-
-    def _build(self, stack: ExitStack, quiet: bool) -> None:
-        recipe, world, folder, ledger = self.recipe, self.world, self.folder, self.ledger
-        self.parts = parts = build(folder.pinned(recipe), world, ledger, folder.check_data)
-        stack.callback(parts.close)
-        self.trainer, self.stream, loader = parts.trainer, parts.stream, parts.train_loader
-        meta = folder.restore(parts.state, parts.val_loader)
-        self.step, self.complete = meta.get("step", 0), meta.get("complete", False)
-        self.trainer.micro_batch = micro_batch_of(recipe, world, meta.get("micro_batch", 0))
-        length, batch = Duration.parse(recipe.run.length, "run.length"), recipe.run.batch
-        self.clock = Clock(length, loader.steps_per_epoch, batch, ledger, meta.get("costs", {}))
-        self.schedule = build_schedule(recipe, self.clock, loader.steps_per_epoch, world)
-        steps, watch = recipe.run.profile if world.main else "", self.stream.watch
-        self.trace = open_trace(steps, folder.path, parts.device, watch, self.step, self.clock.steps)
-        stack.callback(self.trace.close)
-        self.ranks = RankSync(world)
-        self.in_flight = StepsInFlight(parts.device, limited=self.clock.hours is not None)
-        folder.write_recipe()
-        evaluates = self.finished or meta.get("evaluation_pending", False)
-        self.log = RunLog(recipe, folder.path, parts, self.clock, ledger, world, self.step, quiet, evaluates)
-        stack.callback(self.log.close)
-        snapshots = self.schedule.snapshot_every > 0
-        self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta, snapshots)
-        how = recipe.distill.predict
-        self.evaluator = Evaluator(parts, how, self.clock, ledger, self.log, self.sync_ranks, world, meta)
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> None:
         """Trains to the end. `on_step` is called after each step. Raises Stopped and NotFinite, see `train`."""
@@ -101,11 +88,11 @@ class Run:
             self._start()
             while not self.finished:
                 now = self.schedule.at(self.step + 1)
-                self.trace.begin_step(now.step)
+                self.log.begin_step(now.step)
                 batch = next(self.stream)
                 self.trainer.step(batch, now)
                 self.step = now.step
-                self.in_flight.limit()
+                self.clock.limit_steps_ahead(self.parts.device)
                 self.log.update(self.step)
 
                 if now.log or now.evaluate or now.snapshot:
@@ -121,18 +108,18 @@ class Run:
                 if on_step is not None:
                     on_step(self)
 
-                stop = self.sync_ranks() or self.evaluator.pending
+                stop = self.sync_ranks()
                 if stop:
                     self._check_finite()  # a bad step must not be saved as the last
                 if now.last or stop or (now.save and self.world.main and not self.monitor.frozen()):
                     self.save(complete=now.last)
-                if stop and (self.evaluator.pending or not now.last):
+                if stop and (self.evaluator.deferred or not now.last):
                     raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
 
     def _start(self) -> None:
         """What comes before the first step."""
         self.evaluator.start(self.step, self.finished)
-        if self.evaluator.pending:
+        if self.evaluator.deferred:
             raise Stopped(f"stopped in an evaluation; continue {self.folder.path} with --resume")
         if not self.finished:
             self.clock.start(self.world)
@@ -145,11 +132,7 @@ class Run:
         return self.complete or self.clock.done(self.step)
 
     def _check_finite(self) -> None:
-        """After a rollback the run is at the bad step, with the weights of the snapshot.
-
-        Raises:
-            NotFinite: after saving the state before the bad step.
-        """
+        """Where a step was not finite: saves the state before it and ends the run, or continues after a rollback."""
         try:
             rolled_back_at = self.monitor.check()
         except NotFinite as error:

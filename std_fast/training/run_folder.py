@@ -143,7 +143,7 @@ class RunFolder:
         step, devices, seconds = 0, 1, {}
         if self.found is not None:
             meta = self.found.meta
-            step, devices, seconds = meta["step"], meta.get("devices", 1), meta["seconds"]
+            step, devices, seconds = meta["step"], meta["devices"], meta["seconds"]
         self.ledger.carry(earlier(self.path, step, {part: devices * value for part, value in seconds.items()}))
 
     def _beat_every(self) -> float:
@@ -185,12 +185,12 @@ class RunFolder:
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
         """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data.
-        Empty where there is no checkpoint to continue from.
+        Without a checkpoint to continue from: META_DEFAULTS.
         """
         if val is not None:
             self.data["content"]["data.val"] = self.world.broadcast(val.source.fingerprint() if self.world.main else "")
         if self.found is None:
-            return {}
+            return checkpoint.META_DEFAULTS
         path, tensors, meta = self.found
         state.load(tensors)
         self._saved_step = meta["step"]
@@ -199,7 +199,7 @@ class RunFolder:
         before = meta["content"].get("data.val")
         if before is not None and before != self.data["content"].get("data.val"):
             log.info("data.val: is other data than before; the best accuracy so far does not count")
-            costs = {name: cost for name, cost in meta.get("costs", {}).items() if name != "evaluate"}
+            costs = {name: cost for name, cost in meta["costs"].items() if name != "evaluate"}
             meta = {**meta, "best": {}, "costs": costs}
         return meta
 

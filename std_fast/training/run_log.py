@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` and its trackers, the progress on standard error, and `summary.json`."""
+"""What a run reports: `metrics.jsonl`, trackers, progress on standard error, a trace of steps, and `summary.json`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from pipelines.files import write_atomic
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import to_dict
-from std_fast.runtime.budget import Clock, Ledger, duration_in_words, productive_seconds
+from std_fast.runtime.budget import Clock, duration_in_words, productive_seconds
 from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import Journal, Progress, three_digits
 from std_fast.runtime.speed import peak_memory, speed_in_words
+from std_fast.runtime.trace import open_trace
 from std_fast.runtime.trackers import open_trackers
 from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.build import Parts
@@ -42,16 +43,18 @@ class RunLog:
         folder: Path,
         parts: Parts,
         clock: Clock,
-        ledger: Ledger,
         world: World,
         step: int,
         quiet: bool,
         evaluates: bool = False,
     ) -> None:
         self.recipe, self.folder, self.parts = recipe, folder, parts
-        self.clock, self.ledger, self.world = clock, ledger, world
+        self.clock, self.ledger, self.world = clock, clock.ledger, world
         self.batch, self.steps_per_epoch = recipe.run.batch, parts.train_loader.steps_per_epoch
         self._closing = ExitStack()
+        steps, watch = recipe.run.profile if world.main else "", parts.speed.watch
+        self._trace = open_trace(steps, folder, parts.device, watch, step, clock.steps)
+        self._closing.callback(self._trace.close)
         self._write_faults = WriteFaults()
         self._journal: Journal | None = None
         if world.main:
@@ -68,6 +71,10 @@ class RunLog:
     def start(self) -> None:
         """The next line of the log is about what follows this call."""
         self._before = self.ledger.read()
+
+    def begin_step(self, step: int) -> None:
+        """Before every step."""
+        self._trace.begin_step(step)
 
     def update(self, step: int) -> None:
         """After every step: moves the progress bar. Waits for nothing."""

@@ -36,7 +36,9 @@ def trainer_of(name: str, size: int = 0, auto: bool = False):
         "distill": distill, "run": {"batch": B, "micro_batch": "auto" if auto else size, "compile": "off"},
     })  # fmt: skip
     device = torch.device("cpu")
-    return build_trainer(recipe, build_student(recipe, K), device, "float32", None, Stopwatch(device))
+    return build_trainer(
+        recipe, build_student(recipe, K), device, "float32", None, Stopwatch(device), micro_batch_of(recipe)
+    )
 
 
 def batch_of(seed: int = 0) -> TrainBatch:
@@ -157,8 +159,10 @@ def test_sizes():
         steps.append(auto.size)
         auto.size = auto._smaller(120)
     assert steps == [120, 60, 24, 12, 4]  # of the divisors of 120 those that are multiples of 4
-    assert micro_batch_of(recipe_of(240, "auto"), World(0, 2), found=20).size == 20
-    assert micro_batch_of(recipe_of(240, "auto"), found=32).size == 240  # found by another number of processes
+    for found, size in ((0, 120), (20, 20), (32, 120)):  # 32: found by another number of processes
+        auto.size = 120
+        auto.resume(found)
+        assert auto.size == size
 
 
 @pytest.mark.parametrize(
