@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,9 @@ def throttle(seconds: float) -> None:
     opens = build.open_train_loader
     dice = random.Random(0)
 
-    def slow(epoch: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
-        def batches(*args: int) -> Iterator[Batch]:
-            with closing(epoch(*args)) as inner:  # type: ignore[type-var]
+    def slow(epoch: Callable[..., Generator[Batch]]) -> Callable[..., Generator[Batch]]:
+        def batches(*args: int) -> Generator[Batch]:
+            with closing(epoch(*args)) as inner:
                 for number, batch in enumerate(inner):
                     if number % 10 == 9:
                         time.sleep(2 * seconds * dice.random())

@@ -133,7 +133,7 @@ def run_for(backend: str, data: Path, out: Path, seconds: float, progress: dict[
         progress["steps"] = at_start + run.step - first[0]
         progress["epochs"] = progress["steps"] / run.parts.train_loader.steps_per_epoch
         if run.step % ABANDON_EVERY == 0 and run.parts.val_loader is not None:
-            epoch: Any = run.parts.val_loader.epoch(0)
+            epoch = run.parts.val_loader.epoch(0)
             next(epoch)
             epoch.close()
             progress["abandoned"] += 1

@@ -70,8 +70,7 @@ def store_predictions(run: Path, beton: Path) -> None:
     )
     assert loader is not None
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("labels", *HEADS)}
-    epoch: Any = loader.epoch(0)
-    with loader, closing(epoch) as batches:
+    with loader, closing(loader.epoch(0)) as batches:
         for batch in batches:
             with cast():
                 out = student.outputs(augment.normalise_only(batch.images))

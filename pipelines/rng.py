@@ -65,6 +65,19 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> 
     return c0, c1, c2, c3
 
 
+def words(
+    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, last: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four words of each counter of the layout above, int64 holding 0..2^32-1, on the position's device.
+
+    last: the counter's last word, purpose + draw * 2^16; a tensor of them broadcasts to the position.
+    """
+    wide = position.to(torch.int64)
+    zero = torch.zeros_like(wide)
+    counter = (wide & _LOW, (wide >> 32) & _LOW, zero + epoch, zero + last)
+    return philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
+
+
 @overload
 def bits(
     seed: int, epoch: int, position: npt.NDArray[np.integer], purpose: int, draw: int = 0
@@ -94,12 +107,10 @@ def bits(
         raise ValueError(f"purpose {purpose} and draw {draw} must lie in 0..65535")
     if not isinstance(epoch, torch.Tensor) and not 0 <= epoch <= _LOW:
         raise ValueError(f"epoch {epoch} must lie in 0..2^32-1")
-    key = (seed & _LOW, (seed >> 32) & _LOW)
     last = purpose | draw << 16
     if isinstance(position, torch.Tensor):
-        zero = torch.zeros_like(position, dtype=torch.int64)
-        wide = position.to(torch.int64)
-        return torch.stack(philox4x32((wide & _LOW, (wide >> 32) & _LOW, zero + epoch, zero + last), key), dim=-1)
+        return torch.stack(words(seed, epoch, position, last), dim=-1)
+    key = (seed & _LOW, (seed >> 32) & _LOW)
     flat = np.asarray(position).astype(np.int64, copy=False).view(np.uint64).reshape(-1)
     out = np.empty((flat.size, 4), np.uint32)
     for start in range(0, flat.size, _CHUNK):

@@ -157,9 +157,7 @@ class Augment(nn.Module):
         One pass is ten rounds of a few operations, whatever D is: D times fewer kernels when eager, and D times less to
         compile.
         """
-        low, high = positions & 0xFFFFFFFF, (positions >> 32) & 0xFFFFFFFF
-        key = (self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF)
-        words = rng.philox4x32((low, high, torch.zeros_like(positions) + epoch, self.counter_D1), key)
+        words = rng.words(self.seed, epoch, positions, self.counter_D1)
         columns = [((word >> 8).double() * 2.0**-24).unbind(0) for word in words]
         return {draw: tuple(column[d] for column in columns) for d, draw in enumerate(self.draws)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +55,7 @@ class LoaderBase(ABC):
         self.corrupt = self.tracker.corrupt
         self._closed = False
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """See `batch.Loader`. Raises UserError when `start_step` lies outside the epoch or the loader is closed."""
         if self._closed:
             raise UserError("this loader is closed: open another one")
@@ -64,7 +64,7 @@ class LoaderBase(ABC):
         return self._run(epoch, start_step)
 
     @abstractmethod
-    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _run(self, epoch: int, start_step: int) -> Generator[Batch]:
         """The generator behind `epoch`."""
 
     def _check_open(self) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,7 +96,7 @@ class FfcvLoader(ThreadedLoader):
         images = np.empty((0, self.spec.image_size, 3 * self.spec.image_size), np.uint8)
         self._call([], empty > 0, empty > 0, empty, empty, np.empty((0, 4), np.int32), images)
 
-    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _run(self, epoch: int, start_step: int) -> Generator[Batch]:
         self._compiled.result()
         return super()._run(epoch, start_step)
 

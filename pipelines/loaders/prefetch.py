@@ -13,7 +13,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -73,7 +73,7 @@ class ThreadedLoader(LoaderBase):
         """
         raise NotImplementedError
 
-    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _run(self, epoch: int, start_step: int) -> Generator[Batch]:
         order = self.sampler.order(epoch)
         steps = iter(range(start_step, self.steps_per_epoch))
         queue: deque[PendingBatch] = deque()

@@ -11,7 +11,7 @@ Shapes: N samples, B batch (of this shard), S image size, H, W largest stored he
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -110,7 +110,7 @@ class ResidentLoader(LoaderBase):
                 raise
         return images
 
-    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _run(self, epoch: int, start_step: int) -> Generator[Batch]:
         order = self.sampler.order(epoch)
         for step in range(start_step, self.steps_per_epoch):
             self._check_open()

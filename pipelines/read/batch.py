@@ -5,7 +5,7 @@ Shapes: B batch (of this shard), H = W image size, N samples of the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -127,7 +127,7 @@ class Loader(Protocol):
     wait_seconds: float
     """host seconds that the consumer has spent waiting for data so far"""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """Batches of steps start_step..steps_per_epoch-1. Closing the generator early leaves no thread blocked; a
         further call is legal.
         """

@@ -8,7 +8,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -69,13 +69,13 @@ class TruncatedLoader:
         self.source = SimpleNamespace(num_samples=count, path=loader.source.path)
         self.sampler = loader.sampler
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Generator[Batch]:
         inner = self.loader.epoch(epoch)
         try:
             for _ in range(self.batches):
                 yield next(inner)
         finally:
-            inner.close()  # type: ignore[attr-defined]
+            inner.close()
 
     def close(self) -> None:
         self.loader.close()

@@ -88,8 +88,7 @@ def predict_images(
     precision, model = precision_of(recipe.run.precision, device), model.to(device)
     normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
     with open_files(good, recipe, str(device), backend) as loader:
-        epoch: Any = loader.epoch(0)
-        with closing(epoch) as batches:
+        with closing(loader.epoch(0)) as batches:
             for batch in batches:
                 with torch.no_grad(), autocast(device, precision):
                     logits = model(normalise(batch.images)).float()

@@ -25,8 +25,7 @@ def residual_scales(rates_L1: Tensor, seed: int, epoch: Tensor, positions: Tenso
 def branch_draws(branches: int, seed: int, epoch: Tensor, positions: Tensor) -> Tensor:
     """A uniform number in [0, 1) for each residual branch and sample: `[2 L, B]`, in one pass over all draws."""
     draws_D = torch.arange((branches + 3) // 4, device=positions.device)
-    positions_DB = positions.expand(len(draws_D), -1)
-    u_DBU = rng.uniform(seed, epoch, positions_DB, int(rng.Purpose.DROP_PATH), draws_D[:, None])
+    u_DBU = rng.uniform(seed, epoch, positions, int(rng.Purpose.DROP_PATH), draws_D[:, None])
     return u_DBU.transpose(1, 2).flatten(0, 1)[:branches]
 
 

@@ -39,6 +39,18 @@ class DataClasses(NamedTuple):
         return cls(count, None if names is None or len(names) != count else tuple(names))
 
 
+class Side(NamedTuple):
+    """Whose classes are matched with the data's: what messages say of them."""
+
+    where: str
+    """the field or file"""
+    who: str
+    fix: str
+    """what to do where a class is lacking"""
+    decides: str
+    """what to do where numbers are ambiguous"""
+
+
 def select_classes(
     asked: str, count: int, own: Sequence[str] | None, data: DataClasses, where: str
 ) -> tuple[int, ...] | None:
@@ -63,7 +75,7 @@ def select_classes(
     if count != data.number and (theirs.names is None or data.names is None or counts(data.names)):
         raise UserError(wrong_classes(where, count, data.number))
     decides = "name those of the teacher in their order (classes: FILE)"
-    found = places(theirs, data, where, "the teacher", "take a teacher of these classes", decides)
+    found = places(theirs, data, Side(where, "the teacher", "take a teacher of these classes", decides))
     return None if found == tuple(range(count)) else found
 
 
@@ -87,20 +99,15 @@ def normal(names: Iterable[str]) -> list[str]:
     return [unicodedata.normalize("NFC", name) for name in names]
 
 
-def match(
-    theirs: Sequence[str],
-    ours: Sequence[str],
-    where: str,
-    who: str = "the teacher",
-    fix: str = "take a teacher of these classes",
-) -> tuple[int, ...]:
+def match(theirs: Sequence[str], ours: Sequence[str], side: Side) -> tuple[int, ...]:
     """The place of each of our names among theirs: equal names first, then names that mean the same WordNet id.
 
     Names are equal in any Unicode normal form.
 
     Raises:
-        UserError: `who`, whose names `theirs` are, lacks one of ours, or has one class for two of ours.
+        UserError: the side whose names `theirs` are lacks one of ours, or has one class for two of ours.
     """
+    where, who, fix, _ = side
     theirs, ours = normal(theirs), normal(ours)
     place = {name: i for i, name in enumerate(theirs)}
     by_id = {key: i for i, name in enumerate(theirs) if (key := wordnet_id(name))} if set(ours) - set(place) else {}
@@ -118,13 +125,7 @@ def match(
 
 
 def places(
-    theirs: DataClasses,
-    ours: DataClasses,
-    where: str,
-    who: str,
-    fix: str,
-    decides: str,
-    present: Sequence[int] | None = None,
+    theirs: DataClasses, ours: DataClasses, side: Side, present: Sequence[int] | None = None
 ) -> tuple[int, ...] | None:
     """For each of our classes the place of the same one among `theirs`; None where there are no names to match.
 
@@ -133,8 +134,6 @@ def places(
     of text, in which 10 is class 2: where that gives another class, and the names do not count from 0, it is an error.
 
     Args:
-        who, fix: as in `match`.
-        decides: what to do where numbers are ambiguous.
         present: labels of our classes that have images, if only these are wanted.
 
     Raises:
@@ -144,16 +143,17 @@ def places(
     names = None if ours.names is None else [ours.names[label] for label in labels]
     their_numbers, our_numbers = class_numbers(theirs.names or ()), class_numbers(names or ())
     if their_numbers and our_numbers:
-        return match(_texts(their_numbers), _texts(our_numbers), where, who, fix)
+        return match(_texts(their_numbers), _texts(our_numbers), side)
     if our_numbers and ours.names is not None and not set(names or ()) & set(theirs.names or ()):
-        found = match(_texts(range(theirs.number)), _texts(our_numbers), where, who, fix)
-        _check_certain(our_numbers, ours.names, theirs, f"{where}: the data's classes", who, decides)
+        found = match(_texts(range(theirs.number)), _texts(our_numbers), side)
+        _check_certain(our_numbers, ours.names, theirs, f"{side.where}: the data's classes", side.who, side.decides)
         return found
     if their_numbers and theirs.names is not None and names is not None and theirs.number == ours.number:
-        found = match(_texts(their_numbers), _texts(labels), where, who, fix)
-        _check_certain(their_numbers, theirs.names, ours, f"{where}: the classes of {who}", "the data", decides)
+        found = match(_texts(their_numbers), _texts(labels), side)
+        what = f"{side.where}: the classes of {side.who}"
+        _check_certain(their_numbers, theirs.names, ours, what, "the data", side.decides)
         return found
-    return None if theirs.names is None or names is None else match(theirs.names, names, where, who, fix)
+    return None if theirs.names is None or names is None else match(theirs.names, names, side)
 
 
 def _check_certain(
@@ -198,7 +198,7 @@ def relabel(source: Source, model: DataClasses, where: str, who: str) -> None:
     decides = f"convert it with --classes FILE, in which the classes of {who} stand in their order"
     present = np.unique(source.labels).tolist()
     ours = DataClasses(source.num_classes, tuple(source.class_names) if source.class_names else None)
-    found = places(model, ours, where, who, fix, decides, present)
+    found = places(model, ours, Side(where, who, fix, decides), present)
     if found is None:
         if ours.number == number or (ours.names is None and ours.number < number):
             return

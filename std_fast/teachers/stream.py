@@ -9,10 +9,10 @@ to it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ class BatchStream:
         self.ledger = ledger or Ledger()
         self.watch = watch or Stopwatch(torch.device("cpu"), self.ledger)
         self._place = 0  # of the next batch to be prepared, in the entire training
-        self._epoch: Iterator[Batch] | None = None
+        self._epoch: Generator[Batch] | None = None
         self._next: Prepared | None = None
 
     def seek(self, step: int) -> None:
@@ -233,7 +233,8 @@ class BatchStream:
         return replace(batch, epoch=epoch, targets=targets)  # stochastic depth draws anew where views repeat
 
     def _read(self) -> Batch:
-        epoch: Any = self._epoch
+        epoch = self._epoch
+        assert epoch is not None
         with self.ledger.during("data"):
             raw = next(epoch)
             if self._place % self.loader.steps_per_epoch == 0:  # the last one
@@ -243,7 +244,7 @@ class BatchStream:
 
     def close(self) -> None:
         """Ends the epoch. May be repeated; the stream can be used again."""
-        epoch: Any = self._epoch
+        epoch = self._epoch
         self._epoch = self._next = None
         self.source.close()
         if epoch is not None:

@@ -201,10 +201,13 @@ def teacher_dtype(spec: TeacherSpec, run_precision: str, device: torch.device) -
     return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
-def build_missing_teachers(
-    recipe: Recipe, loader: Loader, device: torch.device, target_cache: TargetCache
+def needed_teachers(
+    recipe: Recipe, loader: Loader, device: torch.device, target_cache: TargetCache | None
 ) -> Teachers | None:
-    """The teachers, unless the cache holds the targets of all epochs of the run. UserError as `build_teachers`."""
+    """`build_teachers`, but None where the cache holds the targets of all epochs of the run."""
+    what = recipe, loader.num_classes, device, loader.source.class_names
+    if target_cache is None:
+        return build_teachers(*what)
     length, batch = Duration.parse(recipe.run.length), recipe.run.batch
     epochs = epochs_needed(length, loader.steps_per_epoch, batch, recipe.distill.views)
     missing = None if epochs is None else target_cache.missing(epochs)
@@ -212,7 +215,7 @@ def build_missing_teachers(
         log.info("%s holds the targets of all epochs: no teacher is needed", target_cache.folder)
         return None
     try:
-        return build_teachers(recipe, loader.num_classes, device, loader.source.class_names)
+        return build_teachers(*what)
     except UserError as error:
         lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
@@ -266,9 +269,7 @@ def build(
             about, rows = fingerprint(r, train_loader, precision), train_loader.steps_per_epoch * r.run.batch
             target_cache = open_target_cache(r.distill, about, rows, r.run.batch, world)
             closing.callback(target_cache.close)
-            teachers = build_missing_teachers(r, train_loader, device, target_cache)
-        else:
-            teachers = build_teachers(r, source.num_classes, device, source.class_names)
+        teachers = needed_teachers(r, train_loader, device, target_cache)
         watch, limit = Stopwatch(device, ledger), ceiling(device, precision)
         varies = r.student.early_size or r.student.drop_path_mode == "subset"  # a step's arithmetic: there is no MFU
         flops = None if varies else flops_per_image(student, teachers, r.data.image_size)  # before compilation

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +59,7 @@ def evaluate(
     heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
     sums: dict[str, Tensor] = {}
     corrupt = 0
-    epoch: Any = loader.epoch(0)
-    with closing(epoch) as batches:
+    with closing(loader.epoch(0)) as batches:
         for batch in batches:
             if stop():
                 raise Abandoned

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import StudentSpec
 from std_fast.method.student import Student
 from std_fast.models import BACKBONES
-from std_fast.teachers.classes import DataClasses, known_classes, places
+from std_fast.teachers.classes import DataClasses, Side, known_classes, places
 from std_fast.teachers.classifiers import (
     create_pretrained,
     head_names,
@@ -128,5 +128,5 @@ def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, wh
     theirs = known_classes(stored.num_classes, stored.class_names, data)
     fix = "set student.new_head true to start with new heads"
     decides = f"convert the data with --classes FILE, in which its classes stand in their order, or {fix}"
-    rows = places(theirs, data, where, "the model", fix, decides)
+    rows = places(theirs, data, Side(where, "the model", fix, decides))
     return {} if rows is None else {name: stored.state[name][list(rows)] for name in heads & stored.state.keys()}

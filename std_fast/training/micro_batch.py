@@ -64,10 +64,10 @@ class MicroBatch:
 
     def is_trial(self, kind: Hashable) -> bool:
         """Whether nothing may be sent in a step of this kind before `fit` returns."""
-        return self.auto and self.world.size > 1 and kind not in self.fitted
+        return self.world.size > 1 and kind not in self.fitted
 
     def fit(self, call: Callable[[], T], undo: Callable[[], None], kind: Hashable, images: int) -> T:
-        """What `call` returns; with `auto` after `undo` again, at a smaller size, where memory runs out on any rank.
+        """With `auto`: what `call` returns; after `undo` again, at a smaller size, where memory runs out on any rank.
 
         Args:
             kind: what decides the memory of the step besides the size.
@@ -80,7 +80,7 @@ class MicroBatch:
             except Exception as error:
                 smaller = self._smaller(images)
                 agreeable = self.world.size == 1 or self.is_trial(kind)
-                if not (self.auto and smaller and agreeable and ran_out(error)):
+                if not (smaller and agreeable and ran_out(error)):
                     raise
                 short = True  # the error is forgotten here, and with it the memory that its frames hold
             if self.is_trial(kind):

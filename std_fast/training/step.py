@@ -149,6 +149,8 @@ class Trainer:
 
     def gradients(self, batch: TrainBatch, now: StepSettings) -> Losses:
         """Forward, loss and backward of the batch; of many processes the gradients are then their mean."""
+        if not self.micro_batch.auto:
+            return self.forward_backward(batch, now)
         kind = (now.with_mine, now.image_size)
         trial = self.micro_batch.is_trial(kind)
         run = functools.partial(self.forward_backward, batch, now, send=not trial)

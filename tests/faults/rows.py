@@ -26,19 +26,19 @@ from tests.killing import ROOT, Child, kill_again_and_again
 from tests.small_runs import assert_same_bits, final_tensors
 
 SINCE_THE_SAVE = "steps since the last save"
-GOES_ON = "nothing saved is lost; started again it goes on, to the same bits"
+CONTINUES = "nothing saved is lost; started again it continues, to the same bits"
 
 # -- kill -9 --------------------------------------------------------------------------------------------------------
 
 
-@fault("train: kill -9 at random moments", GOES_ON)
+@fault("train: kill -9 at random moments", CONTINUES)
 def _(ground: Ground) -> Seen:
     kills = 6 * ground.scale
     seen = KilledTraining(ground.recipe(), ground.folder).run(kills, ground.random)
     return Seen(f"{seen.finished} runs to their ends, the same bits", kills, lost=SINCE_THE_SAVE)
 
 
-@fault("train with teachers, MINE and targets written through: kill -9", GOES_ON)
+@fault("train with teachers, MINE and targets written through: kill -9", CONTINUES)
 def _(ground: Ground) -> Seen:
     kills = 4 * ground.scale
     targets = {"target_cache": str(ground.folder / "targets"), "views": 2}
@@ -64,7 +64,7 @@ def _(ground: Ground) -> Seen:
     return Seen("always a complete checkpoint, the same bits", kills, lost="the save under way")
 
 
-@fault("teach: kill -9 at random moments", "what is stored is right; started again it goes on, to the same bytes")
+@fault("teach: kill -9 at random moments", "what is stored is right; started again it continues, to the same bytes")
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe(std=True, run={"length": "12 epochs"})
 
@@ -87,7 +87,7 @@ def _(ground: Ground) -> Seen:
     return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="batches since the last write")
 
 
-@fault("convert: kill -9 at random moments", "no half of a beton; started again it goes on, to the same bytes")
+@fault("convert: kill -9 at random moments", "no half of a beton; started again it continues, to the same bytes")
 def _(ground: Ground) -> Seen:
     kills = 4 * ground.scale
     reference, killed = ground.folder / "reference.beton", ground.folder / "killed.beton"
@@ -142,7 +142,7 @@ def _(ground: Ground) -> Seen:
 # -- disks ----------------------------------------------------------------------------------------------------------
 
 
-@fault("train: disk full", "exit 2, one line that says so; with room made it goes on, to the same bits")
+@fault("train: disk full", "exit 2, one line that says so; with room made it continues, to the same bits")
 def _(ground: Ground) -> Seen:
     with small_disk(ground.folder / "disk", 420) as disk:
         recipe = ground.recipe(name="disk/run", run={"keep_checkpoints": 20})
@@ -158,7 +158,7 @@ def _(ground: Ground) -> Seen:
     return Seen(f"stopped behind a complete checkpoint: {line[10:90]}", notice=notice, lost=SINCE_THE_SAVE)
 
 
-@fault("train: disk full at the log, not at a checkpoint", "exit 2 with one line, or it goes on and says so")
+@fault("train: disk full at the log, not at a checkpoint", "exit 2 with one line, or it continues and says so")
 def _(ground: Ground) -> Seen:
     with small_disk(ground.folder / "disk", 60) as disk:
         recipe = ground.recipe(
@@ -170,7 +170,7 @@ def _(ground: Ground) -> Seen:
     return Seen(line[10:110], notice=seconds, lost=SINCE_THE_SAVE)
 
 
-@fault("convert: disk full", "exit 2 with one line; with room made it goes on, to the same bytes")
+@fault("convert: disk full", "exit 2 with one line; with room made it continues, to the same bytes")
 def _(ground: Ground) -> Seen:
     words = ["--size", "100", "--workers", "2"]
     reference = ground.folder / "reference.beton"
@@ -200,7 +200,7 @@ def fill(path: Path) -> None:
             assert error.errno == errno.ENOSPC
 
 
-@fault("teach: disk full", "exit 2 with one line; with room made it goes on")
+@fault("teach: disk full", "exit 2 with one line; with room made it continues")
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe(std=True, run={"length": "150 epochs"})
     with small_disk(ground.folder / "disk", 80) as disk:
@@ -296,7 +296,7 @@ def _(ground: Ground) -> Seen:
 
 @fault(
     "train: stored targets are cut off while in use",
-    "it goes on with what it has checked; the next start names the file",
+    "it continues with what it has checked; the next start names the file",
 )
 def _(ground: Ground) -> Seen:
     targets = ground.folder / "targets"
@@ -479,7 +479,7 @@ def little_memory() -> None:
     Trainer.step = step  # type: ignore[method-assign]
 
 
-@fault("train: stopped and continued (SIGSTOP, SIGCONT)", "it goes on, the same bits, the pause in its ledger")
+@fault("train: stopped and continued (SIGSTOP, SIGCONT)", "it continues, the same bits, the pause in its ledger")
 def _(ground: Ground) -> Seen:
     recipe = ground.recipe()
     expected = ground.expected(recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -46,7 +46,7 @@ class DaliLoader(LoaderBase):
             largest = (int(heights.max()), int(widths.max()))
         return make_pipeline(feed, self.spec, self.sampler.local_batch, self.threads, largest)
 
-    def _run(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _run(self, epoch: int, start_step: int) -> Generator[Batch]:
         order = self.sampler.order(epoch)
         steps = iter(range(start_step, self.steps_per_epoch))
         prepared: deque[Future[DaliBatch]] = deque()
