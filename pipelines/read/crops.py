@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines import rng
 from pipelines.errors import FieldError
 from pipelines.options import opt
 
@@ -39,6 +38,8 @@ def random_resized_crop(
     The algorithm is torchvision's (`transforms.RandomResizedCrop.get_params`): ten tries, then the largest central box
     whose ratio is allowed. Try t takes the four words of draw t of the sample's CROP counter: area, ratio, top, left.
     """
+    from pipelines import rng  # and with it torch: a recipe is checked without
+
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     boxes = _central_within(heights, widths, ratio)
     todo = np.arange(len(heights))

@@ -128,7 +128,7 @@ def add_recipe(parser: Parser) -> None:
 
 
 def recipe_fields() -> str:
-    """For the help of a verb that takes a recipe. Importing them takes seconds: only help that is printed does."""
+    """For the help of a verb that takes a recipe; imported only for help that is printed."""
     from std_fast.config.recipe import Recipe
     from std_fast.config.schema import describe
 

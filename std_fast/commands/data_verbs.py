@@ -163,10 +163,13 @@ def add_preview(parser: Parser) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
-    from std_fast.commands.preview import preview as draw
     from std_fast.config import recipe as recipes
 
-    draw(recipes.load(args.recipe, args.overrides), Path(args.out), args.epoch, args.images)
+    recipe = recipes.load(args.recipe, args.overrides)
+
+    from std_fast.commands.preview import preview as draw
+
+    draw(recipe, Path(args.out), args.epoch, args.images)
     print(args.out)
 
 

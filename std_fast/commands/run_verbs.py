@@ -23,14 +23,17 @@ def add_eval(parser: Parser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from std_fast.commands.predict import evaluate_export
     from std_fast.config import recipe as recipes
+
+    overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
+    recipe = None if args.teacher is None else recipes.load(args.run, overrides)
+
+    from std_fast.commands.predict import evaluate_export
     from std_fast.teachers.hub_folder import is_hub_folder
     from std_fast.training.evaluate import evaluate_run, evaluate_teacher, result_in_words
 
-    overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
-    if args.teacher is not None:
-        result = evaluate_teacher(recipes.load(args.run, overrides), args.teacher, args.data)
+    if recipe is not None:
+        result = evaluate_teacher(recipe, args.teacher, args.data)
     else:
         evaluate_folder = evaluate_export if is_hub_folder(Path(args.run)) else evaluate_run
         result = evaluate_folder(Path(args.run), args.data, overrides)

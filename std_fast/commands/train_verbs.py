@@ -1,4 +1,7 @@
-"""Verbs that train, or prepare a training: train, plan, teach, recipes, demo."""
+"""Verbs that train, or prepare a training: train, plan, teach, recipes, demo.
+
+A recipe is loaded before torch is imported, which takes seconds: a mistake in one of its fields is an error at once.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +69,13 @@ def add_plan(parser: Parser) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from std_fast.commands import plan as plans
     from std_fast.config import recipe as recipes
 
-    made = plans.plan(recipes.load(args.recipe, args.overrides), args.stored, args.save, args.seconds, args.gpus)
+    recipe = recipes.load(args.recipe, args.overrides)
+
+    from std_fast.commands import plan as plans
+
+    made = plans.plan(recipe, args.stored, args.save, args.seconds, args.gpus)
     show(args, plans.as_dict(made), plans.as_text(made))
 
 
@@ -81,14 +87,17 @@ def add_teach(parser: Parser) -> None:
 
 
 def teach(args: argparse.Namespace) -> int:
-    from std_fast.commands.teach import teach as ask_teachers
     from std_fast.config import recipe as recipes
+
+    views = [("distill.views", args.views)] if args.views else []
+    recipe = recipes.load(args.recipe, [*args.overrides, *views])
+
+    from std_fast.commands.teach import teach as ask_teachers
     from std_fast.runtime.distributed import PeerLost, rank
     from std_fast.training.run import Stopped
 
-    views = [("distill.views", args.views)] if args.views else []
     try:
-        data = ask_teachers(recipes.load(args.recipe, [*args.overrides, *views]), quiet=args.quiet)
+        data = ask_teachers(recipe, quiet=args.quiet)
     except Stopped as end:
         if rank() == 0:
             say(f"std-fast: {end}")

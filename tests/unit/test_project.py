@@ -125,6 +125,15 @@ def test_import_does_no_work():
     assert done.stdout.strip() == ""
 
 
+def test_a_recipe_is_checked_before_torch_is_imported():
+    """A mistake in a field is an error at once, not after the seconds of the import."""
+    verbs = ["train", "plan", "teach", "preview", "eval --teacher 0"]
+    calls = "; ".join(f"main({[*verb.split(), 'digits_std', '--optim.lrr', '1']})" for verb in verbs)
+    code = f"import sys; from std_fast.cli import main; {calls}; print(*sorted({{'torch', 'timm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "" and done.stderr.count("optim.lrr: unknown key") == len(verbs)
+
+
 # Words and sizes
 
 TEXTS = sorted(
