@@ -30,7 +30,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
 
-ERASE_ASPECT = (0.3, 1 / 0.3)  # timm's RandomErasing
+ERASE_SHARE, ERASE_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # of timm's RandomErasing: least and largest
 BETA_CELLS = 4096  # of the inverse distribution function; see beta_table
 NOISE_POOL = 1 << 20  # normal numbers from which erased boxes are filled
 
@@ -206,7 +206,7 @@ class Augment(nn.Module):
         B, H, R = x_BHR.shape
         gate, share, aspect, offset = u[Purpose.ERASE, 0]
         y, x, *_ = u[Purpose.ERASE, 1]
-        boxes = erase_boxes(share, aspect, y, x, H, R // 3, self.spec.erase_scale)
+        boxes = erase_boxes(share, aspect, y, x, H, R // 3)
         noise = self.noise
         if H * R >= len(noise):  # an image larger than the pool: the pool repeats
             noise = noise.repeat(H * R // len(noise) + 2)
@@ -255,13 +255,14 @@ def _draws(spec: AugmentSpec) -> tuple[tuple[Purpose, int], ...]:
 
 
 def erase_boxes(
-    share: Tensor, aspect: Tensor, y: Tensor, x: Tensor, height: int, width: int, scale: tuple[float, float]
+    share: Tensor, aspect: Tensor, y: Tensor, x: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Erasing boxes (top, left, bottom, right), int64 [B], from uniforms float64 [B], as timm's RandomErasing does.
 
-    Area uniform in `scale`, aspect log-uniform in [0.3, 1/0.3]; a side that does not fit is clipped to one pixel less.
+    Share of the image's area uniform in ERASE_SHARE, aspect log-uniform in ERASE_ASPECT; a side that does not fit is
+    clipped to one pixel less.
     """
-    area = (scale[0] + share * (scale[1] - scale[0])) * (height * width)
+    area = (ERASE_SHARE[0] + share * (ERASE_SHARE[1] - ERASE_SHARE[0])) * (height * width)
     low, high = math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])
     ratio = torch.exp(low + aspect * (high - low))
     h = torch.sqrt(area * ratio).round().long().clamp(max=height - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pipelines.errors import UserError
 from pipelines.options import opt
@@ -26,7 +26,6 @@ class AugmentSpec:
     mix_prob: float = opt(1.0, "probability that a sample is mixed at all")
     switch: float = opt(0.5, "probability of CutMix rather than mixup where both are on")
     erase: float = opt(0.25, "probability of random erasing with normal noise, Zhong et al. 2020")
-    erase_scale: tuple[float, float] = opt((0.02, 1 / 3), "smallest and largest erased share of the image")
     policy: Policy = opt(
         "randaugment",
         "what changes colours and shapes: RandAugment, where randaugment_n is not 0; TrivialAugment in its wide space "
@@ -60,9 +59,8 @@ class AugmentSpec:
         for name in ("mixup", "cutmix"):
             self._number(name, "0 (off) or an alpha from 0.01 to 100", lambda v: v == 0 or 0.01 <= v <= 100)
         self._number("shift", "a number of pixels: an integer, 0 or more", lambda v: isinstance(v, int) and v >= 0)
-        self._numbers("erase_scale", 2, "two areas, 0 < smallest <= largest < 1", lambda v: 0 < v[0] <= v[1] < 1)
-        self._numbers("mean", 3, "three numbers from 0 to 1 (not 0..255)", lambda v: all(0 <= x <= 1 for x in v))
-        self._numbers("std", 3, "three numbers above 0, at most 1 (not 0..255)", lambda v: all(0 < x <= 1 for x in v))
+        self._channels("mean", "from 0 to 1 (not 0..255)", lambda x: 0 <= x <= 1)
+        self._channels("std", "above 0, at most 1 (not 0..255)", lambda x: 0 < x <= 1)
 
     @property
     def mixes(self) -> bool:
@@ -74,11 +72,11 @@ class AugmentSpec:
         if not _is_number(value) or not valid(value):
             raise UserError(f"augment.{name} must be {wanted}, not {value!r}")
 
-    def _numbers(self, name: str, count: int, wanted: str, valid: Callable[[Any], bool]) -> None:
+    def _channels(self, name: str, wanted: str, valid: Callable[[float], bool]) -> None:
         value = getattr(self, name)
-        listed = isinstance(value, (list, tuple)) and len(value) == count and all(_is_number(v) for v in value)
-        if not listed or not valid(value):
-            raise UserError(f"augment.{name} must be {wanted}, not {value!r}")
+        three = isinstance(value, (list, tuple)) and len(value) == 3
+        if not three or not all(_is_number(x) and valid(x) for x in value):
+            raise UserError(f"augment.{name} must be three numbers {wanted}, not {value!r}")
         object.__setattr__(self, name, tuple(value))  # a list from YAML; the spec stays hashable
 
 

@@ -15,8 +15,12 @@ T = TypeVar("T")
 
 FIELDS = {"distill.answers": "distill.target_cache"}
 """dotted names of recipe fields"""
-REMOVED: dict[str, tuple[Any, ...]] = {"run.cuda_graphs": ("off", False), "run.compress_gradients": (False,)}
-"""dotted names of recipe fields that are gone, each with the values that ask for nothing"""
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "run.cuda_graphs": ("off", False),
+    "run.compress_gradients": (False,),
+    "augment.erase_scale": ([0.02, 1 / 3],),
+}
+"""dotted names of recipe fields that are gone, each with the values that change nothing"""
 META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
 """keys of a checkpoint's metadata"""
 TENSORS = {"aside.": "snapshot."}
@@ -31,7 +35,7 @@ def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
     With teachers but neither a base nor a mode, distill.mode is std, as it was by default.
 
     Raises:
-        UserError: a field that is gone asks for something.
+        UserError: a field that is gone has another value.
     """
     for old, new in FIELDS.items():
         section, _, key = old.partition(".")

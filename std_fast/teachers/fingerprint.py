@@ -17,8 +17,10 @@ from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.target_format import DIGEST_BYTES
 
-LEGACY_DEFAULTS = {"precision": "auto", "classes": "", "policy": "randaugment", "aug_repeats": 1}
-"""fields of teachers, augmentation and data that caches of earlier versions lack, as they were then"""
+LEGACY_DEFAULTS = {
+    "precision": "auto", "classes": "", "policy": "randaugment", "aug_repeats": 1, "erase_scale": [0.02, 1 / 3],
+}  # fmt: skip
+"""fields of teachers, augmentation and data that caches of earlier versions lack, or alone have, as they were then"""
 
 
 def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
     hard = ours["distill.labels"] == "hard"  # which a cache of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
     for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
-        there, here = stored.get(name, LEGACY_DEFAULTS.get(name.rpartition(".")[2])), ours.get(name)
+        default = LEGACY_DEFAULTS.get(name.rpartition(".")[2])
+        there, here = stored.get(name, default), ours.get(name, default)
         if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
             continue
         what = {"data.train": "other data", "classes": "other classes"}.get(name)

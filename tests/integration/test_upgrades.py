@@ -60,14 +60,22 @@ def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
     assert found["result"]["top1"] == pytest.approx(expected["result"]["top1"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("cuda_graphs", "teachers"), ("compress_gradients", "true")])
-def test_a_recipe_with_a_field_that_is_gone(field, value, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("run", "cuda_graphs", "teachers"),
+        ("run", "compress_gradients", "true"),
+        ("augment", "erase_scale", "[0.1, 0.2]"),
+    ],
+)
+def test_a_recipe_with_a_field_that_is_gone(section, field, value, tmp_path, monkeypatch):
     """It is read where the field has its default, and refused in one line where it asks for something."""
     monkeypatch.chdir(tmp_path)
     text = (DATA / "v0.1.0" / "run" / "recipe.yaml").read_text(encoding="utf-8")
-    assert f"  {field}: " in text and recipes.loads(text)
-    Path("new.yaml").write_text(re.sub(f"  {field}: .*", f"  {field}: {value}", text), encoding="utf-8")
-    with pytest.raises(UserError, match=f"run.{field}: .* is no longer offered; leave run.{field} out") as caught:
+    assert f"  {field}:" in text and recipes.loads(text)
+    Path("new.yaml").write_text(re.sub(rf"  {field}:.*(\n  - .*)*", f"  {field}: {value}", text), encoding="utf-8")
+    name = f"{section}.{field}"
+    with pytest.raises(UserError, match=f"{name}: .* is no longer offered; leave {name} out") as caught:
         recipes.load("new.yaml")
     assert "\n" not in str(caught.value)
 

@@ -12,7 +12,9 @@ from scipy.special import betaincinv
 from torch._dynamo.testing import CompileCounter
 
 from pipelines import rng
+from pipelines.augment import device
 from pipelines.augment.device import (
+    ERASE_SHARE,
     Augment,
     beta_table,
     cutmix_boxes,
@@ -64,7 +66,7 @@ def reference(batch: Batch, spec: AugmentSpec, seed: int) -> tuple[np.ndarray, n
         gate, share, aspect, offset = uniform(Purpose.ERASE, i)
         if gate < spec.erase:
             y, x = uniform(Purpose.ERASE, i, 1)[:2]
-            area = H * W * (spec.erase_scale[0] + share * (spec.erase_scale[1] - spec.erase_scale[0]))
+            area = H * W * (0.02 + share * (1 / 3 - 0.02))
             ratio = np.exp(np.log(0.3) + aspect * (np.log(1 / 0.3) - np.log(0.3)))
             h, w = min(round(np.sqrt(area * ratio)), H - 1), min(round(np.sqrt(area / ratio)), W - 1)
             top, left = int(y * (H - h + 1)), int(x * (W - w + 1))
@@ -102,7 +104,7 @@ def reference(batch: Batch, spec: AugmentSpec, seed: int) -> tuple[np.ndarray, n
         dict(OFF),
         dict(OFF, flip=0.5),
         dict(OFF, shift=5),
-        dict(OFF, erase=0.6, erase_scale=(0.2, 0.9)),
+        dict(OFF, erase=0.6),
         dict(OFF, mixup=0.2),
         dict(OFF, cutmix=1.0),
         dict(OFF, mixup=0.8, cutmix=1.0, mix_prob=0.5, switch=0.3),
@@ -170,9 +172,9 @@ def test_cutmix_boxes_are_timms(monkeypatch):
 
 def test_erase_boxes_are_timms(monkeypatch):
     share, aspect, y, x = torch.rand(4, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    height, width, scale = 40, 32, (0.02, 1 / 3)
-    ours = torch.stack(erase_boxes(share, aspect, y, x, height, width, scale), 1).tolist()
-    timms = timm.data.random_erasing.RandomErasing(1.0, *scale, mode="const", device="cpu")
+    height, width = 40, 32
+    ours = torch.stack(erase_boxes(share, aspect, y, x, height, width), 1).tolist()
+    timms = timm.data.random_erasing.RandomErasing(1.0, *ERASE_SHARE, mode="const", device="cpu")
     fitted = 0
     for i in range(len(share)):
         unit, place = iter((share[i].item(), aspect[i].item())), iter((y[i].item(), x[i].item()))
@@ -229,8 +231,9 @@ def test_noise_is_standard_normal_and_a_function_of_the_seed():
     assert not np.array_equal(pool[:999], noise_pool(SEED + 1, 999))
 
 
-def test_an_image_larger_than_the_noise_pool_is_filled_from_its_repetition():
-    augment = Augment(AugmentSpec(**dict(OFF, erase=1.0, erase_scale=(0.98, 0.99))), SEED)
+def test_an_image_larger_than_the_noise_pool_is_filled_from_its_repetition(monkeypatch):
+    monkeypatch.setattr(device, "ERASE_SHARE", (0.98, 0.99))
+    augment = Augment(AugmentSpec(**dict(OFF, erase=1.0)), SEED)
     augment.noise = augment.noise[:100].clone()
     mixed = augment(make_batch(4))
     erased = torch.isin(mixed.images, augment.noise).float().mean()
@@ -265,8 +268,7 @@ def test_statistics_of_flip_and_shift():
         dict(mix_prob=2),
         dict(switch=-1),
         dict(erase=True),
-        dict(erase_scale=(0.5, 0.2)),
-        dict(erase_scale=0.3),
+        dict(mean=0.5),
         dict(policy="autoaugment"),
         dict(randaugment_n=9),
         dict(randaugment_n=2.0),
