@@ -92,7 +92,7 @@ def test_only_a_run_of_the_command_line_counts_the_seconds_of_its_process(recipe
 
 
 def test_killed_and_resumed(recipe, tmp_path):
-    recipe = of_hours(recipe, 1.0)  # far more than is used: its end would depend on the machine
+    recipe = of_hours(recipe, 0.1)  # far more than is used: its end would depend on the machine
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe))
     child = subprocess.run([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True)

@@ -1,6 +1,7 @@
 """The project itself: the order of imports, words, sizes, and that what the code needs is what its files install."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -34,10 +35,20 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    return {module: imports_of(module) for module in FILES}
+
+
 def imports_of(module: str) -> set[str]:
     """Full names of what the file imports, also inside functions; `from std_fast import cli` is std_fast.cli."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(FILES[module])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -47,7 +58,6 @@ def imports_of(module: str) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports_of(module) for module in FILES}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -65,12 +75,12 @@ def requirement_name(requirement: str) -> str:
 def test_lower_packages_never_import_upper_ones(package, forbidden):
     wrong = {
         (m, name)
-        for m, names in IMPORTS.items()
+        for m, names in imports().items()
         for name in names
         if m.split(".")[0] == package and name.split(".")[0] in forbidden
     }
     assert not wrong
-    assert any(m.split(".")[0] == package for m in IMPORTS)
+    assert any(m.split(".")[0] == package for m in imports())
 
 
 ROOMS = (
@@ -101,7 +111,7 @@ def test_rooms_import_one_way():
     assert rooms == set(LEVEL)
     wrong = [
         (importer, imported)
-        for importer, names in IMPORTS.items()
+        for importer, names in imports().items()
         for imported in names
         if {room_of(importer), room_of(imported)} <= set(LEVEL)
         and room_of(importer) != room_of(imported)
@@ -111,7 +121,7 @@ def test_rooms_import_one_way():
 
 
 def test_no_import_cycle():
-    below = {module: {n for n in names if n in FILES} for module, names in IMPORTS.items()}
+    below = {module: {n for n in names if n in FILES} for module, names in imports().items()}
     while free := {module for module, names in below.items() if not names}:
         below = {module: names - free for module, names in below.items() if module not in free}
     assert not below, f"in or above a cycle: {sorted(below)}"
@@ -187,13 +197,13 @@ def names_defined(tree):
 
 
 def test_no_name_of_the_code_is_an_old_one():
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in TEXTS if path.suffix == ".py"}
-    defined = [(path, line, name) for path, tree in trees.items() for line, name in names_defined(tree)]
+    paths = [path for path in TEXTS if path.suffix == ".py"]
+    defined = [(path, line, name) for path in paths for line, name in names_defined(tree_of(path))]
     assert not [f"{path}:{line}: {name}" for path, line, name in defined if name in OLD_NAMES]
     ours = [
         node.name
         for path in FILES.values()
-        for node in ast.walk(trees[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, DEFINITIONS) and node.name in ONE_OF_EACH
     ]
     assert len(ours) == len(set(ours)), f"defined twice: {ours}"
@@ -208,7 +218,7 @@ def test_files_classes_and_functions_are_small():
     for path in FILES.values():
         name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
         sizes = [("file", name, len(text.splitlines()))]
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, DEFINITIONS):
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 sizes.append((kind, f"{name}:{node.name}", node.end_lineno - node.lineno + 1))
@@ -221,7 +231,9 @@ def test_files_classes_and_functions_are_small():
 
 def test_third_party_imports_are_declared_and_the_other_way_round():
     used = (
-        {name.split(".")[0] for names in IMPORTS.values() for name in names} - set(sys.stdlib_module_names) - set(OURS)
+        {name.split(".")[0] for names in imports().values() for name in names}
+        - set(sys.stdlib_module_names)
+        - set(OURS)
     )
     core = {MODULE_OF.get(n, n) for n in map(requirement_name, PROJECT["dependencies"])}
     optional = {MODULE_OF.get(n, n) for extra in EXTRAS.values() for n in map(requirement_name, extra)}

@@ -40,6 +40,7 @@ from std_fast.teachers.classifiers import build_classifier, read_run, read_weigh
 from std_fast.teachers.target_cache import TargetCache
 from std_fast.teachers.target_format import read_header
 from std_fast.teachers.teacher import build_teacher
+from tests import confined_functions as outside
 from tests import crafted
 from tests.beton_tools import encoded, jpeg_sample, pixels, write_beton
 from tests.unit.test_source import FAULTS, SAMPLES, poke
@@ -403,61 +404,31 @@ def test_parquet_of_too_long_images_names_them(tmp_path):
 # -- a confined reader ------------------------------------------------------------------------------------------------
 
 
-def targets_with(value):
-    return [value, os.getpid()]
-
-
-def takes_memory():
-    return len(bytearray(1 << 40))
-
-
-def never_ends():
-    while True:
-        pass
-
-
-def crashes():
-    import ctypes
-
-    ctypes.string_at(8)
-
-
-def prints():
-    os.write(1, b"noise")
-    print("more noise")
-    return 1
-
-
-def complains():
-    raise UserError("x: fix it")
-
-
-def disk_full():
-    raise OSError(28, "whatever")
-
-
 def test_a_confined_reader_returns_from_another_process():
-    value, pid = confined(targets_with, {"a": [1, None, "ä"]})
+    value, pid = confined(outside.targets_with, {"a": [1, None, "ä"]})
     assert value == {"a": [1, None, "ä"]} and pid != os.getpid()
-    assert confined(prints) == 1
+    assert confined(outside.prints) == 1
 
 
 @pytest.mark.parametrize(
     ("function", "limits", "complaint"),
     [
-        (takes_memory, {}, "more than 4096 MiB of memory"),
-        (never_ends, {"seconds": 1}, "took more than 1 s"),
-        (crashes, {}, "SIGSEGV"),
-        (targets_with, {}, "TypeError"),
+        (outside.takes_memory, {}, "more than 4096 MiB of memory"),
+        (outside.never_ends, {"seconds": 1}, "took more than 1 s"),
+        (outside.crashes, {}, "SIGSEGV"),
+        (outside.targets_with, {}, "TypeError"),
     ],
 )
 def test_what_goes_wrong_in_a_confined_reader_is_said(function, limits, complaint):
     with pytest.raises(Refused, match=complaint):
         confined(function, **limits)
+
+
+def test_errors_of_a_confined_reader_keep_their_kind():
     with pytest.raises(UserError, match="x: fix it"):
-        confined(complains)
+        confined(outside.complains)
     with pytest.raises(OSError) as caught:
-        confined(disk_full)
+        confined(outside.disk_full)
     assert caught.value.errno == 28
 
 
