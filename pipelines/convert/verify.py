@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
-import PIL.ImageDraw
 
 from pipelines.errors import UserError, one_line, printable
 from pipelines.read.beton import HEADER_TYPE, BetonSource
 from pipelines.read.turbojpeg import BadImage, turbojpeg
+from pipelines.sheet import draw_sheet
 from pipelines.untrusted import read_json
 
 EDGES = (1, 32, 64, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 2048, 65536)
 """of the histograms, pixels"""
-THUMBNAIL = 128
+SAMPLES, THUMBNAIL = 32, 128
 _BLOCK = 1 << 24
 
 
@@ -86,32 +86,20 @@ def _manifest(path: str) -> dict[str, Any] | None:
     return manifest
 
 
-def sample_sheet(path: str, out_png: str, n: int = 32) -> None:
-    """Draws `n` samples, evenly spread over the beton, with their class names, as one PNG. Raises UserError when it is
-    no beton, a sample does not decode or the picture cannot be written."""
+def sample_sheet(path: str, out_png: str) -> None:
+    """Draws SAMPLES thumbnails, evenly spread over the beton, with their class names, as one PNG. Raises UserError when
+    it is no beton, a sample does not decode or the picture cannot be written."""
     source = BetonSource(path)
-    chosen = np.unique(np.linspace(0, source.num_samples - 1, max(1, min(n, source.num_samples))).astype(int))
-    columns = min(8, len(chosen))
-    caption = 14
-    sheet = PIL.Image.new(
-        "RGB", (columns * THUMBNAIL, -(-len(chosen) // columns) * (THUMBNAIL + caption)), (255, 255, 255)
-    )
-    draw = PIL.ImageDraw.Draw(sheet)
-    for place, index in enumerate(chosen.tolist()):
+    images, captions = [], []
+    for index in np.unique(np.linspace(0, source.num_samples - 1, SAMPLES).astype(int)).tolist():
         try:
-            image = PIL.Image.fromarray(decode_sample(source, index))
+            images.append(PIL.Image.fromarray(decode_sample(source, index)))
         except BadImage as error:
             raise UserError(f"{source.name(index)}: {error}; run `std-fast verify --decode`") from None
-        image.thumbnail((THUMBNAIL - 2, THUMBNAIL - 2))
-        x, y = place % columns * THUMBNAIL, place // columns * (THUMBNAIL + caption)
-        sheet.paste(image, (x + (THUMBNAIL - image.width) // 2, y + (THUMBNAIL - image.height) // 2))
+        images[-1].thumbnail((THUMBNAIL, THUMBNAIL))
         label = int(source.labels[index])
-        name = source.class_names[label] if source.class_names else str(label)
-        draw.text((x + 2, y + THUMBNAIL), name[:20].encode("latin-1", "replace").decode("latin-1"), fill=(0, 0, 0))
-    try:
-        sheet.save(out_png, "PNG")
-    except OSError as error:
-        raise UserError(f"{printable(out_png)}: cannot be written ({error.strerror}); choose another place") from None
+        captions.append(source.class_names[label] if source.class_names else str(label))
+    draw_sheet(images, captions, out_png)
 
 
 def decode_sample(source: BetonSource, index: int) -> npt.NDArray[np.uint8]:

@@ -28,4 +28,4 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
         raise UserError(str(error).replace("run.batch:", "--images:", 1)) from None
     with opened as loader:
         mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
-        contact_sheet(mixed, out, spec=recipe.augment, class_names=loader.source.class_names)
+        contact_sheet(mixed, out, recipe.augment, loader.source.class_names)
