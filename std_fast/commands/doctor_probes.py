@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 GIB = 2**30
+REQUIRED = "torchvision timm numpy scipy pillow scikit-learn pyyaml rich tensorboard matplotlib safetensors"
 FFCV_DEBIAN = "sudo apt-get install -y --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev"
 FFCV_CONDA = "conda install -c conda-forge compilers pkg-config opencv libjpeg-turbo"
 APEX_BUILD = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1"  # without them apex is built without its kernels
@@ -28,7 +29,8 @@ APEX_SOURCE = "git+https://github.com/NVIDIA/apex"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `fix` maps a package manager ("debian", "conda", "pip") or "note" to what to do."""
+    """One line of the report. `fix` maps a package manager ("debian", "conda", "pip") or "note" to what to do where it
+    is not `ok`."""
 
     name: str
     ok: bool
@@ -36,6 +38,9 @@ class Check:
     detail: str = ""
     fix: dict[str, str] = field(default_factory=dict)
     required: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fix", {} if self.ok else self.fix)
 
     @property
     def status(self) -> str:
@@ -47,17 +52,9 @@ def probes() -> Iterator[Callable[[], Check]]:
     yield _python
     yield lambda: _package("torch", conda="pytorch-gpu", required=True, describe=_torch_build)
     yield _cuda_device
-    yield lambda: _package("torchvision", required=True)
-    yield lambda: _package("timm", required=True)
-    yield lambda: _package("numpy", required=True)
-    yield lambda: _package("scipy", required=True)
-    yield lambda: _package("pillow", "PIL", required=True)
-    yield lambda: _package("scikit-learn", "sklearn", required=True)
-    yield lambda: _package("pyyaml", "yaml", required=True)
-    yield lambda: _package("rich", required=True)
-    yield lambda: _package("tensorboard", required=True)
-    yield lambda: _package("matplotlib", required=True)
-    yield lambda: _package("safetensors", required=True)
+    module_of = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml"}
+    for name in REQUIRED.split():
+        yield lambda name=name: _package(name, module_of.get(name, ""), required=True)  # type: ignore[misc]
     yield _ffcv
     yield lambda: _package("nvidia-dali-cuda120", "nvidia.dali", conda=None, name="DALI")
     yield _nvjpeg_engine
@@ -81,7 +78,7 @@ def probes() -> Iterator[Callable[[], Check]]:
 def _python() -> Check:
     ok = sys.version_info >= (3, 10)
     fix = {"debian": "sudo apt-get install -y python3 python3-venv", "conda": "conda install python=3.11"}
-    return Check("python", ok, platform.python_version(), sys.executable, {} if ok else fix, required=True)
+    return Check("python", ok, platform.python_version(), sys.executable, fix, required=True)
 
 
 def _package(
@@ -223,14 +220,14 @@ def _compiler() -> Check:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     version = _output(*shlex.split(found), "--version").split("\n")[0] if found else ""
     ok = bool(version)
-    return Check("C++ compiler", ok, _number(version), version or "needed by torch.compile and FFCV", {} if ok else fix)
+    return Check("C++ compiler", ok, _number(version), version or "needed by torch.compile and FFCV", fix)
 
 
 def _python_headers() -> Check:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     ok = header.exists()
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    fix = {} if ok else {"debian": f"sudo apt-get install -y {package}"}
+    fix = {"debian": f"sudo apt-get install -y {package}"}
     return Check("Python headers", ok, detail=str(header) if ok else "needed by torch.compile and FFCV", fix=fix)
 
 
@@ -238,7 +235,7 @@ def _pkg_config() -> Check:
     version = _output("pkg-config", "--version").strip()
     fix = {"debian": "sudo apt-get install -y pkg-config", "conda": "conda install -c conda-forge pkg-config"}
     ok = version != ""
-    return Check("pkg-config", ok, version, "" if ok else "needed to build FFCV", {} if ok else fix)
+    return Check("pkg-config", ok, version, "" if ok else "needed to build FFCV", fix)
 
 
 def _headers(name: str, module: str, debian: str, conda: str) -> Check:
@@ -248,7 +245,7 @@ def _headers(name: str, module: str, debian: str, conda: str) -> Check:
         "debian": f"sudo apt-get install -y --no-install-recommends {debian}",
         "conda": f"conda install -c conda-forge {conda}",
     }
-    return Check(name, ok, version, "" if ok else "needed to build FFCV", {} if ok else fix)
+    return Check(name, ok, version, "" if ok else "needed to build FFCV", fix)
 
 
 # The machine
@@ -266,25 +263,21 @@ def _memory() -> Check:
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     total = min(sizes["MemTotal"], int(limit)) if limit.isdigit() else sizes["MemTotal"]
     ok = total >= 4 * GIB
-    fix = {} if ok else {"note": "4 GiB at least: smaller batches and fewer loader threads lower the need"}
+    fix = {"note": "4 GiB at least: smaller batches and fewer loader threads lower the need"}
     return Check("memory", ok, f"{total / GIB:.1f} GiB", f"{sizes['MemAvailable'] / GIB:.1f} GiB available", fix)
 
 
 def _shared_memory() -> Check:
     size = shutil.disk_usage("/dev/shm")
     ok = size.total >= GIB
-    fix = (
-        {}
-        if ok
-        else {"note": "NCCL and FFCV's writer use it; in Docker: docker run --shm-size=8g (its default is 64 MB)"}
-    )
+    fix = {"note": "NCCL and FFCV's writer use it; in Docker: docker run --shm-size=8g (its default is 64 MB)"}
     return Check("/dev/shm", ok, f"{size.total / GIB:.1f} GiB", f"{size.free / GIB:.1f} GiB free", fix)
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     ok = free >= 5 * GIB
-    fix = {} if ok else {"note": "ImageNet as a beton takes 22 to 65 GB, a run with its checkpoints about 1 GB"}
+    fix = {"note": "ImageNet as a beton takes 22 to 65 GB, a run with its checkpoints about 1 GB"}
     return Check("disk", ok, f"{free / GIB:.1f} GiB", f"free in {Path.cwd()}", fix)
 
 
