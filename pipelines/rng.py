@@ -16,7 +16,7 @@ Shapes: N samples, or any shape of `position`; the four words are the last axis.
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -78,21 +78,7 @@ def words(
     return philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
 
 
-@overload
-def bits(
-    seed: int, epoch: int, position: npt.NDArray[np.integer], purpose: int, draw: int = 0
-) -> npt.NDArray[np.uint32]: ...
-@overload
-def bits(
-    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int | torch.Tensor = 0
-) -> torch.Tensor: ...
-def bits(
-    seed: int,
-    epoch: int | torch.Tensor,
-    position: npt.NDArray[np.integer] | torch.Tensor,
-    purpose: int,
-    draw: int | torch.Tensor = 0,
-) -> npt.NDArray[np.uint32] | torch.Tensor:
+def bits(seed: int, epoch: int | torch.Tensor, position: Word, purpose: int, draw: int | torch.Tensor = 0) -> Word:
     """Random words [N, 4]: numpy uint32 for a numpy `position`, torch int64 holding 0..2^32-1 for a torch one.
 
     seed: any integer, taken modulo 2^64.
@@ -121,21 +107,7 @@ def bits(
     return out.reshape(*np.shape(position), 4)
 
 
-@overload
-def uniform(
-    seed: int, epoch: int, position: npt.NDArray[np.integer], purpose: int, draw: int = 0
-) -> npt.NDArray[np.float32]: ...
-@overload
-def uniform(
-    seed: int, epoch: int | torch.Tensor, position: torch.Tensor, purpose: int, draw: int | torch.Tensor = 0
-) -> torch.Tensor: ...
-def uniform(
-    seed: int,
-    epoch: int | torch.Tensor,
-    position: npt.NDArray[np.integer] | torch.Tensor,
-    purpose: int,
-    draw: int | torch.Tensor = 0,
-) -> npt.NDArray[np.float32] | torch.Tensor:
+def uniform(seed: int, epoch: int | torch.Tensor, position: Word, purpose: int, draw: int | torch.Tensor = 0) -> Word:
     """Uniform float32 [N, 4] in [0, 1): the top 24 bits of `bits` times 2^-24, exact and so equal in both twins."""
     if isinstance(position, torch.Tensor):
         return (bits(seed, epoch, position, purpose, draw) >> 8).to(torch.float32) * 2.0**-24
