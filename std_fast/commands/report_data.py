@@ -123,7 +123,7 @@ def predictions(run: RunData, count: int) -> list[Sample]:
         for step in sorted({place // batch for place in wanted}):
             batches = loader.epoch(0, step)
             one = next(batches)
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             with cast():
                 shares = predict(student.outputs(normalise(one.images)), recipe.distill.predict).float().softmax(-1)
             best, guesses = (values.cpu() for values in shares.max(-1))
