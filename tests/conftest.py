@@ -1,5 +1,6 @@
 """For all tests: fair threads for parallel workers, skipping what this machine cannot run, small data made once."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,12 @@ for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REHEARSED = os.environ.get("STD_FAST_REHEARSAL", "")  # the way (tests/rehearsal/ways.py); empty on a real GPU
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: every run collects garbage first, and would search all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ A moment is random in time, not at a step: over the entire life of an undisturbe
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -111,6 +112,7 @@ def _live(argv: list[str], log: str, target: Callable[..., object] | None, befor
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # a run collects garbage first
     if before is not None:
         before()
     if target is not None:
