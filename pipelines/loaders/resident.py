@@ -10,9 +10,11 @@ Shapes: N samples, B batch (of this shard), S image size, H, W largest stored he
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +42,20 @@ def free_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-        return known["MemAvailable"]
-    except (OSError, KeyError):
+    except (OSError, ValueError):
         return 1 << 62
+    return min(known.get("MemAvailable", 1 << 62), _left_in_container())
+
+
+def _left_in_container() -> int:
+    """Bytes up to the memory limit of the control group, version 2; a large number where there is none."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):  # `max`: no limit
+        return 1 << 62
+    return limit - used + (int(cached[1]) if cached else 0)
 
 
 class ResidentLoader(LoaderBase):

@@ -12,6 +12,7 @@ from pipelines.read.crops import CropSpec
 Resample = Literal["auto", "area", "bilinear", "bicubic"]
 Backend = Literal["auto", "ffcv", "dali", "torch", "resident"]
 OnCorrupt = Literal["stop", "skip"]
+LARGEST_SIDE = 4096  # pixels of an image that a model sees
 SMALLEST = {"image_size": 8, "aug_repeats": 1, "threads": 0, "ahead": 1, "corrupt_limit": 1}
 
 
@@ -51,6 +52,8 @@ class ReadSettings:
         for name, smallest in SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise UserError(f"data.{name}: {getattr(self, name)} is too small; use {smallest} or more")
+        if self.image_size > LARGEST_SIDE:
+            raise UserError(f"data.image_size: {self.image_size} is too large; use {LARGEST_SIDE} pixels or less")
         load = self.hw_decoder_load
         if load is not None and not 0 <= load <= 1:
             raise UserError(f"data.hw_decoder_load: {load} must lie in 0..1")

@@ -37,6 +37,7 @@ from std_fast.teachers.stream import BatchStream, target_source
 from std_fast.teachers.target_cache import TargetCache, epochs_needed, open_target_cache
 from std_fast.teachers.teacher import Teachers, autocast, build_classifier, build_teacher
 from std_fast.training.guard import Guard
+from std_fast.training.host_memory import check_host_memory
 from std_fast.training.initial_weights import load_initial_weights
 from std_fast.training.micro_batch import MicroBatch, micro_batch_of
 from std_fast.training.optim import EMA, build_optimizer
@@ -311,6 +312,8 @@ def build_trainer(
 ) -> Trainer:
     """The step of a recipe around a student on its device: compiled, then replicated over the processes."""
     o, run = recipe.optim, recipe.run
+    if device.type == "cpu":
+        check_host_memory(recipe, student, micro_batch, precision)
     student.train()
     for mine in student.statistics():
         mine.gather = world.gather if world.size > 1 else None

@@ -86,6 +86,7 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ({"run": {"out": "s3://bucket/a"}}, "run.out: s3://bucket/a is a URL"),
         ({"run": {"trackers": ["tensorboard", "wandb", "wandb"]}}, "run.trackers: wandb stands twice"),
         ({"student": {"name": ""}}, "student.name: is empty"),
+        ({"data": {"image_size": 10000}}, "data.image_size: 10000 is too large; use 4096 pixels or less"),
         ({"data": {"hw_decoder_load": -0.1}}, "data.hw_decoder_load: -0.1"),
         ({"data": 3}, "data: expected a section"),
     ],
