@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipelines.augment.device import Augment
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Recipe, read_saved
 from std_fast.method.student import predict
@@ -67,9 +67,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         except (OSError, ValueError) as error:
             raise UserError(f"{found}: cannot be read ({error}); restore or remove it") from None
         records = [r for r in read_jsonl(folder / "metrics.jsonl") if isinstance(r, dict) and number(r.get("step"))]
-        name = folder.resolve().name
+        name = printable(folder.resolve().name)
         if name in (other.name for other in runs):
-            name = str(folder)
+            name = printable(str(folder))
         kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval")}
         summary = summary if isinstance(summary, dict) else {}
         runs.append(RunData(folder, name, COLOURS[i % len(COLOURS)], recipe, kinds["train"], kinds["eval"], summary))

@@ -82,4 +82,6 @@ def filled_in(out: str, name: str, seed: object) -> Path:
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_NAME or "\0" in out:
         raise UserError(f"run.out: holds a name of {longest} bytes; use at most {LONGEST_NAME}, none of them zero")
+    if out.startswith("~"):  # a folder of that name is easily removed with another one
+        raise UserError(f"run.out: {out!r}: ~ is not expanded here; write the path of your home folder")
     return path

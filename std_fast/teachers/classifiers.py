@@ -171,6 +171,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file; put a .safetensors or timm .pth file there, or name another")
     data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    if path.parent.name == "checkpoints" and all(name.startswith(("model.", "ema.", "optim.")) for name in data):
+        raise UserError(f"{path}: is a checkpoint of a run; give the run's folder, {path.parent.parent}")
     # names as DistributedDataParallel and torch.compile leave them
     return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
 

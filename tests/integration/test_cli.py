@@ -119,6 +119,7 @@ def test_info_and_recipes(capsys):
         (["train", "digits_mixer", "--run.out", ""], "run.out: is empty; name the folder of the run"),
         (["train", "digits_mixer", "--run.out", LONG], "run.out: holds a name of 300 bytes; use at most 255"),
         (["train", "digits_mixer", "--run.out", "a\0b"], "run.out: "),
+        (["train", "digits_mixer", "--run.out", "~/runs"], "run.out: '~/runs': ~ is not expanded here"),
         (
             ["train", "digits_mixer", "--run.out", __file__],
             "run.out: " + __file__ + " is a file, or lies below one; name",

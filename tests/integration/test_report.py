@@ -179,6 +179,16 @@ def test_a_browser_draws_it(runs, tmp_path):
     assert (pixels[:, -20:] == pixels[0, -1]).all()
 
 
+def test_a_folder_whose_name_is_no_text(runs, tmp_path):
+    """Bytes that are not UTF-8, as any name beyond ASCII is in an ASCII locale."""
+    folder = tmp_path / "r\udcc3"
+    folder.mkdir()
+    shutil.copy(runs[2] / "recipe.yaml", folder)
+    (run,) = report_data.read_runs([folder])
+    curve = (run.name, report_data.COLOURS[0], "-", ([0.0, 1.0], [1.0, 2.0]))
+    assert "r\\udcc3" in report_plots.Plots(tmp_path).curves("plot", [curve], "x", "y")
+
+
 def test_names_that_matplotlib_would_read(tmp_path):
     for name in (NASTY, "_hidden", "$", "a$b$"):
         curve = (name, report_data.COLOURS[0], "-", ([0.0, 1.0], [1.0, 2.0]))

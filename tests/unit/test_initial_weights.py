@@ -14,6 +14,7 @@ from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 from std_fast.training.evaluate import evaluate_run
+from std_fast.training.initial_weights import read_initial_weights
 
 OPTIONS = {"patch_size": 8, "dim": 16, "depth": 2, "token_dim": 8, "channel_dim": 32}
 STD = {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}
@@ -119,6 +120,12 @@ def test_pretrained_without_a_network_says_which_file_to_put_where(monkeypatch, 
         UserError, match=r"student.weights: test_resnet could not .* set student.weights to weights/test"
     ):
         build_student(recipe, 1000)
+
+
+def test_a_checkpoint_file_names_the_folder_of_its_run(run):
+    (file,) = checkpoint.listed(run / "checkpoints")[-1:]
+    with pytest.raises(UserError, match=f"is a checkpoint of a run; give the run's folder, {run}$"):
+        read_initial_weights(file)
 
 
 def test_evaluating_from_another_folder_names_the_way_on(run, tmp_path, monkeypatch):
