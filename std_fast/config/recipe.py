@@ -200,7 +200,7 @@ class Distill:
                 "has no effect with tokens: deit; leave taps and assign out",
             )
         else:
-            fix = "have no effect without distill.mode std; set it, or leave them out"
+            fix = "have no effect without distill.mode std; set it, or set them to []"
             require(not self.teachers, "distill.teachers", fix)
 
     @property

@@ -294,7 +294,7 @@ def test_the_stem_for_small_images(tmp_path):
         teacher = build(weights=str(write_run(tmp_path / name, model.state_dict(), plain_recipe(name, **options))))
         images = normal(pixels(), MEAN, STD)
         torch.testing.assert_close(teacher(images), model(normal(pixels(), *OWN)), atol=2e-5, rtol=1e-5)
-    with pytest.raises(UserError, match=r"options.small_stem: is for timm's ResNets, and test_vit is none"):
+    with pytest.raises(UserError, match="test_vit: the option small_stem is for timm's ResNets, and test_vit is none"):
         build_classifier("test_vit", K, 32, small_stem=True)
 
 
@@ -393,7 +393,7 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
             {"name": "resnet18", "weights": "{weights}", "options": {"num_classes": 1}},
             "options.num_classes: has its own place",
         ),
-        ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teachers.std: must be positive"),
+        ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teacher.std: must be positive"),
         ({"name": "test_resnet", "weights": "{weights}", "options": {"deep": 1}}, "unexpected keyword argument 'deep'"),
         ({"name": "test_mambaout", "weights": "{weights}"}, "does not fit the model"),
         ({"weights": "{tmp}"}, "holds no run (no recipe.yaml)"),
