@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"std-fast: {line}")
         return 2
     except KeyboardInterrupt:
-        say("std-fast: interrupted")
+        continues = argv[:1] in (["convert"], ["warm"])
+        say("std-fast: interrupted" + "; the same command continues" * continues)
         return INTERRUPTED
 
 

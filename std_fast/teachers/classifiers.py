@@ -270,7 +270,7 @@ def read_run(folder: Path) -> StoredRun:
         raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        raise UserError(f"{folder}: holds no complete checkpoint; train it with `std-fast train` first")
+        raise UserError(f"{folder}: holds no complete checkpoint; restore one, or train into another folder")
     path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -202,3 +202,13 @@ def test_a_class_name_that_the_terminal_lacks_is_escaped(image_folder, tmp_path)
         done = subprocess.run(command, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
     assert rb"\xc4rger" in done.stdout
+
+
+@pytest.mark.parametrize(("verb", "continues"), [("convert", True), ("eval", False)])
+def test_an_interrupted_command_that_continues_says_so(verb, continues, monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert cli.main([verb]) == cli.INTERRUPTED
+    assert ("the same command continues" in capsys.readouterr().err) == continues
