@@ -37,8 +37,8 @@ def partner_rows(x_BD: Tensor) -> Tensor:
     return x_BD.unflatten(0, (B // 4, 2, 2)).flip(1).flatten(0, 2)
 
 
-def in_dtype_of(x: Tensor, layer: nn.Linear) -> Tensor:
-    """`layer(x)` in the dtype of x: what psi computes is no coarser where its weights are, e.g. in bfloat16."""
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` in the dtype of x: psi computes in float32 also where its weights are bfloat16."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.linear(x, layer.weight.to(x.dtype), bias)
 
@@ -59,7 +59,8 @@ class StatisticsNetwork(nn.Module):
 
     def score(self, hidden_ND: Tensor) -> Tensor:
         """First-layer sums `[..., D]` -> scores `[...]`."""
-        return in_dtype_of(F.gelu(in_dtype_of(F.gelu(hidden_ND), self.fc2)), self.fc3).squeeze(-1)
+        hidden_ND = F.gelu(apply_linear(self.fc2, F.gelu(hidden_ND)))
+        return apply_linear(self.fc3, hidden_ND).squeeze(-1)
 
     def forward(self, ts_BMC: Tensor, tc_BMP: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of one batch -> scores of joint pairs `[B, M]` and of marginal pairs `[B, M]`.
@@ -70,7 +71,7 @@ class StatisticsNetwork(nn.Module):
         lengths, found = (self.fc1_s.in_features, self.fc1_c.in_features), (ts_BMC.shape[-1], tc_BMP.shape[-1])
         if found != lengths:
             raise ValueError(f"tokens of lengths {found}: psi was made for (dim_s, dim_c) = {lengths}")
-        s_BMD, c_BMD = in_dtype_of(ts_BMC, self.fc1_s), in_dtype_of(tc_BMP, self.fc1_c)
+        s_BMD, c_BMD = apply_linear(self.fc1_s, ts_BMC), apply_linear(self.fc1_c, tc_BMP)
         return self.score(s_BMD + c_BMD), self.score(s_BMD + partner_rows(c_BMD))
 
 
@@ -93,17 +94,12 @@ def reverse_gradient(x: Tensor, weight: float) -> Tensor:
     return _ReverseGradient.apply(x, weight)
 
 
-def donsker_varadhan(joint: Tensor, marginal: Tensor) -> Tensor:
-    """`mean(joint) - log mean exp(marginal)`, a lower bound of the mutual information in nats (a scalar)."""
-    return joint.mean() - log_mean_exp(marginal)
-
-
 def log_mean_exp(scores: Tensor) -> Tensor:
     """`log mean exp` of all scores (a scalar)."""
     return torch.logsumexp(scores.flatten(), 0) - math.log(scores.numel())
 
 
-def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tuple[Tensor, Tensor]:
+def over_parts(joint_mean: Tensor, log_mean: Tensor, terms_N2: Tensor) -> tuple[Tensor, Tensor]:
     """Both terms of the bound over a batch that is cut into N equally large parts: the micro-batches of all ranks.
 
     The gradients are such that their mean over the parts is that of the complete batch: that of the mean is the local
@@ -111,14 +107,13 @@ def over_parts(joint_mean: Tensor, log_mean_exp: Tensor, terms_N2: Tensor) -> tu
     part of the sum). Nothing is sent on the way back.
 
     Args:
-        joint_mean, log_mean_exp: this part's two terms, scalars.
+        joint_mean, log_mean: this part's two terms, scalars.
         terms_N2: both, of every part, without gradients.
     """
-    local = torch.stack([joint_mean, log_mean_exp]).detach()
     joint_N, log_N = terms_N2.unbind(1)
-    all_joint, all_log = joint_N.mean(), torch.logsumexp(log_N, 0) - math.log(len(log_N))
-    share = torch.exp(local[1] - all_log)
-    return joint_mean - local[0] + all_joint, share * (log_mean_exp - local[1]) + all_log
+    all_log, local_log = log_mean_exp(log_N), log_mean.detach()
+    share = torch.exp(local_log - all_log)
+    return joint_mean - joint_mean.detach() + joint_N.mean(), share * (log_mean - local_log) + all_log
 
 
 class MutualInformation(nn.Module):
@@ -193,8 +188,8 @@ class MutualInformation(nn.Module):
 
 
 def mutual_information(psi: StatisticsNetwork, ts_BMC: Tensor, tc_BMP: Tensor) -> Tensor:
-    """V of one batch in nats, for a training loop of your own: psi should maximise it and the tokens minimise it.
-
-    `MutualInformation` does both in one backward pass.
+    """V of one batch in nats, `mean(joint) - log mean exp(marginal)` (Donsker-Varadhan), for a loop of your own: psi
+    should maximise it and the tokens minimise it. `MutualInformation` does both in one backward pass.
     """
-    return donsker_varadhan(*psi(at_least_float32(ts_BMC), at_least_float32(tc_BMP)))
+    joint, marginal = psi(at_least_float32(ts_BMC), at_least_float32(tc_BMP))
+    return joint.mean() - log_mean_exp(marginal)

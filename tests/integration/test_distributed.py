@@ -19,7 +19,7 @@ from pipelines.errors import UserError
 from std_fast.commands.arguments import PEER_LOST
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
-from std_fast.method.mine import donsker_varadhan, log_mean_exp, over_parts
+from std_fast.method.mine import log_mean_exp, over_parts
 from std_fast.runtime import checkpoint
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import read_jsonl
@@ -355,7 +355,7 @@ def test_the_bound_over_ranks_has_the_value_and_the_gradient_of_the_full_batch(r
     torch.manual_seed(seed)
     joint, marginal = torch.randn(2, ranks, 6, dtype=torch.float64) * scale
     full = [x.clone().requires_grad_() for x in (joint, marginal)]
-    value = donsker_varadhan(*full)
+    value = full[0].mean() - log_mean_exp(full[1])
     expected = torch.autograd.grad(value, full)
     local = [[joint[r].clone().requires_grad_(), marginal[r].clone().requires_grad_()] for r in range(ranks)]
     terms = [(j.mean(), log_mean_exp(m)) for j, m in local]
