@@ -66,9 +66,9 @@ class Size:
     """how the targets are stored; hard labels are read from the same files"""
 
 
-def mixer(dim: int, patch_size: int = 16) -> Overrides:
+def mixer(dim: int) -> Overrides:
     """Mixer-S16's proportions: token hidden C/2, channel hidden 4 C, 8 blocks."""
-    options = {"patch_size": patch_size, "dim": dim, "depth": 8, "token_dim": dim // 2, "channel_dim": 4 * dim}
+    options = {"patch_size": 16, "dim": dim, "depth": 8, "token_dim": dim // 2, "channel_dim": 4 * dim}
     return {"student": {"name": "mixer", "options": options}}
 
 

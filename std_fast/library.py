@@ -72,16 +72,17 @@ def create_student(
     for field, value, known in (("tokens", tokens, TOKENS), ("predict", predict, PREDICTIONS)):
         if value not in known:
             raise UserError(f"{field}: {value!r} is unknown; take one of {', '.join(known)}")
-    for field, fits, wanted in (
-        ("teachers", teachers >= 0, "0 (the plain model) or more"),
-        ("num_classes", num_classes >= min(teachers, 1), "1 or more; 0, for pooled features, goes with teachers=0"),
-        ("mine_weight", mine_weight >= 0, "0 (no MINE) or more"),
-        ("mine_width", mine_width >= 1, "1 or more"),
-        ("mine_ema", 0 <= mine_ema < 1, "from 0 to less than 1"),
-        ("token_mlp_ratio", min(token_mlp_ratio) > 0, "positive"),
+    pooled = "1 or more; 0, for pooled features, goes with teachers=0"
+    for field, number, fits, wanted in (
+        ("teachers", teachers, teachers >= 0, "0 (the plain model) or more"),
+        ("num_classes", num_classes, num_classes >= min(teachers, 1), pooled),
+        ("mine_weight", mine_weight, mine_weight >= 0, "0 (no MINE) or more"),
+        ("mine_width", mine_width, mine_width >= 1, "1 or more"),
+        ("mine_ema", mine_ema, 0 <= mine_ema < 1, "from 0 to less than 1"),
+        ("token_mlp_ratio", token_mlp_ratio, min(token_mlp_ratio) > 0, "positive"),
     ):
         if not fits:
-            raise UserError(f"{field}: {locals()[field]} must be {wanted}")
+            raise UserError(f"{field}: {number} must be {wanted}")
     backbone, modules = backbone_and_modules(
         name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
     )

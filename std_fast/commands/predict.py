@@ -100,7 +100,7 @@ def predict_images(
         yield from ((good[index], []) for index in sorted(loader.corrupt))
 
 
-def open_files(paths: list[str], recipe: Recipe, device: str, backend: Any = "") -> Loader:
+def open_files(paths: list[str], recipe: Recipe, device: str, backend: str) -> Loader:
     """The images by the recipe's loader of evaluation. One that cannot be decoded is left out, and the log names it."""
     source = FileSource(paths)
     spec = LoaderSpec(
@@ -189,7 +189,7 @@ def open_classifier(folder: Path) -> Classifier:
     )
 
 
-def evaluate_export(folder: Path, data: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, float]:
+def evaluate_export(folder: Path, data: str, overrides: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Accuracy of an exported model on `data`, as `evaluate_run` of its run; `loss`, `top1`, `top5` and `images`.
 
     Raises:

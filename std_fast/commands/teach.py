@@ -76,7 +76,7 @@ def fill_cache(
     world: World,
     epochs: int,
     quiet: bool,
-    signals: Sequence[int] = (),
+    signals: Sequence[int],
 ) -> tuple[int, float]:
     """Stores what is missing of the first `epochs` epochs.
 

@@ -122,7 +122,7 @@ class Student(nn.Module):
         """MINE of each module; none where there is none."""
         return [mine for mine in self.mine if isinstance(mine, MutualInformation)]
 
-    def mine_terms(self, images: Tensor, keep: DropPathMask = None) -> Tensor:
+    def mine_terms(self, images: Tensor, keep: DropPathMask) -> Tensor:
         """Both terms of MINE's bound for these images alone (see `MutualInformation.terms`): `[modules, 2]`."""
         features = self.backbone.forward_taps(images, self.taps, keep).features
         tokens = [module(z_BPC) for module, z_BPC in zip(self.std, features, strict=True)]

@@ -196,7 +196,7 @@ class RankSync:
         return bool(agreed[0] > 0), *agreed[1:].tolist()
 
 
-def replicate(module: Callable, world: World, device: torch.device, accumulates: bool = False) -> Callable:
+def replicate(module: Callable, world: World, device: torch.device, accumulates: bool) -> Callable:
     """`module` (compiled already, if at all) in DistributedDataParallel.
 
     Every parameter must get a gradient in every step; step.py gives psi zeros in steps without MINE. Gradients are

@@ -16,7 +16,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_SHORT.search(str(error)))
 
 
-def out_of_memory_line(error: BaseException, batch: int, micro_batch: int | str = 0) -> str:
+def out_of_memory_line(error: BaseException, batch: int, micro_batch: int | str) -> str:
     """The message for a training with `batch` images per step that ran out of memory: what to change."""
     reason = " ".join(str(error).split())[:200]
     pieces = (

@@ -83,9 +83,7 @@ class Trace:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def open_trace(
-    steps: str, folder: Path, device: torch.device, watch: Stopwatch, done: int = 0, end: int | None = None
-) -> Trace:
+def open_trace(steps: str, folder: Path, device: torch.device, watch: Stopwatch, done: int, end: int | None) -> Trace:
     """The trace of the steps that `run.profile` names; where it is empty, of none.
 
     Args:

@@ -2,9 +2,8 @@
 
     loader.epoch(e) -> Batch (uint8) -> Augment -> TrainBatch -> TargetSource -> TrainBatch with targets -> step
 
-One class for all ways in which targets come: `NoTargets` (a plain run), `LabelSource` (the data set's labels),
-`TeacherSource` (the teachers run on each batch), `CachedSource` (read from the target cache, or computed and written
-to it).
+Targets come in four ways: `NoTargets` (a plain run), `LabelSource` (the data set's labels), `TeacherSource` (the
+teachers run on each batch), `CachedSource` (read from the target cache, or computed and written to it).
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ class TargetSource(Protocol):
 class NoTargets:
     """A plain run."""
 
-    @property
-    def runs_teachers(self) -> bool:
-        return False
+    runs_teachers = False
 
     def open(self, epoch: int) -> None: ...
 
@@ -83,9 +80,7 @@ class LabelSource(NoTargets):
 class TeacherSource(NoTargets):
     """The teachers see exactly the images that the student will see."""
 
-    @property
-    def runs_teachers(self) -> bool:
-        return True
+    runs_teachers = True
 
     def __init__(self, teachers: Teachers, autocast: Callable[[], AbstractContextManager]) -> None:
         self.teachers, self.autocast = teachers, autocast

@@ -76,7 +76,7 @@ def read_pretrained(spec: StudentSpec) -> InitialWeights:
     return InitialWeights(model.state_dict(), config.num_classes, config.label_names, size)
 
 
-def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None = None) -> None:
+def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None) -> None:
     """Loads `spec.weights`: all of the student of a run or an export, or a file's weights into the backbone.
 
     The classes of a run or an export are matched by name with the data's, `class_names`, which may be some of them in

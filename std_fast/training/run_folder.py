@@ -24,7 +24,7 @@ from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import Heartbeat, Ledger, earlier
-from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.runtime.distributed import World
 from std_fast.training.content import at_stored_paths, check_classes, check_content, content_of
 from std_fast.training.state import TrainState
 
@@ -232,7 +232,7 @@ class RunFolder:
 
 
 @contextmanager
-def locked(folder: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
+def locked(folder: Path, world: World) -> Iterator[None]:
     """The run's folder for this run alone. UserError when another process trains into it, or it cannot be."""
     if not world.main:
         yield

@@ -46,7 +46,7 @@ class RunLog:
         world: World,
         step: int,
         quiet: bool,
-        evaluates: bool = False,
+        evaluates: bool,
     ) -> None:
         self.recipe, self.folder, self.parts = recipe, folder, parts
         self.clock, self.ledger, self.world = clock, clock.ledger, world

@@ -167,6 +167,7 @@ class Trainer:
         """
         micro_batches = self.micro_batch.split(batch)
         last, every = len(micro_batches) - 1, []
+        # for models that draw from torch's generator, as timm's do
         torch.manual_seed((self.seed * 1_000_003 + now.step + (self.world.rank << 40)) % 2**63)
         with self.mine_over(micro_batches, now, send):
             for i, micro in enumerate(micro_batches):
