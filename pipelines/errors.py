@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class FieldError(UserError):
-    """A value that a settings class refuses, one that a recipe may hold in several places.
+    """A value that a settings class refuses. A recipe may hold the class in several places: `from_dict` names the one.
 
     Attributes:
         field, reason: the class's own field, and what is wrong with its value.

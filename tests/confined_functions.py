@@ -6,7 +6,7 @@ import os
 from pipelines.errors import UserError
 
 
-def targets_with(value):
+def value_and_process(value):
     return [value, os.getpid()]
 
 

@@ -241,7 +241,7 @@ def _from_words(lines: list[str], images: ImageNames, where: str) -> dict[str, s
 
 
 def _is_header(names: list[str], images: ImageNames) -> bool:
-    """Whether the first line is one, by its cell among the names. The name of an image that is missing is none."""
+    """Whether the first line is a header: its cell in the column of names is no image's name, present or missing."""
     return not any(images.find(name) or has_image_ending(name) for name in names)
 
 

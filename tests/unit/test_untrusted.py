@@ -405,7 +405,7 @@ def test_parquet_of_too_long_images_names_them(tmp_path):
 
 
 def test_a_confined_reader_returns_from_another_process():
-    value, pid = confined(outside.targets_with, {"a": [1, None, "ä"]})
+    value, pid = confined(outside.value_and_process, {"a": [1, None, "ä"]})
     assert value == {"a": [1, None, "ä"]} and pid != os.getpid()
     assert confined(outside.prints) == 1
 
@@ -416,7 +416,7 @@ def test_a_confined_reader_returns_from_another_process():
         (outside.takes_memory, {}, "more than 4096 MiB of memory"),
         (outside.never_ends, {"seconds": 1}, "took more than 1 s"),
         (outside.crashes, {}, "SIGSEGV"),
-        (outside.targets_with, {}, "TypeError"),
+        (outside.value_and_process, {}, "TypeError"),
     ],
 )
 def test_what_goes_wrong_in_a_confined_reader_is_said(function, limits, complaint):
