@@ -284,7 +284,7 @@ def table(found: Mapping[str, dict[str, Any]]) -> str:
         report = one.get("report", {})
         lines.append(f"{name}: {one['state']}" + (f", {one['seconds']} s" if "seconds" in one else ""))
         lines += [f"    {line}" for line in one.get("said", ())]
-        lines += [f"    {len(report['runs'])} runs are done, {len(report['missing'])} left"] if "runs" in report else []
+        lines += [f"    {len(report['runs'])} runs are done, {len(report['left'])} left"] if "left" in report else []
         for row in report.get("rows", ()):
             keys = (
                 *("milliseconds", "images_per_second", "mfu_percent", "roof_percent", "times_floor"),

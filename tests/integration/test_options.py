@@ -113,15 +113,15 @@ def test_plan_measures_both_sizes(recipe, tmp_path, capsys):
     stored = tmp_path / "measured.json"
     assert cli.main(["plan", path, "--seconds", "0.4", "--save", str(stored), "--json"]) == 0
     capsys.readouterr()
-    metrics = json.loads(stored.read_text())
+    measured = json.loads(stored.read_text())
     for mode in ("running", "stored", "none"):
-        assert metrics["modes"][mode]["early_images_per_second"] > 0
-    for mode in metrics["modes"].values():
+        assert measured["modes"][mode]["early_images_per_second"] > 0
+    for mode in measured["modes"].values():
         mode |= {"images_per_second": 100.0, "early_images_per_second": 300.0}
 
     def rate(share, length):
         changed = replace(recipe, student=replace(recipe.student, early_share=share))
-        return plan.buy(metrics, at(changed, "", length=length)).rows[0].images_per_second
+        return plan.buy(measured, at(changed, "", length=length)).rows[0].images_per_second
 
     assert rate(0.5, "8 gpu-hours") == 200.0  # half of the hours each
     assert rate(0.5, "8 epochs") == 150.0  # half of the images each

@@ -378,7 +378,7 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
         "keep = pathlib.Path(words[words.index('--keep') + 1])\n"
         "runs = json.loads(keep.read_text()) + [1] if keep.exists() else [1]\n"
         "keep.write_text(json.dumps(runs))\n"
-        "report = {'runs': runs, 'left': [2] * (2 - len(runs)), 'missing': [], 'words': words}\n"
+        "report = {'runs': runs, 'left': [2] * (2 - len(runs)), 'words': words}\n"
         "print(json.dumps(report, indent=1))"
     )
     monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
@@ -392,7 +392,7 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
     settings = dict(zip(said[::2], said[1::2], strict=True))
     assert 4.0 < float(settings["--minutes"]) < 5 - gpu_suite.SAVING / 60 and settings["--size"] == "gpu"
     assert Path(settings["--data"]) == Path("images").resolve()
-    assert "1 runs are done" in capsys.readouterr().out
+    assert "1 runs are done, 1 left" in capsys.readouterr().out
     assert gpu_suite.main([*words, "--out", str(tmp_path / "two"), "--known", str(tmp_path / "one")]) == 0
     (path,) = (tmp_path / "two").glob("gpu_suite-*.json")
     (study,) = gpu_suite.results(path).values()
