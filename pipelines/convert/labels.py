@@ -41,8 +41,10 @@ def read_classes(path: str) -> list[str]:
     try:
         if text.lstrip().startswith("{"):
             found = json.loads(text)["classes"]
+        elif text.lstrip().startswith("["):
+            found = json.loads(text)
         else:
-            found = json.loads(text) if text.lstrip().startswith("[") else without_comments(text.splitlines())
+            found = [line for line in text.splitlines() if line.split()[:1] != ["#"]]  # `#1` may be a class
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
             f"--classes {printable(path)}: JSON without a list `classes`; give a beton's manifest"
@@ -52,10 +54,6 @@ def read_classes(path: str) -> list[str]:
     if not names or "" in names:
         raise UserError(f"--classes {printable(path)}: must hold different, non-empty names, one on each line")
     return names
-
-
-def without_comments(lines: list[str]) -> list[str]:
-    return [line for line in lines if not line.lstrip().startswith("#")]
 
 
 def is_number(text: str) -> bool:
@@ -139,7 +137,7 @@ def read_labels(
         by_name, wnids = devkit_labels(path, names)
         return {**by_name}, wnids
     where = f"--labels {printable(path)}"
-    lines = [line for line in without_comments(read_text(path).splitlines()) if line.strip()]
+    lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{where}: is empty; give a line for each image")
     pairs = _pairs(lines, ImageNames(names), where, key)

@@ -166,5 +166,7 @@ def test_class_lists(tmp_path: Path) -> None:
     ):
         path.write_text(text, encoding="utf-8")
         assert read_classes(str(path)) == ["golden retriever", "ant"]
+    path.write_text("#1\nant\n", encoding="utf-8")
+    assert read_classes(str(path)) == ["#1", "ant"]
     with pytest.raises(UserError, match="a folder; give a text file"):
         read_classes(str(tmp_path))
