@@ -25,6 +25,7 @@ CPU or with --device cuda on whatever torch takes for a GPU.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -34,13 +35,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import fake_gpu, harness
+from pipelines.errors import UserError
 from pipelines.files import write_atomic
 
 OTHERS = ("mixer_b16", "resmlp_s24", "resmlp_b24", "cyclemlp_b1", "cyclemlp_b2")
@@ -94,21 +96,41 @@ PARTS = (
 )
 UNFINISHED = "to be continued"
 SMOKE_RUN = "C-16-plain-0"
+LIBC = ctypes.CDLL(None)  # loaded before any process is forked
 SAVING = 40
 """seconds that a piece has to end in, from a signal on: a run of the study is saved"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 1 when a piece failed or ran past its limit."""
-    args = parsed(argv)
+    """Exit code 1 when a piece failed, ran past its limit or could not be written; 2: the user's mistake."""
+    try:
+        args = parsed(argv)
+        return split(args) if args.split else take(args)
+    except UserError as error:
+        print(f"std-fast bench gpu_suite: {error}", file=sys.stderr)
+        return 2
+
+
+def split(args: argparse.Namespace) -> int:
+    """Writes each report of the file of --split."""
+    try:
+        parts = results(Path(args.split), must_exist=True)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--split: {args.split} holds no results of gpu_suite ({error})") from error
+    for one in parts.values():
+        if "report" in one:
+            print(harness.write(one["report"], Path(args.out)))
+    return 0
+
+
+def take(args: argparse.Namespace) -> int:
+    """Takes the pieces that are left, and prints what is known."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if args.split:
-        for one in json.loads(Path(args.split).read_text(encoding="utf-8"))["parts"].values():
-            if "report" in one:
-                print(harness.write(one["report"], Path(args.out)))
-        return 0
     folder, device = Path(args.out), args.device
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {error}") from error
     parts = [part for part in PARTS if part.name in (args.only or [part.name])]
     if not args.study:
         parts = [part for part in parts if part.name != "study"]
@@ -132,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.caches and fake_gpu.active():  # which of its configurations is fastest, a fake GPU cannot tell
             for choice in Path(args.caches).rglob("*.best_config"):
                 choice.unlink(missing_ok=True)
-    print(table(found))
+    print(table(found), flush=True)
     tried = [found[part.name] for part in parts if part.name in found]
-    return 0 if all(one["state"] in ("ok", UNFINISHED) for one in tried) else 1
+    written = not tried or kept(save, path, found)
+    return 0 if written and all(one["state"] in ("ok", UNFINISHED) for one in tried) else 1
 
 
 def with_study(part: Part, args: argparse.Namespace, name: str) -> Part:
@@ -150,7 +173,7 @@ def with_study(part: Part, args: argparse.Namespace, name: str) -> Part:
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = harness.Parser(
         "std-fast bench gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default=os.environ.get("OUT", ""), help="folder of the results [$OUT]")
@@ -166,7 +189,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cuda"), default="auto", help="of --smoke [the CPU]")
     args = parser.parse_args(argv)
     if not args.out:
-        parser.error("--out: name a folder, or set $OUT")
+        raise UserError("--out: name a folder, or set $OUT")
+    if not args.minutes >= 0:
+        raise UserError("--minutes: must be 0 or more")
+    if "study" in (args.only or ()) and not args.study:
+        raise UserError("--only study: needs --study IMAGENETTE TEACHERS WORK")
+    if not args.split and card() == "cpu" and (args.device == "cuda" or not args.smoke):
+        raise UserError("torch sees no GPU; look at `std-fast doctor`, or give --smoke alone for tiny sizes on the CPU")
     return args
 
 
@@ -190,7 +219,7 @@ def run(parts: Sequence[Part], found: dict[str, dict[str, Any]], path: Path, min
             harness.progress(f"{part.name}: does not fit into the {max(left, 0):.0f} s that are left")
             return
         found[part.name] = attempt(part, min(part.limit if beside == 1 else 600, left), path.parent)
-        save(path, found)
+        kept(save, path, found)
         harness.progress(f"{part.name}: {found[part.name]['state']}")
 
     if beside == 1:  # in this thread, where a signal ends the piece too
@@ -225,9 +254,9 @@ def keep_caches(folder: str | None) -> None:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(place), "TRITON_CACHE_DIR": str(place / "triton")}
 
 
-def results(path: Path) -> dict[str, dict[str, Any]]:
+def results(path: Path, must_exist: bool = False) -> dict[str, dict[str, Any]]:
     """What an earlier call wrote; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if must_exist or path.is_file() else {}
 
 
 def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
@@ -238,8 +267,9 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        words, stdout=pipe, stderr=pipe, text=True, errors="replace", cwd=harness.ROOT, start_new_session=True
-    )
+        words, stdout=pipe, stderr=pipe, text=True, errors="replace", cwd=harness.ROOT, start_new_session=True,
+        preexec_fn=end_with_parent,
+    )  # fmt: skip
     state = ""
     try:
         out, said = process.communicate(timeout=limit)
@@ -249,8 +279,7 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     except BaseException:  # this call is ended: so is the piece, which leaves no result
         end(process)
         raise
-    with open(folder / "gpu_suite.log", "a", encoding="utf-8") as file:
-        file.write(f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
+    kept(note, folder / "gpu_suite.log", f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
     if not state and process.returncode == 0 and part.question:
         try:
@@ -262,6 +291,12 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     return {"state": state, **result, "said": f"{said}\n{out}".strip().splitlines()[-5:]}
 
 
+def end_with_parent() -> None:
+    """In a piece: SIGTERM where the suite is killed, so that it does not run on beside a resumed one (Linux: prctl
+    PR_SET_PDEATHSIG)."""
+    LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)
+
+
 def end(process: subprocess.Popen) -> tuple[str, str]:
     """Ends a piece with the processes that it has started; returns what it has written."""
     os.killpg(process.pid, signal.SIGTERM)
@@ -270,6 +305,21 @@ def end(process: subprocess.Popen) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()
+
+
+def kept(write: Callable[..., None], path: Path, what: Any) -> bool:
+    """Whether `write` could write `what`: a full disk costs a file, and not the pieces that follow and their table."""
+    try:
+        write(path, what)
+    except OSError as error:
+        harness.progress(f"{path}: not written ({error.strerror or error})")
+        return False
+    return True
+
+
+def note(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def save(path: Path, found: Mapping[str, dict[str, Any]]) -> None:

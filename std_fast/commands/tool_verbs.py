@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from pipelines.errors import UserError
 from std_fast.commands.arguments import Parser, Verb, add_json, show
@@ -44,16 +44,14 @@ def add_bench(parser: Parser) -> None:
     )
 
 
-def bench(args: argparse.Namespace) -> int:
-    """In a process of its own: std_fast imports no benchmark, and nothing is loaded that would disturb it."""
+def bench(args: argparse.Namespace) -> NoReturn:
+    """The benchmark takes this process's place, and with it signals: std_fast imports no benchmark, and nothing is
+    loaded that would disturb it."""
     package = Path(__file__).resolve().parents[1]
     home = package.parent if (package.parent / "benchmarks" / "harness.py").is_file() else package / "_benchmarks"
     path = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
-    try:
-        words = [sys.executable, "-m", f"benchmarks.{args.name}", *args.words]
-        return subprocess.run(words, env={**os.environ, "PYTHONPATH": path}).returncode
-    except KeyboardInterrupt:  # the benchmark got it too
-        return 130
+    words = [sys.executable, "-m", f"benchmarks.{args.name}", *args.words]
+    os.execve(sys.executable, words, {**os.environ, "PYTHONPATH": path})
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -1,7 +1,11 @@
 """The harness, and that what the benchmarks compare with computes the same function as what it is compared with."""
 
 import argparse
+import errno
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,11 +100,16 @@ def test_the_cli_knows_every_benchmark_and_no_other():
     assert set(tool_verbs.BENCHMARKS) == runnable
 
 
-def test_the_cli_starts_a_benchmark_with_its_own_arguments(capfd):
-    assert cli.main(["bench", "peers", "--model", "cyclemlp_b1", "--device", "cpu"]) == 2
-    assert "timm has no cyclemlp_b1" in capfd.readouterr().err
-    assert cli.main(["bench", "pears"]) == 2
-    assert "invalid choice: 'pears'" in capfd.readouterr().err
+def test_the_cli_starts_a_benchmark_with_its_own_arguments(monkeypatch, capsys):
+    """In the same process, so that a signal reaches the benchmark."""
+    started = []
+    monkeypatch.setattr(tool_verbs.os, "execve", lambda *what: started.append(what))
+    cli.main(["bench", "peers", "--model", "cyclemlp_b1"])
+    ((program, words, environment),) = started
+    assert program == sys.executable and words[1:] == ["-m", "benchmarks.peers", "--model", "cyclemlp_b1"]
+    assert str(harness.ROOT) in environment["PYTHONPATH"].split(os.pathsep)
+    assert cli.main(["bench", "pears"]) == 2 and len(started) == 1
+    assert "invalid choice: 'pears'" in capsys.readouterr().err
 
 
 # What is compared is equal
@@ -299,6 +308,7 @@ def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(gpu_suite.Part(name, ("timeit",), 60) for name in "abcd"))
     monkeypatch.setattr(gpu_suite, "attempt", attempt)
+    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
     monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     words = ["--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
@@ -330,6 +340,60 @@ def test_the_suite_s_tests_are_those_marked_gpu():
     files = {file for file in (harness.ROOT / "tests").glob("*/test_*.py") if "mark.gpu" in file.read_text()}
     inside = {harness.ROOT / path for path in gpu_suite.TESTS}
     assert len(files) >= 6 and all(inside & {file, *file.parents} for file in files - {Path(__file__)})
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "torch sees no GPU"),
+        (["--smoke", "--device", "cuda"], "torch sees no GPU"),
+        (["--smoke", "--only", "study"], "--only study: needs --study"),
+        (["--smoke", "--only", "naive"], "invalid choice: 'naive'"),
+        (["--smoke", "--minutes", "nan"], "--minutes"),
+        (["--smoke", "--minutes", "0", "--out", __file__], "--out: "),
+        (["--split", __file__], "--split: "),
+        (["--split", "absent.json"], "--split: absent.json"),
+    ],
+)
+def test_the_suite_refuses_what_would_waste_its_minutes(tmp_path, monkeypatch, capsys, words, named):
+    """Without a GPU its pieces would take their minutes on the CPU, and its tests be skipped as if they had passed."""
+    monkeypatch.setattr(gpu_suite, "card", lambda: "cpu")
+    monkeypatch.setattr(gpu_suite, "run", lambda *_: pytest.fail("a piece was begun"))
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    assert gpu_suite.main(["--out", str(tmp_path), *words]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("study: left out"))
+    assert named in line
+
+
+def test_a_full_disk_costs_the_file_and_no_piece(tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "gpu_suite.log").symlink_to("/dev/full")
+    monkeypatch.setattr(gpu_suite, "write_atomic", full)
+    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    words = ("timeit", "-n1", "-r1", "pass")
+    monkeypatch.setattr(gpu_suite, "PARTS", tuple(gpu_suite.Part(name, words) for name in "ab"))
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "a: ok" in printed.out and "b: ok" in printed.out and "No space left on device" in printed.err
+
+
+def test_a_piece_does_not_outlive_a_suite_that_is_killed(tmp_path):
+    """It would run beside the pieces of the next call, on the same GPU."""
+    os.mkfifo(tmp_path / "alive")
+    wait = f"import time; file = open({str(tmp_path / 'alive')!r}, 'w'); time.sleep(20); file.write('it did')"
+    suite = (
+        "import pathlib; from benchmarks import gpu_suite; "
+        f"part = gpu_suite.Part('x', ('timeit', '-n1', '-r1', {wait!r})); "
+        f"gpu_suite.attempt(part, 60, pathlib.Path({str(tmp_path)!r}))"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", suite], cwd=harness.ROOT)
+    with open(tmp_path / "alive") as file:  # waits for the piece to open it
+        killed.kill()
+        assert file.read() == ""  # waits for its end
+    killed.wait()
 
 
 def test_pieces_are_begun_only_where_they_fit(tmp_path, monkeypatch):
@@ -382,6 +446,7 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
         "print(json.dumps(report, indent=1))"
     )
     monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
     monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     words = ["--only", "study", "--minutes", "5", "--study", "images", "teachers", str(tmp_path / "work")]
     assert gpu_suite.main([*words, "--out", str(tmp_path / "one")]) == 0
@@ -397,13 +462,12 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
     (path,) = (tmp_path / "two").glob("gpu_suite-*.json")
     (study,) = gpu_suite.results(path).values()
     assert study["state"] == "ok" and study["report"]["runs"] == [1, 1]
-    assert gpu_suite.main(["--only", "study", "--out", str(tmp_path / "three")]) == 0
-    assert "study: left out" in capsys.readouterr().err
 
 
 def test_what_a_fake_gpu_chose_without_a_clock_is_not_kept(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "x")  # restored afterwards
+    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
     monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     choice, kernel = tmp_path / "caches" / "ab" / "1.best_config", tmp_path / "caches" / "ab" / "1.py"
     choice.parent.mkdir(parents=True)
