@@ -225,13 +225,13 @@ def test_proportion_is_decided_by_a_hash_of_the_index(images: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"side": "short"}, "side 'short' is unknown: choose one of shortest, longest"),
+        ({"side": "short"}, "--side 'short' is unknown; choose one of shortest, longest"),
         ({"mode": "png"}, "mode 'png'"),
         ({"size": 0}, "size 0 must lie in"),
         ({"quality": 101}, "quality 101 must lie in 1..100"),
-        ({"raw_share": 1.5}, "raw_share"),
+        ({"raw_share": 1.5}, "--raw-share"),
         ({"page_size": 3 << 20}, "page-size 3145728 must be a power of two"),
-        ({"max_pixels": 1 << 40}, "max_pixels"),
+        ({"max_pixels": 1 << 40}, "--max-pixels"),
     ],
 )
 def test_settings_refuse(change: dict, message: str) -> None:
