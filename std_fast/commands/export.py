@@ -165,7 +165,9 @@ def reasons(complete: TimmModel | None, head: TimmModel | None, student: Student
     if not student.head_teacher:
         left_out["class-head"] = "the student has no other heads; timm is its class head"
     elif head is None:
-        left_out["class-head"] = "timm has no Mixer or ResMLP of this shape; use timm, which needs std_fast"
+        left_out["class-head"] = (
+            "timm has no Mixer or ResMLP of this shape; model.safetensors needs `import std_fast.registry`"
+        )
     if absent := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
         left_out["onnx"] = f"{', '.join(absent)} not installed: pip install {' '.join(ONNX_PACKAGES)}"
     if sys.flags.optimize:  # torch's tracer looks for the instructions of an assertion

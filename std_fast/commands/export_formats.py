@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from std_fast.config.recipe import Distill, Recipe
 from std_fast.method.student import Student
 from std_fast.models import Backbone
+from std_fast.runtime.checkpoint import write_tensors
 
 # Largest difference of any logit, relative to the largest logit. Models that torch runs are compared in float64, where
 # only another function could differ by this much; programs are float32 and sum in another order.
@@ -96,7 +96,7 @@ def write_hub_folder(
     """`model.safetensors` and the `config.json` from which timm and the hub build the model again."""
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     built = create(model, num_classes, recipe.data.image_size)
     config: dict[str, Any] = {
         "architecture": model.architecture,

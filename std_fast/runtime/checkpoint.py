@@ -60,6 +60,14 @@ def digest(tensors: dict[str, Tensor], meta: dict) -> str:
     return h.hexdigest()
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with the mode of the umask; safetensors lets its owner alone read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     """Writes the file under another name, flushes it to the disk, then renames it: never a partial file.
 
@@ -72,7 +80,7 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
     meta["digest"] = digest(tensors, meta)
     try:
         with replacing(path, flush=True) as draft:
-            save_file(tensors, draft, metadata={KEY: json.dumps(meta)})
+            write_tensors(draft, tensors, {KEY: json.dumps(meta)})
     except SafetensorError as error:  # safetensors wraps the system's error, such as a full disk
         raise OSError(f"{path}: cannot be written ({error})") from None
 

@@ -235,7 +235,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
         name = other[0]
         raise UserError(
             f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(own[name].shape)}: "
-            "other classes, image size or options than those it was trained with"
+            "another model than `name` says, or other classes, image size or options than those it was trained with"
         )
     try:
         model.load_state_dict(state)

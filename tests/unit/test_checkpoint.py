@@ -32,6 +32,13 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007.safetensors"]  # no draft is left
 
 
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    path, plain = tmp_path / "a.safetensors", tmp_path / "plain"
+    checkpoint.write_tensors(path, {"x": torch.zeros(1)}, {})
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
     data = write(tmp_path / "good").read_bytes()
     bad = tmp_path / "bad"
