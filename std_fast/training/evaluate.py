@@ -97,11 +97,10 @@ def count_correct(
 
 
 def result_in_words(result: Mapping[str, float]) -> str:
-    """`top1 11.09 %  top5 33.33 %  loss 3.1415  images 900`, in the order of `evaluate`."""
-    text = {name: f"{value:.2f} %" if name.startswith("top") else str(value) for name, value in result.items()}
-    if result:
-        text["loss"] = f"{result['loss']:.4f}"
-    return "  ".join(f"{name} {value}" for name, value in text.items())
+    """Two lines in the order of `evaluate`: `top1 11.09 %  top5 33.33 %`, `loss 3.1415  images 900`; "" for none."""
+    accuracy = [f"{name} {value:.2f} %" for name, value in result.items() if name.startswith("top")]
+    rest = [f"loss {v:.4f}" if name == "loss" else f"{name} {v}" for name, v in result.items() if name[:3] != "top"]
+    return "  ".join(accuracy) + "\n" * bool(result) + "  ".join(rest)
 
 
 EVAL_FIELDS = ("data.one_part", "data.threads", "data.backend", "run.eval_batch", "run.device")

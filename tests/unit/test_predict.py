@@ -115,7 +115,7 @@ def test_accuracy_is_printed_with_top1_first(run, capsys):
     assert cli.main(["eval", str(run)]) == 0
     line = capsys.readouterr().out
     names = r"top1 [\d.]+ %  top5 [\d.]+ %  top1_class [\d.]+ %  top1_distill [\d.]+ %  top1_mean [\d.]+ %"
-    assert re.fullmatch(rf"{names}  loss \d+\.\d{{4}}  images 29\n", line), line
+    assert re.fullmatch(rf"{names}\nloss \d+\.\d{{4}}  images 29\n", line), line
 
 
 def test_ffcv_reads_them_as_in_its_evaluation(val, tmp_path):
