@@ -206,19 +206,19 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 def test_other_outputs_after_writing_are_an_error_and_leave_nothing(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
 
-    def damaged(tensors, path, metadata):
+    def damaged(path, tensors, metadata):
         tensors["std.1.heads.0.bias"] = tensors["std.1.heads.0.bias"] + 1e-5
-        save(tensors, path, metadata)
+        save(path, tensors, metadata)
 
-    save = export_formats.save_file
-    monkeypatch.setattr(export_formats, "save_file", damaged)
+    save = export_formats.write_tensors
+    monkeypatch.setattr(export_formats, "write_tensors", damaged)
     with pytest.raises(RuntimeError, match="timm: read back, its logits differ"):
         export_run(tmp_path / "run", tmp_path / "out", ("timm",))
 
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(export_formats, "save_file", full)
+    monkeypatch.setattr(export_formats, "write_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         export_run(tmp_path / "run", tmp_path / "out", ("timm",))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
