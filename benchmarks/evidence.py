@@ -10,12 +10,11 @@ every (setting, student, initialisation). Killed at any moment and called again,
     std-fast bench evidence --size gpu --keep RESULTS.json --minutes 9 ...      # on machines that lose their disks
 
 IMAGENETTE holds train/WNID/* and val/WNID/*. Sizes: `gpu` (C 512), `cpu` (C 64 and C 128, about 16 hours of a core),
-`short` (C 64, fewer epochs, hard labels only, about an hour of a core), `smoke` (seconds; tries the machinery).
+`short` (C 64, fewer epochs, about an hour of a core), `smoke` (seconds; tries the machinery).
 
 Choices are made on each tenth training image, which no run trains on; the accuracies over the course of a run are on
 these images too. The validation images are seen once by each run, at its end, and what each head predicts for each of
-them is stored. Initialisations share batches, augmentation and targets (`run.init_seed`). The other loss is the soft
-one of KL, DKD, DIST and OFA with which STD is best on the images held out.
+them is stored. Initialisations share batches, augmentation and targets (`run.init_seed`).
 
 What the design can see. Two settings that differ on a quarter of the 1,966 validation images have a difference whose
 standard error over images is sqrt(0.25 / 1966) = 1.1 points for one pair of runs; means over k initialisations differ

@@ -23,7 +23,7 @@ import yaml
 
 from benchmarks import harness, workload
 from benchmarks.study_data import BETONS, prepare, store_predictions
-from benchmarks.study_sizes import CHOICE, OTHER, SETTINGS, SIZES, Overrides, Setting
+from benchmarks.study_sizes import SETTINGS, SIZES, Overrides, Setting
 from pipelines.errors import UserError
 from pipelines.files import write_atomic
 from std_fast.cli import STOPPED
@@ -81,44 +81,33 @@ class Study:
         length = f"{size.epochs} epochs"
         first = next(iter(size.students))
         yield Job(TARGETS, "teach", functools.partial(self._student, Setting({}), first, length=length))
-        yielded: set[str] = set()
+        costs_due = True
         for init in range(max(len(inits) for inits in size.inits.values())):
             for student in size.students:
                 for name in size.settings if init < len(size.inits[student]) else ():
                     setting = SETTINGS[name]
                     if setting.once and init > 0:
                         continue
-                    needed = [*self._choice(first)] if setting.labels == OTHER else []
-                    needed += [COSTS] if setting.cost_of else []
-                    yield from (job for job in needed if job.name not in yielded)
-                    yielded |= {job.name for job in needed}
-                    yield self._run(student, name, size.inits[student][init], tuple(job.name for job in needed))
-        if COSTS.name not in yielded:
+                    if setting.cost_of and costs_due:
+                        yield COSTS
+                        costs_due = False
+                    yield self._run(student, name, size.inits[student][init])
+        if costs_due:
             yield COSTS
 
-    def _choice(self, student: str) -> Iterator[Job]:
-        """STD with each soft loss, compared on the images held out."""
-        length = f"{self.size.choice_epochs} epochs"
-        for loss in CHOICE:
-            setting = Setting({"loss": loss}, OTHER)
-            recipe = functools.partial(self._student, setting, student, f"choice-{loss}", 0, length)
-            yield Job(f"choice-{loss}", "train", recipe, (TARGETS,), {"student": student, "loss": loss})
-
-    def _run(self, student: str, name: str, init: int, after: tuple[str, ...]) -> Job:
+    def _run(self, student: str, name: str, init: int) -> Job:
         setting = SETTINGS[name]
         job = run_name(student, name, init)
-        after += (TARGETS,) if setting.labels else ()
+        after = ((COSTS.name,) if setting.cost_of else ()) + ((TARGETS,) if setting.teachers else ())
 
         def recipe() -> Overrides:
             distill = dict(setting.distill)
-            if setting.labels == OTHER:
-                distill["loss"] = self.other_loss()
             epochs = float(self.size.epochs)
             if setting.cost_of:
                 costs, base = self.costs(), name.split(",")[0]
                 epochs *= costs[cost_name(student, setting.cost_of)] / costs[cost_name(student, base)]
-                distill |= {"views": self.size.epochs} if setting.labels else {}  # there are no other targets
-            return self._student(Setting(distill, setting.labels), student, job, init, f"{epochs:.3f} epochs")
+                distill |= {"views": self.size.epochs} if setting.teachers else {}  # there are no other targets
+            return self._student(Setting(distill, setting.teachers), student, job, init, f"{epochs:.3f} epochs")
 
         return Job(job, "train", recipe, after, {"student": student, "setting": name, "init": init})
 
@@ -131,7 +120,7 @@ class Study:
         run = {"precision": self.precision, "init_seed": init, "length": length, "out": str(self.out(job))}
         common: Overrides = {"data": {"train": betons["train"], "val": betons["held-out"]}, "run": run}
         distill: Overrides = dict(setting.distill)
-        if setting.labels:
+        if setting.teachers:
             weights = {name: str((self.teachers / f"{name}.safetensors").resolve()) for name in size.teachers}
             distill = {
                 "mode": "std",
@@ -140,16 +129,10 @@ class Study:
             } | distill
             if distill.get("taps") == [-1]:
                 distill["taps"] = [size.students[student]["student"]["options"]["depth"]]
-            if setting.labels == OTHER or job == TARGETS:
-                distill |= size.soft
         on = {"run": {"device": self.device}}
         return merged(on, size.common, size.students[student], common, {"distill": distill})
 
     # -- what later jobs follow from ----------------------------------------------------------------------------------
-
-    def other_loss(self) -> str:
-        """The soft loss with the best accuracy on the images held out."""
-        return max(CHOICE, key=lambda loss: self.summary(f"choice-{loss}")["result"]["top1"])
 
     def costs(self) -> dict[str, float]:
         """Seconds per sample of each student and setting that was measured; of the processor where it trains on one."""
@@ -253,10 +236,7 @@ def measure_costs(study: Study, args: argparse.Namespace) -> None:
             if setting.cost_of or setting.once:
                 continue
             path = folder / f"{run_name(student, name, 0)}.yaml"
-            loss = {"loss": CHOICE[0]} if setting.labels == OTHER else {}
-            recipe = study._student(
-                Setting(setting.distill | loss, setting.labels), student, "costs", 0, f"{study.size.epochs} epochs"
-            )
+            recipe = study._student(setting, student, "costs", 0, f"{study.size.epochs} epochs")
             path.write_text(yaml.safe_dump(merge(recipe, study.size.costs)), encoding="utf-8")
             parts[cost_name(student, name)] = build(recipes.load(str(path)))
     try:

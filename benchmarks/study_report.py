@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,16 +38,13 @@ class Group(NamedTuple):
 
 
 def groups(report: harness.Report) -> Iterator[Group]:
-    """In the order of the study."""
+    """In the order in which the report has them, which is that of the study."""
     found: dict[tuple[str, str], list[harness.Report]] = {}
     for run in report["runs"]:
         if "setting" in run:
             found.setdefault((run["student"], run["setting"]), []).append(run)
-    order = list(SETTINGS)
-    for student, setting in sorted(
-        found, key=lambda key: (list(dict.fromkeys(s for s, _ in found)).index(key[0]), order.index(key[1]))
-    ):
-        yield Group(student, setting, found[student, setting])
+    for (student, setting), runs in found.items():
+        yield Group(student, setting, runs)
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -104,7 +102,7 @@ def mcnemar(better: int, worse: int) -> float:
 def per_sample(group: Group, report: harness.Report) -> float | None:
     """Seconds of the processor (or of the GPU) per sample; settings that differ in their length alone cost the same."""
     costs = report["seconds_per_sample"]
-    names = (group.setting, group.setting.split(", STD's cost")[0], group.setting.split(", ")[0])
+    names = (group.setting, group.setting.split(", ")[0])
     return next((costs[key] for name in names if (key := f"{group.student}: {name}") in costs), None)
 
 
@@ -146,10 +144,6 @@ def show(report: harness.Report) -> str:
     for name in AGAINST:
         if table := differences(every, name):
             lines.append(table)
-    choice = {run["loss"]: run["summary"]["result"]["top1"] for run in report["runs"] if "loss" in run}
-    if choice:
-        text = ", ".join(f"{loss} {top1:.1f}" for loss, top1 in choice.items())
-        lines.append(f"The other loss, by STD's top-1 on the images held out: {text}.")
     lines.append(
         "± standard error over initialisations."
         + (f" Not run yet: {', '.join(report['missing'])}." if report["missing"] else "")
@@ -189,17 +183,11 @@ def differences(every: list[Group], name: str) -> str:
     return harness.table(rows, columns) if rows else ""
 
 
-def color_and_marker(setting: str) -> tuple[str, str]:
-    """Colour and marker: a setting that only lasts longer, or cycles views, has the colour of what it repeats."""
-    repeats = setting.split(", ")[0] if SETTINGS[setting].cost_of or SETTINGS[setting].once else setting
-    own = [name for name, one in SETTINGS.items() if not (one.cost_of or one.once)]
-    return f"C{own.index(repeats)}", "o" if repeats == setting else "s"
-
-
 def draw(report: harness.Report, path: Path) -> None:
     """Accuracy over cost: lines on the images held out in the course of training, points on the validation images.
 
-    Mean over initialisations; bars are standard errors over images and initialisations together.
+    Mean over initialisations; bars are standard errors over images and initialisations together. A setting that only
+    lasts longer, or cycles views, has the colour of what it repeats.
     """
     import matplotlib
 
@@ -211,9 +199,12 @@ def draw(report: harness.Report, path: Path) -> None:
     figure, axes = plt.subplots(
         1, max(1, len(students)), figsize=(7.5 * max(1, len(students)), 4.8), squeeze=False, layout="constrained"
     )
+    colors: dict[str, str] = {}
     for group in every:
+        repeats = re.sub(r", (STD's cost|\d+ views)$", "", group.setting)
+        color = colors.setdefault(repeats, f"C{len(colors)}")
+        marker = "o" if repeats == group.setting else "s"
         axis = axes[0][students.index(group.student)]
-        color, marker = color_and_marker(group.setting)
         points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
         x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
         axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)

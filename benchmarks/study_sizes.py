@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Overrides = dict[str, Any]
-OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -14,8 +13,7 @@ class Setting:
     """A way to train the student; the teachers are filled in."""
 
     distill: Overrides
-    labels: str = "hard"
-    """of the teachers: `hard`, `other` (the soft loss that the choice found best), or empty: no teachers"""
+    teachers: bool = True
     cost_of: str = ""
     """as many epochs as cost what this setting costs, instead of the study's; the views of the targets are cycled"""
     once: bool = False
@@ -24,24 +22,19 @@ class Setting:
 
 NO_MINE: Overrides = {"mine": {"weight": 0.0}}
 SETTINGS = {
-    "plain": Setting({"mode": "none"}, ""),
+    "plain": Setting({"mode": "none"}, teachers=False),
     "no tokens": Setting({"tokens": "none", **NO_MINE}),
     "DeiT token": Setting({"tokens": "deit", **NO_MINE}),
     "STD": Setting({}),
-    "STD, true labels": Setting({"mode": "std", "labels": "ground_truth"}, ""),
+    "STD, true labels": Setting({"mode": "std", "labels": "ground_truth"}, teachers=False),
     "STD narrow": Setting({"token_mlp_ratio": [0.5, 1.0]}),
     "STD at the last block": Setting({"taps": [-1], "assign": [[0, 1]]}),
-    "no tokens, other loss": Setting({"tokens": "none", **NO_MINE}, OTHER),
-    "DeiT token, other loss": Setting({"tokens": "deit", **NO_MINE}, OTHER),
-    "STD, other loss": Setting({}, OTHER),
-    "plain, STD's cost": Setting({"mode": "none"}, "", cost_of="STD"),
+    "plain, STD's cost": Setting({"mode": "none"}, teachers=False, cost_of="STD"),
     "no tokens, STD's cost": Setting({"tokens": "none", **NO_MINE}, cost_of="STD"),
     "STD, 5 views": Setting({"views": 5}, once=True),
     "STD, 10 views": Setting({"views": 10}, once=True),
 }
-HARD = ("plain", "no tokens", "DeiT token", "STD", "STD narrow", "plain, STD's cost", "no tokens, STD's cost")
-CHOICE = ("kl", "dkd", "dist", "ofa")
-"""the soft losses of which the choice takes the best"""
+FIRST = ("plain", "no tokens", "DeiT token", "STD", "STD narrow", "plain, STD's cost", "no tokens, STD's cost")
 
 
 @dataclass(frozen=True)
@@ -56,14 +49,10 @@ class Size:
     """initialisations of each student"""
     epochs: int
     settings: tuple[str, ...] = tuple(SETTINGS)
-    choice_epochs: int = 0
-    """length of the runs that choose the other loss; 0: nothing is chosen"""
     cost_turns: int = 31
     """how often a step of each setting is timed, in turns"""
     costs: Overrides = field(default_factory=dict)
     """of the recipes whose steps are timed"""
-    soft: Overrides = field(default_factory=lambda: {"labels": "soft", "temperature": 2.0, "top_k": 9})
-    """how the targets are stored; hard labels are read from the same files"""
 
 
 def mixer(dim: int) -> Overrides:
@@ -90,7 +79,6 @@ SIZES = {
         students={"C 512": mixer(512)},
         inits={"C 512": (0, 1, 2, 3)},
         epochs=30,
-        choice_epochs=30,
     ),
     "cpu": Size(
         common=ON_A_CPU,
@@ -98,7 +86,6 @@ SIZES = {
         students={"C 64": mixer(64), "C 128": mixer(128)},
         inits={"C 64": (0, 1, 2, 3), "C 128": (0, 1)},
         epochs=30,
-        choice_epochs=15,
     ),
     "short": Size(
         common=ON_A_CPU,
@@ -106,7 +93,7 @@ SIZES = {
         students={"C 64": mixer(64)},
         inits={"C 64": (0, 1, 2)},
         epochs=8,
-        settings=HARD,
+        settings=FIRST,
     ),
     "smoke": Size(
         common={
@@ -125,9 +112,7 @@ SIZES = {
         },
         inits={"C 16": (0, 1)},
         epochs=1,
-        settings=("plain", "no tokens", "STD", "STD, other loss", "plain, STD's cost"),
-        choice_epochs=1,
+        settings=("plain", "no tokens", "STD", "plain, STD's cost"),
         cost_turns=2,
-        soft={"labels": "soft", "temperature": 2.0, "top_k": 2},
     ),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.errors import UserError, did_you_mean
 from pipelines.untrusted import read_bytes
-from std_fast.config.legacy import FIELDS, upgrade_recipe
+from std_fast.config.legacy import FIELDS, upgrade_recipe, without_removed
 from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -67,6 +67,7 @@ def read(name: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]
         if dotted == "budget.gpu_hours":  # how one says it
             dotted, text = "run.length", f"{text} gpu-hours"
         set_dotted(data, FIELDS.get(dotted, dotted), text)
+    data = without_removed(data)
     data.setdefault("name", path.stem)
     return data
 

@@ -15,12 +15,14 @@ T = TypeVar("T")
 
 FIELDS = {"distill.answers": "distill.target_cache"}
 """dotted names of recipe fields"""
-REMOVED: dict[str, tuple[Any, ...]] = {
-    "run.cuda_graphs": ("off", False),
-    "run.compress_gradients": (False,),
-    "augment.erase_scale": ([0.02, 1 / 3],),
+OLDER = ", or use std-fast 0.1.0"
+REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "run.cuda_graphs": (("off", False), OLDER),
+    "run.compress_gradients": ((False,), OLDER),
+    "augment.erase_scale": (([0.02, 1 / 3],), OLDER),
+    "distill.loss": (("kl",), ": KL (distill.labels: soft) and hard labels remain"),
 }
-"""dotted names of recipe fields that are gone, each with the values that change nothing"""
+"""dotted names of recipe fields that are gone, each with the values that change nothing, and what there is instead"""
 META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
 """keys of a checkpoint's metadata"""
 TENSORS = {"aside.": "snapshot."}
@@ -44,16 +46,22 @@ def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:
             values = dict(values)
             values.setdefault(new.partition(".")[2], values.pop(key))
             data = {**data, section: values}
-    for old, defaults in REMOVED.items():
+    data = without_removed(data)
+    distill = data.get("distill")
+    if "base" not in data and isinstance(distill, dict) and distill.get("teachers"):
+        data = {**data, "distill": {"mode": "std", **distill}}
+    return data
+
+
+def without_removed(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values without the fields that are gone. UserError where one would change something."""
+    for old, (defaults, instead) in REMOVED.items():
         section, _, key = old.partition(".")
         values = data.get(section)
         if isinstance(values, dict) and key in values:
             if plain_value(values[key]) not in defaults:
-                raise UserError(f"{old}: {values[key]!r} is no longer offered; leave {old} out, or use std-fast 0.1.0")
+                raise UserError(f"{old}: {values[key]!r} was removed; leave {old} out{instead}")
             data = {**data, section: {name: value for name, value in values.items() if name != key}}
-    distill = data.get("distill")
-    if "base" not in data and isinstance(distill, dict) and distill.get("teachers"):
-        data = {**data, "distill": {"mode": "std", **distill}}
     return data
 
 

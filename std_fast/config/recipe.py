@@ -145,9 +145,6 @@ class Distill:
         "teacher targets: their argmax, or their distribution at `temperature`; `ground_truth`: no teachers, the "
         "distillation heads learn the data set's labels (of a mixed image that with the larger share)",
     )
-    loss: Literal["kl", "dkd", "dist", "ofa"] = opt(
-        "kl", "loss of soft labels: KL (Hinton 2015), DKD (Zhao 2022), DIST (Huang 2022) or OFA's (Hao 2023)"
-    )
     temperature: float = opt(1.0, "temperature of soft labels")
     top_k: int = opt(0, "soft labels keep this many of the largest probabilities, the rest is spread evenly; 0: all")
     reweight: bool = opt(True, "weigh the teachers by their confidence, per image")
@@ -164,7 +161,7 @@ class Distill:
         require(0 <= self.alpha <= 1, "distill.alpha", f"{self.alpha} must be between 0 and 1")
         require(self.temperature > 0, "distill.temperature", "must be positive")
         if self.labels != "soft":
-            for name, default in (("temperature", 1.0), ("loss", "kl"), ("top_k", 0)):
+            for name, default in (("temperature", 1.0), ("top_k", 0)):
                 fix = "has no effect without distill.labels: soft; leave it out"
                 require(getattr(self, name) == default, f"distill.{name}", fix)
         require(0 <= self.class_share <= 1, "distill.class_share", f"{self.class_share} must be between 0 and 1")
@@ -277,7 +274,7 @@ class Run:
         0,
         "images per process in one forward and backward pass; their gradients add up to the batch's. A divisor of the "
         "process's share of run.batch and a multiple of 4; 0: all at once; auto: all, halved when memory runs out. "
-        "Batch norms, the loss `dist` and timm's random draws see a micro-batch; MINE all, by a second forward pass",
+        "Batch norms and timm's random draws see a micro-batch; MINE all, by a second forward pass",
     )
     length: str = opt("300 epochs", "length of the training in epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; auto: a GPU where there is one")

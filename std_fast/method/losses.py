@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from std_fast.method.soft_losses import SOFT_LOSSES
-
 
 class TeacherTargets(NamedTuple):
     """The teachers' outputs for one batch, as the loss takes them; small enough to be stored (target_cache.py)."""
@@ -92,6 +90,16 @@ def all_log_probs(targets: TeacherTargets, teacher: int, classes: int) -> Tensor
     return (p_BK / p_BK.sum(1, keepdim=True)).log()
 
 
+def kl(logits_BK: Tensor, log_p_BK: Tensor, T: float) -> Tensor:
+    """`T^2 KL(teacher || student)` per image, `[B]`, at temperature T (Hinton et al. 2015).
+
+    Args:
+        logits_BK: the student's.
+        log_p_BK: the teacher's log-probabilities at this temperature.
+    """
+    return T**2 * (log_p_BK.exp() * (log_p_BK - F.log_softmax(logits_BK / T, -1))).sum(-1)
+
+
 def distillation_loss(
     logits_BHK: Tensor,
     targets: TeacherTargets,
@@ -99,8 +107,6 @@ def distillation_loss(
     *,
     reweight: bool = True,
     temperature: float | None = None,
-    loss: str = "kl",
-    labels_B: Tensor | None = None,
     head_weights: tuple[float, ...] | None = None,
 ) -> Tensor:
     """`sum_i w_i loss(f_i(x), g_i(x))`, mean over the batch (a float32 scalar; Li et al. 2022, METHOD.md section 4).
@@ -111,11 +117,8 @@ def distillation_loss(
         head_teacher: which teacher each head learns from; by default head i from teacher i. Heads of one teacher
             share its weight equally.
         reweight: weigh the teachers by their confidence, per image; otherwise equally.
-        temperature: None for hard labels, `CE(f_i(x), argmax g_i(x))`; otherwise one of `SOFT_LOSSES` at this
-            temperature, which needs `targets.log_probs` or the `top_` fields.
-        loss: which of them.
-        labels_B: the images' true labels, of mixed ones that with the larger share: the target of `dkd` and `ofa`; by
-            default the teacher's label.
+        temperature: None for hard labels, `CE(f_i(x), argmax g_i(x))`; otherwise `kl` at this temperature, which needs
+            `targets.log_probs` or the `top_` fields.
         head_weights: factors of the heads' losses; by default 1.
 
     Raises:
@@ -128,13 +131,11 @@ def distillation_loss(
     total = logits_BHK.new_zeros(len(logits_BHK), dtype=torch.float32)
     weights_BM = confidence_weights(targets.confidence) if reweight else None
     for h, teacher in enumerate(head_teacher):
-        logits_BK, labels_of_teacher = logits_BHK[:, h].float(), targets.labels[:, teacher]
+        logits_BK = logits_BHK[:, h].float()
         if temperature is None:
-            per_image = F.cross_entropy(logits_BK, labels_of_teacher, reduction="none")
+            per_image = F.cross_entropy(logits_BK, targets.labels[:, teacher], reduction="none")
         else:
-            log_p_BK = all_log_probs(targets, teacher, logits_BK.shape[-1])
-            target = labels_of_teacher if labels_B is None else labels_B
-            per_image = SOFT_LOSSES[loss](logits_BK, log_p_BK, temperature, target)
+            per_image = kl(logits_BK, all_log_probs(targets, teacher, logits_BK.shape[-1]), temperature)
         share = 1.0 / len([other for other in head_teacher if other == teacher])  # torch 2.8 cannot trace `count`
         share *= 1.0 if head_weights is None else head_weights[h]
         weight = share / len(set(head_teacher)) if weights_BM is None else share * weights_BM[:, teacher]

@@ -170,7 +170,7 @@ class RunFolder:
         if self.found is None:
             return
         path, _, meta = self.found
-        saved = loads(meta["recipe"])
+        saved = loads(meta["recipe"], str(path))
         check_classes(meta, train.num_classes, train.source.class_names)
         check_content(self.recipe, meta["content"], content)
         if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):

@@ -79,8 +79,6 @@ class Objective:
             head_teacher,
             reweight=d.reweight,
             temperature=temperature,
-            loss=d.loss,
-            labels_B=batch.main_labels(),
             head_weights=head_weights,
         )
 

@@ -66,18 +66,38 @@ def test_training_goes_on_from_a_checkpoint_and_stored_targets(old):
         ("run", "cuda_graphs", "teachers"),
         ("run", "compress_gradients", "true"),
         ("augment", "erase_scale", "[0.1, 0.2]"),
+        ("distill", "loss", "ofa"),
     ],
 )
 def test_a_recipe_with_a_field_that_is_gone(section, field, value, tmp_path, monkeypatch):
-    """It is read where the field has its default, and refused in one line where it asks for something."""
+    """It is read where the field has its default, and refused in one line where it asks for something: in a recipe, a
+    run's recipe, a checkpoint's, and on the command line."""
     monkeypatch.chdir(tmp_path)
-    text = (DATA / "v0.1.0" / "run" / "recipe.yaml").read_text(encoding="utf-8")
-    assert f"  {field}:" in text and recipes.loads(text)
-    Path("new.yaml").write_text(re.sub(rf"  {field}:.*(\n  - .*)*", f"  {field}: {value}", text), encoding="utf-8")
+    texts = [(version / "run" / "recipe.yaml").read_text(encoding="utf-8") for version in VERSIONS]
+    text = next(text for text in texts if f"  {field}:" in text)
+    assert recipes.loads(text)
+    Path("recipe.yaml").write_text(re.sub(rf"  {field}:.*(\n  - .*)*", f"  {field}: {value}", text), encoding="utf-8")
     name = f"{section}.{field}"
-    with pytest.raises(UserError, match=f"{name}: .* is no longer offered; leave {name} out") as caught:
-        recipes.load("new.yaml")
-    assert "\n" not in str(caught.value)
+    for read in (
+        lambda: recipes.load("recipe.yaml"),
+        lambda: recipes.read_saved(Path()),
+        lambda: recipes.loads(Path("recipe.yaml").read_text(encoding="utf-8"), "step-1.safetensors"),
+        lambda: recipes.load("mixer_s16_std", [(name, value)]),
+    ):
+        with pytest.raises(UserError, match=f"{name}: .* was removed; leave {name} out[,:] ") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_with_a_loss_that_is_gone(old):
+    """Its checkpoint, used or continued, names itself, what was removed, and what remains."""
+    path, tensors, meta = checkpoint.newest(Path("run/checkpoints"))
+    meta["recipe"] = re.sub(r"  labels: soft\n(  loss: kl\n)?", "  labels: soft\n  loss: ofa\n", meta["recipe"])
+    checkpoint.save(path, tensors, {key: value for key, value in meta.items() if key != "digest"})
+    gone = f"{path}: distill.loss: 'ofa' was removed; leave distill.loss out: KL (distill.labels: soft) and hard"
+    for use in (lambda: evaluate_run(Path("run")), lambda: go_on(recipes.read_saved(Path("run")), "run")):
+        with pytest.raises(UserError, match=re.escape(gone)):
+            use()
 
 
 def test_a_run_is_evaluated_and_exported(old):

@@ -55,7 +55,7 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
             "distill.teachers.0.precision: 'int8' is not one of auto, float32, bfloat16",
         ),
         ({"distill": {"alpha": 1.5}}, "distill.alpha: 1.5"),
-        ({"distill": {"loss": "dkd"}}, "distill.loss: has no effect without distill.labels: soft"),
+        ({"distill": {"top_k": 5}}, "distill.top_k: has no effect without distill.labels: soft"),
         ({"distill": {"class_share": -0.5}}, "distill.class_share: -0.5 must be between 0 and 1"),
         ({"distill": {"token_mlp_ratio": [0.5, 0]}}, "distill.token_mlp_ratio: must be positive"),
         ({"distill": {"module_weights": [1, -1]}}, "distill.module_weights: must be"),

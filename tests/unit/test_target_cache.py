@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import UserError
 from std_fast.config.recipe import Distill, TeacherSpec
-from std_fast.method.losses import all_log_probs, targets_from_logits
-from std_fast.method.soft_losses import kl
+from std_fast.method.losses import all_log_probs, kl, targets_from_logits
 from std_fast.teachers.fingerprint import check_same
 from std_fast.teachers.target_cache import TargetCache, open_target_cache
 from std_fast.teachers.target_format import Header, bytes_per_epoch, pack, read_header, unpack
