@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -326,7 +325,7 @@ def main() -> int:
         folders = {"TORCHINDUCTOR_CACHE_DIR": str(home / target), "TRITON_CACHE_DIR": str(home / target / "triton")}
         more = {FRESH: "1", **folders} | ({"FAKE_GPU_MEMORY": "140G"} if tool else {})
         done = fake_gpu.command(words, tool) if tool else [sys.executable, *words]
-        return subprocess.run(done, env=fake_gpu.environment(more)).returncode
+        os.execvpe(done[0], done, fake_gpu.environment(more))  # in this process's place: it gets the signals
     return harness.main("codegen", run, show, add_arguments, text=__doc__)
 
 

@@ -3,13 +3,15 @@
     std-fast bench gpu_suite --minutes 11 --out OUT      # the next pieces that fit; call it again for the others
     std-fast bench gpu_suite --out OUT                   # all that are left
     std-fast bench gpu_suite --only kernels "step mixer_s16" --out OUT
+    std-fast bench gpu_suite --list --out OUT            # the pieces, the seconds they need, what is there
     std-fast bench gpu_suite --split OUT/gpu_suite-....json --out benchmarks/results   # a file for each benchmark
 
 What is most worth knowing comes first. Each piece is a process of its own with a time limit, so that one that fails or
 hangs takes nothing with it. After each, `gpu_suite-CARD-CODE.json` in the folder of --out (by default $OUT) is written
-anew; CODE is a digest of the project's Python files. A piece whose result is there, for this card and this code, is not
-taken again; one that failed or was cut off comes after those that have not been tried. --known FOLDER reads results
-from there too, where --out starts empty. `gpu_suite.log` holds the output of the pieces.
+anew; CODE is a digest of what decides a result: code, recipes, the GPU's tests, versions, the card's size. A piece
+whose result is there, for this card and this code, is not taken again; one that failed or was cut off comes after
+those that have not been tried. --known FOLDER reads results from there too, where --out starts empty. `gpu_suite.log`
+holds the output of the pieces.
 
 --study IMAGENETTE TEACHERS WORK makes the study a piece, of up to nine minutes: its runs are in WORK, where the next
 piece continues; those that are done are also in `study-CARD.json` beside the results, and are not made again on
@@ -25,7 +27,7 @@ CPU or with --device cuda on whatever torch takes for a GPU.
 from __future__ import annotations
 
 import argparse
-import ctypes
+import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +43,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pipelines
+import std_fast
 from benchmarks import fake_gpu, harness
 from pipelines.errors import UserError
 from pipelines.files import write_atomic
@@ -96,7 +100,6 @@ PARTS = (
 )
 UNFINISHED = "to be continued"
 SMOKE_RUN = "C-16-plain-0"
-LIBC = ctypes.CDLL(None)  # loaded before any process is forked
 SAVING = 40
 """seconds that a piece has to end in, from a signal on: a run of the study is saved"""
 
@@ -125,8 +128,15 @@ def split(args: argparse.Namespace) -> int:
 
 def take(args: argparse.Namespace) -> int:
     """Takes the pieces that are left, and prints what is known."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder, device = Path(args.out), args.device
+    on = card() if device == "cuda" or not args.smoke else "cpu"
+    tiny = "-smoke" if args.smoke else ""
+    path = folder / f"gpu_suite-{on}-{code(on)}{tiny}.json"
+    found = results(path) or results(Path(args.known or folder) / path.name)
+    if args.list:
+        print(listed([part for part in PARTS if part.name in (args.only or [part.name])], found))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,11 +152,8 @@ def take(args: argparse.Namespace) -> int:
             if part.question:
                 one_of_each.setdefault(part.question, replace(part, name=part.question, words=(part.words[0], *words)))
         parts = list(one_of_each.values())
-    tiny = "-smoke" if args.smoke else ""
-    parts = [with_study(part, args, f"study-{card()}{tiny}.json") for part in parts]
+    parts = [with_study(part, args, f"study-{on}{tiny}.json") for part in parts]
     keep_caches(args.caches)
-    path = folder / f"gpu_suite-{card()}-{code()}{tiny}.json"
-    found = results(path) or results(Path(args.known or folder) / path.name)
     try:
         beside = harness.cores() if args.smoke and device != "cuda" else 1
         run(next_parts(parts, found), found, path, args.minutes, beside)
@@ -154,7 +161,7 @@ def take(args: argparse.Namespace) -> int:
         if args.caches and fake_gpu.active():  # which of its configurations is fastest, a fake GPU cannot tell
             for choice in Path(args.caches).rglob("*.best_config"):
                 choice.unlink(missing_ok=True)
-    print(table(found), flush=True)
+        print(table(found), flush=True)  # also after a signal: it may be all that comes home
     tried = [found[part.name] for part in parts if part.name in found]
     written = not tried or kept(save, path, found)
     return 0 if written and all(one["state"] in ("ok", UNFINISHED) for one in tried) else 1
@@ -184,17 +191,18 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study", nargs=3, metavar=("IMAGENETTE", "TEACHERS", "WORK"), help="folders; with them, the study is a piece"
     )
+    parser.add_argument("--list", action="store_true", help="only name the pieces, their seconds and what is there")
     parser.add_argument("--split", metavar="FILE", help="only write each report of this file to --out")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: whether it runs, not how fast")
     parser.add_argument("--device", choices=("auto", "cuda"), default="auto", help="of --smoke [the CPU]")
     args = parser.parse_args(argv)
-    if not args.out:
+    if not (args.out or args.list):
         raise UserError("--out: name a folder, or set $OUT")
     if not args.minutes >= 0:
         raise UserError("--minutes: must be 0 or more")
-    if "study" in (args.only or ()) and not args.study:
+    if "study" in (args.only or ()) and not (args.study or args.list):
         raise UserError("--only study: needs --study IMAGENETTE TEACHERS WORK")
-    if not args.split and card() == "cpu" and (args.device == "cuda" or not args.smoke):
+    if not (args.split or args.list) and card() == "cpu" and (args.device == "cuda" or not args.smoke):
         raise UserError("torch sees no GPU; look at `std-fast doctor`, or give --smoke alone for tiny sizes on the CPU")
     return args
 
@@ -238,12 +246,16 @@ def card() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def code() -> str:
-    """A digest of the project's Python files: results of other code are not those of this one."""
-    digest = hashlib.sha256()
-    for package in ("std_fast", "pipelines", "benchmarks"):
-        for path in sorted((harness.ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
+def code(on: str) -> str:
+    """A digest of what decides a result on a card (or "cpu"): with other code, versions or memory it is another one."""
+    found = harness.conditions("cpu" if on == "cpu" else "cuda")
+    digest = hashlib.sha256(json.dumps([found["gpu"], found["versions"], found["python"]]).encode())
+    packages = [Path(str(module.__file__)).parent for module in (std_fast, pipelines, harness)]
+    tests = [*(harness.ROOT / "tests").glob("*.py"), *(harness.ROOT / test for test in TESTS)]
+    for path in [*packages, *tests]:
+        inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".yaml")]
+        for file in sorted(inside):
+            digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -268,7 +280,7 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         words, stdout=pipe, stderr=pipe, text=True, errors="replace", cwd=harness.ROOT, start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=harness.end_with_parent,
     )  # fmt: skip
     state = ""
     try:
@@ -279,6 +291,7 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     except BaseException:  # this call is ended: so is the piece, which leaves no result
         end(process)
         raise
+    sweep(process, signal.SIGKILL)  # what a piece that was killed has left would run on beside the next one
     kept(note, folder / "gpu_suite.log", f"== {' '.join(words)}\n{said}\n" + ("" if part.question else out))
     result: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1), "command": " ".join(words[1:])}
     if not state and process.returncode == 0 and part.question:
@@ -291,20 +304,20 @@ def attempt(part: Part, limit: float, folder: Path) -> dict[str, Any]:
     return {"state": state, **result, "said": f"{said}\n{out}".strip().splitlines()[-5:]}
 
 
-def end_with_parent() -> None:
-    """In a piece: SIGTERM where the suite is killed, so that it does not run on beside a resumed one (Linux: prctl
-    PR_SET_PDEATHSIG)."""
-    LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)
-
-
 def end(process: subprocess.Popen) -> tuple[str, str]:
     """Ends a piece with the processes that it has started; returns what it has written."""
-    os.killpg(process.pid, signal.SIGTERM)
+    sweep(process, signal.SIGTERM)
     try:
         return process.communicate(timeout=SAVING)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        sweep(process, signal.SIGKILL)
         return process.communicate()
+
+
+def sweep(process: subprocess.Popen, signum: int) -> None:
+    """Sends a signal to a piece and to what it has started and left in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
 
 
 def kept(write: Callable[..., None], path: Path, what: Any) -> bool:
@@ -325,6 +338,16 @@ def note(path: Path, text: str) -> None:
 def save(path: Path, found: Mapping[str, dict[str, Any]]) -> None:
     """Writes what is known, complete or not at all."""
     write_atomic(path, json.dumps({"parts": found}, indent=1) + "\n")
+
+
+def listed(parts: Sequence[Part], found: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each piece: the seconds that must be left for it to begin, its limit, its state."""
+    rows = [
+        {"piece": p.name, "needs": p.expected, "limit": p.limit, "is": found.get(p.name, {}).get("state", "not taken")}
+        for p in parts
+    ]
+    columns = {"piece": "piece", "needs, s": "needs", "ended after, s": "limit", "state": "is"}
+    return f"{harness.table(rows, columns)}\n\ntogether {sum(p.expected for p in parts) / 60:.0f} minutes"
 
 
 def table(found: Mapping[str, dict[str, Any]]) -> str:

@@ -8,10 +8,12 @@ quartiles come from the rounds, each a pair of neighbours in time. The first cal
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ from benchmarks.conditions import ROOT, conditions, cores, hardware  # noqa: F40
 from pipelines.errors import UserError
 
 Report = dict[str, Any]
+LIBC = ctypes.CDLL(None)  # loaded before any process is forked
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -264,6 +267,12 @@ def complete(question: str, run: Callable[[argparse.Namespace], Report], args: a
     found["host_memory_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "out")}
     return {"question": question, "settings": settings, "conditions": found, **body}
+
+
+def end_with_parent() -> None:
+    """`preexec_fn` of a child that works on the GPU: it gets SIGTERM where its parent is killed, and does not run on
+    beside what follows (Linux: prctl PR_SET_PDEATHSIG; it holds for the child alone, not for the child's own)."""
+    LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)
 
 
 def printed_report(text: str) -> Report:

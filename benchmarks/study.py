@@ -324,8 +324,9 @@ class Children:
     def run(self, command: list[str], log: Any) -> tuple[int, str]:
         """Exit code and standard output; standard error goes to the log, and at the end the processor time."""
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment
-        )
+            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=self._environment,
+            preexec_fn=harness.end_with_parent,
+        )  # fmt: skip
         self._processes.add(process)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:

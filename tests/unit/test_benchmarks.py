@@ -4,7 +4,7 @@ import argparse
 import errno
 import json
 import os
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import accumulate, gpu_suite, harness, kernels, naive, peers, step, workload
+from benchmarks import accumulate, gpu_suite, harness, kernels, naive, peers, step, study, workload
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast import cli
@@ -26,6 +26,7 @@ from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule
 from std_fast.runtime.flops import count_macs
 from std_fast.training.step import Objective
+from tests.killing import Child
 
 ARGS = SimpleNamespace(device="cpu", repeats=4, turn_seconds=0.0)
 
@@ -294,7 +295,14 @@ def test_the_suites_reports_become_files_of_their_own(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(file)
 
 
-def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
+    monkeypatch.setattr(gpu_suite, "code", lambda on: "abc")
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+
+
+def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, capsys, on_a_gpu):
     """What is there is not taken again; what failed comes last; another code's results are not this one's."""
     calls = []
 
@@ -308,17 +316,55 @@ def test_a_suite_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(gpu_suite.Part(name, ("timeit",), 60) for name in "abcd"))
     monkeypatch.setattr(gpu_suite, "attempt", attempt)
-    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
-    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     words = ["--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         gpu_suite.main(words)
-    assert calls == ["a", "b", "c"]
+    assert calls == ["a", "b", "c"] and "a: ok" in capsys.readouterr().out.splitlines()[0]
     assert gpu_suite.main(words) == 0 and calls[3:] == ["c", "d", "b"]
     assert gpu_suite.main(words) == 0 and len(calls) == 6
     assert gpu_suite.main(["--out", str(tmp_path / "empty"), "--known", str(tmp_path)]) == 0 and len(calls) == 6
-    monkeypatch.setattr(gpu_suite, "code", lambda: "another")
+    monkeypatch.setattr(gpu_suite, "code", lambda on: "another")
     assert gpu_suite.main(words) == 0 and calls[6:] == ["a", "b", "c", "d"]
+
+
+def test_results_are_of_the_recipes_tests_versions_and_memory_that_made_them(tmp_path, monkeypatch):
+    names = ["std_fast/a.py", "std_fast/recipes/b.yaml", "pipelines/c.py", "benchmarks/d.py", "tests/small_runs.py"]
+    names += ["tests/gpu/conftest.py", *(test for test in gpu_suite.TESTS if test.endswith(".py"))]
+    for name in [*names, "tests/unit/test_x.py", "benchmarks/results/x.json"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for package in ("std_fast", "pipelines"):
+        monkeypatch.setattr(gpu_suite, package, SimpleNamespace(__file__=str(tmp_path / package / "__init__.py")))
+    found = {"gpu": {"memory_gib": 80}, "versions": {"torch": "2.8.0"}, "python": "3.11.7", "load_average": [0]}
+    in_place = {
+        "ROOT": tmp_path,
+        "__file__": str(tmp_path / "benchmarks" / "harness.py"),
+        "conditions": lambda _: found,
+    }
+    monkeypatch.setattr(gpu_suite, "harness", SimpleNamespace(**in_place))
+    seen = {gpu_suite.code("cpu")}
+    for name in names:
+        (tmp_path / name).write_text("2")
+        seen.add(gpu_suite.code("cpu"))
+    for change in ({"gpu": {"memory_gib": 40}}, {"versions": {"torch": "2.9.0"}}, {"python": "3.12.1"}):
+        found |= change
+        seen.add(gpu_suite.code("cpu"))
+    assert len(seen) == 1 + len(names) + 3
+    (tmp_path / "tests" / "unit" / "test_x.py").write_text("2")
+    (tmp_path / "benchmarks" / "results" / "x.json").write_text("2")
+    found["load_average"] = [9]
+    assert gpu_suite.code("cpu") in seen
+
+
+def test_the_pieces_are_listed_with_what_they_need_and_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite, "card", lambda: "cpu")
+    monkeypatch.setattr(gpu_suite, "code", lambda on: "abc")
+    gpu_suite.save(tmp_path / "gpu_suite-cpu-abc.json", {"overlap": {"state": "exit code 1"}})
+    assert gpu_suite.main(["--list", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| overlap | 120 | 180 | exit code 1 |" in lines and "| kernels | 90 | 180 | not taken |" in lines
+    assert [line.split(" | ")[0] for line in lines[2:-2]] == [f"| {part.name}" for part in gpu_suite.PARTS]
+    assert lines[-1] == f"together {sum(part.expected for part in gpu_suite.PARTS) / 60:.0f} minutes"
 
 
 @pytest.mark.parametrize("fault", ["print('no report')", "raise SystemExit(3)", "os.abort()"])
@@ -365,14 +411,12 @@ def test_the_suite_refuses_what_would_waste_its_minutes(tmp_path, monkeypatch, c
     assert named in line
 
 
-def test_a_full_disk_costs_the_file_and_no_piece(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_costs_the_file_and_no_piece(tmp_path, monkeypatch, capsys, on_a_gpu):
     def full(path, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "gpu_suite.log").symlink_to("/dev/full")
     monkeypatch.setattr(gpu_suite, "write_atomic", full)
-    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
-    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     words = ("timeit", "-n1", "-r1", "pass")
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(gpu_suite.Part(name, words) for name in "ab"))
     assert gpu_suite.main(["--out", str(tmp_path)]) == 1
@@ -380,20 +424,37 @@ def test_a_full_disk_costs_the_file_and_no_piece(tmp_path, monkeypatch, capsys):
     assert "a: ok" in printed.out and "b: ok" in printed.out and "No space left on device" in printed.err
 
 
-def test_a_piece_does_not_outlive_a_suite_that_is_killed(tmp_path):
+def start_piece(folder, code):
+    gpu_suite.attempt(gpu_suite.Part("x", ("timeit", "-n1", "-r1", code)), 60, Path(folder))
+
+
+def start_run(folder, code):
+    study.Children(1).run([sys.executable, "-c", code], None)
+
+
+@pytest.mark.parametrize("start", [start_piece, start_run])
+def test_a_piece_does_not_outlive_a_suite_nor_a_run_its_study_that_is_killed(tmp_path, start):
     """It would run beside the pieces of the next call, on the same GPU."""
     os.mkfifo(tmp_path / "alive")
     wait = f"import time; file = open({str(tmp_path / 'alive')!r}, 'w'); time.sleep(20); file.write('it did')"
-    suite = (
-        "import pathlib; from benchmarks import gpu_suite; "
-        f"part = gpu_suite.Part('x', ('timeit', '-n1', '-r1', {wait!r})); "
-        f"gpu_suite.attempt(part, 60, pathlib.Path({str(tmp_path)!r}))"
+    with Child([str(tmp_path), wait], tmp_path / "said", target=start) as parent:
+        with open(tmp_path / "alive") as file:  # waits for the piece to open it
+            parent.send(signal.SIGKILL)
+            assert file.read() == ""  # waits for its end
+
+
+def test_a_piece_that_is_killed_leaves_none_of_its_processes(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    child = f"import time; file = open({str(tmp_path / 'alive')!r}, 'w'); time.sleep(20); file.write('it did')"
+    piece = (
+        f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], stdout=-3, stderr=-3); "
+        f"open({str(tmp_path / 'alive')!r}).close(); os.kill(os.getpid(), 9)"
     )
-    killed = subprocess.Popen([sys.executable, "-c", suite], cwd=harness.ROOT)
-    with open(tmp_path / "alive") as file:  # waits for the piece to open it
-        killed.kill()
-        assert file.read() == ""  # waits for its end
-    killed.wait()
+    keeps = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    found = gpu_suite.attempt(gpu_suite.Part("x", ("timeit", "-n1", "-r1", piece)), 60, tmp_path)
+    assert found["state"] == "exit code -9"
+    os.set_blocking(keeps, True)
+    assert os.read(keeps, 10) == b""  # waits for its end
 
 
 def test_pieces_are_begun_only_where_they_fit(tmp_path, monkeypatch):
@@ -432,7 +493,7 @@ def test_the_suite_names_each_part_once_and_every_benchmark_of_the_gpu():
     assert {part.question for part in gpu_suite.PARTS if part.question} == wanted
 
 
-def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeypatch, capsys):
+def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeypatch, capsys, on_a_gpu):
     """The benchmark has less time than its piece; another disk begins with the runs of the one before."""
     package = tmp_path / "benchmarks"
     package.mkdir()
@@ -446,8 +507,6 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
         "print(json.dumps(report, indent=1))"
     )
     monkeypatch.setattr(gpu_suite.harness, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
-    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     words = ["--only", "study", "--minutes", "5", "--study", "images", "teachers", str(tmp_path / "work")]
     assert gpu_suite.main([*words, "--out", str(tmp_path / "one")]) == 0
     (path,) = (tmp_path / "one").glob("gpu_suite-*.json")
@@ -464,11 +523,9 @@ def test_the_study_stops_in_time_and_continues_by_what_is_kept(tmp_path, monkeyp
     assert study["state"] == "ok" and study["report"]["runs"] == [1, 1]
 
 
-def test_what_a_fake_gpu_chose_without_a_clock_is_not_kept(tmp_path, monkeypatch):
+def test_what_a_fake_gpu_chose_without_a_clock_is_not_kept(tmp_path, monkeypatch, on_a_gpu):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "x")  # restored afterwards
-    monkeypatch.setattr(gpu_suite, "card", lambda: "nvidia-h200")
-    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
     choice, kernel = tmp_path / "caches" / "ab" / "1.best_config", tmp_path / "caches" / "ab" / "1.py"
     choice.parent.mkdir(parents=True)
     for active in (False, True):

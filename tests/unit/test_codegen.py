@@ -1,5 +1,7 @@
 """What `std-fast bench codegen` counts; that it compiles is not tested here: it needs a GPU or the fake one."""
 
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from benchmarks import codegen, codegen_report, fake_gpu
 from pipelines.errors import UserError
+from tests.killing import Child
 
 MEGA = 1_000_000
 
@@ -87,6 +90,21 @@ def test_where_no_gpu_is_one_line_says_what_is_needed(monkeypatch, capsys):
     monkeypatch.setattr(codegen.sys, "argv", ["codegen"])
     assert codegen.main() == 2
     assert "needs a GPU; STD_FAST_FAKE_GPU: /nowhere/fake-gpu is no script" in capsys.readouterr().err
+
+
+def command_under(tool):
+    os.environ[fake_gpu.NAMED_BY] = tool
+    sys.argv[:] = ["codegen"]
+    codegen.main()
+
+
+def test_a_signal_reaches_the_process_that_compiles(tmp_path):
+    """The tool takes the command's place: there is no parent that could be ended alone."""
+    tool = tmp_path / "fake-gpu"
+    tool.write_text("#!/bin/sh\necho $$ $STD_FAST_CODEGEN\nexit 7\n")
+    tool.chmod(0o755)
+    with Child([str(tool)], tmp_path / "said", target=command_under) as child:
+        assert child.wait() == 7 and child.text == f"{child.pid} 1\n"
 
 
 def test_settings_hold_inside_alone():
