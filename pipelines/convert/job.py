@@ -30,7 +30,7 @@ from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
 from pipelines.convert.manifest import MANIFEST_VERSION, make_manifest, shown_settings, write_manifest
 from pipelines.convert.progress import ConvertMeter, ConvertProgress
-from pipelines.convert.remote_tree import Fetcher
+from pipelines.convert.remote_tree import Fetcher, refuse_replaced
 from pipelines.convert.sources import list_source, ordered_as_text
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError, printable
@@ -95,6 +95,7 @@ def convert(
             return finished
         with contextlib.closing(ConvertJournal(folder, conversion.identity)) as journal:
             conversion.run(journal, workers or len(os.sched_getaffinity(0)), progress)
+            refuse_replaced(listing, src, folder.path)
             return conversion.complete(journal, on_error, progress)
     except OSError as error:
         free = shutil.disk_usage(folder.path if os.path.isdir(folder.path) else os.path.dirname(folder.path)).free

@@ -133,10 +133,12 @@ def read_labels(
     classes: the names that the user gave. What labels are: see `parse_labels`. Images without a label are left out.
     Raises UserError.
     """
+    where = f"--labels {printable(path)}"
     if is_devkit(path):
+        if key is not None:
+            raise UserError(f"{where}: the devkit has no columns; leave --label-key out")
         by_name, wnids = devkit_labels(path, names)
         return {**by_name}, wnids
-    where = f"--labels {printable(path)}"
     lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{where}: is empty; give a line for each image")
@@ -169,6 +171,8 @@ def _pairs(lines: list[str], images: ImageNames, where: str, key: str | None) ->
             found = _from_table(rows, images, where, key)
             if found is not None:
                 return found
+    if key is not None:
+        raise UserError(f"{where}: no table with a header and the names of images; leave --label-key out or fix it")
     return _from_words(lines, images, where)
 
 

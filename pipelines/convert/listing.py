@@ -107,7 +107,7 @@ class Builder:
             listing.labels, classes = self._numbered([printable(str(label)) for label in labels], classes, src)
         else:
             listing.labels = np.array(labels, np.int64)
-            highest = int(listing.labels.max(initial=0))
+            highest = int(listing.labels.max(initial=-1))
             outside = (listing.labels < 0) | (listing.labels >= MAX_CLASSES)
             if outside.any():
                 i = int(outside.argmax())

@@ -39,6 +39,9 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
         local_copy(given, work) if given is not None and is_url(given) else given
         for given in (settings.labels, settings.classes)
     )
+    for option, given in (("--labels", labels), ("--classes", classes)):
+        if given is not None and not os.path.exists(given):
+            raise UserError(f"{option} {printable(given)}: no such file; correct the path")
     settings = replace(settings, labels=labels, classes=classes)
     if is_url(src):
         return list_tree(remote_tree(src, work), settings, work)
@@ -76,6 +79,10 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
         raise UserError(f"--labels: {kind} files hold their own labels; leave it out")
     if kind in ("folder", "tar") and settings.split is not None:
         raise UserError(f"--split {settings.split!r}: only parquet and CIFAR hold several; leave it out")
+    if settings.label_key is not None and settings.labels is None and kind in ("folder", "cifar"):
+        raise UserError(
+            f"--label-key: {printable(tree.source)} is of kind {kind}, without columns or keys; leave it out"
+        )
     if kind == "folder":
         list_flat = settings.labels is not None
         return (_list_flat if list_flat else _list_folder)(tree, entries, settings, builder)

@@ -73,6 +73,11 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
             raise UserError(f"--labels: {printable(tree.source)} has its labels from {what}; leave one of them out")
         return _from_file(images, tree, settings, builder)
     choice = _label_source(tars, images, settings, tree)
+    if settings.label_key is not None and choice != "json":
+        raise UserError(
+            f"--label-key: names a key of .json files, but the labels of {printable(tree.source)} are from {choice}; "
+            "leave it out, or choose with --label-from json"
+        )
     for tar in tars:
         for stem, found in tar.inner:
             for member in found:
@@ -270,6 +275,8 @@ def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Bu
         if choice in ("cls", "json"):
             text = images.label(tar, key, choice)
             fault = f"its .{choice} holds no label" if text == "" else f"has no .{choice} of the same key"
+            if text and len(text.splitlines()) > 1:
+                text, fault = "", f"its .{choice} holds several lines, not one label"
         elif choice == "folder":
             text = member.name.rpartition("/")[0].rpartition("/")[2]
             fault = "lies in no folder of its tar"

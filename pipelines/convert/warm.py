@@ -34,8 +34,11 @@ def warm(path: str) -> dict[str, Any]:
     DataError when a copy is not what its manifest says.
     """
     began = time.monotonic()
-    paths = [_to_cache(url) for url in remote.expand_braces(path)] if remote.is_url(path) else [path]
-    total = sum(sum(map(len, _blocks(one))) for one in paths)
+    if remote.is_url(path):
+        paths = [_to_cache(url) for url in remote.expand_braces(path)]  # which reads them
+        total = sum(map(os.path.getsize, paths))
+    else:
+        paths, total = [path], sum(map(len, _blocks(path)))
     return {"bytes": total, "seconds": time.monotonic() - began, "paths": paths}
 
 
@@ -69,20 +72,21 @@ def _to_cache(url: str) -> str:
 
 def _copy(url: str, path: str) -> None:
     file = remote.info(url)
-    origin = {"size": file.size, "stamp": file.stamp}
+    origin: dict[str, Any] = {"size": file.size, "stamp": file.stamp}
     with contextlib.suppress(OSError, ValueError):
-        if read_json(f"{path}.origin") == origin and os.path.getsize(path) == file.size:
-            return
+        before = read_json(f"{path}.origin")
+        if origin.items() <= before.items() and os.path.getsize(path) == file.size:
+            if before.get("sha256") == _sha256(path):
+                return
+            log.warning("%s: is not as it was copied (%s); copied again", remote.shown(url), printable(path))
     manifest = _manifest(f"{url}.json")
     arriving = f"{path}.{file.size:x}-{file.stamp:x}"  # what an interrupted copy has left is of the same file
     remote.copy(file, arriving)
+    origin["sha256"] = _sha256(arriving)
     if manifest is None:
         log.warning("%s: has no manifest (.json): its checksum and class names are not known", remote.shown(url))
     else:
-        digest = hashlib.sha256()
-        for block in _blocks(arriving):
-            digest.update(block)
-        if manifest.get("sha256") != digest.hexdigest():
+        if manifest.get("sha256") != origin["sha256"]:
             os.remove(arriving)
             raise DataError(f"{remote.shown(url)}: its checksum is not its manifest's; convert it again")
         write_atomic(Path(f"{path}.json"), json.dumps(manifest, indent=1))
@@ -90,6 +94,13 @@ def _copy(url: str, path: str) -> None:
     write_atomic(Path(f"{path}.origin"), json.dumps(origin))
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
         os.remove(left)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _manifest(url: str) -> dict[str, Any] | None:

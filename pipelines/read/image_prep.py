@@ -86,6 +86,13 @@ class ConvertSettings:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in {low}..{high}")
+        for name, works, needed in (
+            ("side", self.size is not None, "needs --size"),
+            ("raw_share", self.mode == "proportion", "needs --mode proportion"),
+            ("quality", self.mode != "raw", "needs --mode jpg or proportion"),
+        ):
+            if not works and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name.replace('_', '-')}: {needed}, or leave it out")
         if not MIN_PAGE <= self.page_size <= MAX_PAGE or self.page_size & (self.page_size - 1):
             raise UserError(f"--page-size {self.page_size} must be a power of two in {MIN_PAGE}..{MAX_PAGE}")
 

@@ -34,7 +34,6 @@ MAX_URLS = 1_000_000  # that one with braces may stand for
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"}
 STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 """what file systems call that which changes with a file, the best first"""
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, UserError)
 
 T = TypeVar("T")
 
@@ -48,6 +47,14 @@ class RemoteFile(NamedTuple):
 
 class NoRanges(Exception):
     """The server gives complete files only."""
+
+
+class NotServed(OSError):
+    """A request of a kind that the server does not serve."""
+
+
+class BytesGone(OSError):
+    """A file does not hold the bytes that were asked for."""
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -156,6 +163,7 @@ def copy(file: RemoteFile, path: str) -> None:
     UserError, and OSError where `path` cannot be written."""
     if os.path.exists(path) and os.path.getsize(path) == file.size:
         return
+    before = info(file.url)
     part = f"{path}.part"
     with open(part, "ab") as out:
         done = out.tell()
@@ -171,6 +179,9 @@ def copy(file: RemoteFile, path: str) -> None:
             _asked(file.url, lambda: _copy_all(file, out))
         out.flush()
         os.fsync(out.fileno())
+    if before != info(file.url):
+        os.remove(part)
+        raise replaced(file.url)
     os.replace(part, path)
 
 
@@ -207,6 +218,12 @@ def cached(url: str) -> list[str]:
 
 # -- retries and errors -------------------------------------------------------------------------------------------
 
+_FINAL = (
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotServed, BytesGone, ImportError,
+    UserError,
+)  # fmt: skip
+"""what is not tried again"""
+
 
 def _repeated(action: Callable[[], T]) -> T:
     for delay in DELAYS:
@@ -233,8 +250,21 @@ def _asked(url: str, action: Callable[[], T]) -> T:
         raise UserError(f"{shown(url)}: not found; look at the address") from None
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{shown(url)}: access is refused ({_reason(error)}); look at the credentials") from None
+    except NotServed as error:
+        raise UserError(
+            f"{shown(url)}: the server does not serve such a request ({_reason(error)}); look at the address, or "
+            "download the file first"
+        ) from None
+    except BytesGone:
+        raise replaced(url) from None
     except Exception as error:
         raise _unreachable(url, error) from None
+
+
+def replaced(url: str) -> UserError:
+    """For a file, by URL or path, whose parts are of two versions."""
+    name = shown(url) if is_url(url) else printable(url)
+    return UserError(f"{name}: was replaced while it was read; run the same command again, which reads it anew")
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
@@ -280,9 +310,9 @@ def _request(url: str, method: str = "GET", **headers: str) -> http.client.HTTPR
         error.close()
         if error.code in (404, 410):
             raise FileNotFoundError(f"HTTP {error.code}") from None
-        if 400 <= error.code < 500 and error.code not in (408, 425, 429):
-            raise PermissionError(f"HTTP {error.code} {error.reason}") from None
-        raise OSError(f"HTTP {error.code} {error.reason}") from None
+        kinds = {401: PermissionError, 403: PermissionError, 407: PermissionError, 416: BytesGone}
+        passing = error.code >= 500 or error.code in (408, 425, 429)
+        raise kinds.get(error.code, OSError if passing else NotServed)(f"HTTP {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise OSError(str(error.reason)) from None
 
@@ -291,14 +321,14 @@ def _http_info(url: str) -> RemoteFile:
     try:
         with _request(url, "HEAD") as response:
             headers = response.headers
-    except PermissionError:  # some servers (and signed addresses) allow GET only
+    except (PermissionError, NotServed):  # some servers (and signed addresses) allow GET only
         with _request(url, Range="bytes=0-0") as response:
             headers = response.headers
     span = re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("Content-Range", ""))
     size = span[1] if span else headers.get("Content-Length", "")
     if not size.isdigit():
         raise UserError(f"{shown(url)}: the server does not tell the file's length; download the file first")
-    return RemoteFile(url, int(size), _stamp(headers.get("ETag") or headers.get("Last-Modified")))
+    return RemoteFile(url, int(size), _stamp(headers.get("ETag") or headers.get("Last-Modified") or f"{size} bytes"))
 
 
 def _read_part(url: str, start: int, end: int) -> bytes:
@@ -329,12 +359,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _remote_file(filesystem: Any, entry: dict[str, Any]) -> RemoteFile:
-    stamp = next((entry[key] for key in STAMPS if entry.get(key) is not None), None)
+    stamp = next((entry[key] for key in STAMPS if entry.get(key) is not None), f"{entry['size']} bytes")
     return RemoteFile(filesystem.unstrip_protocol(entry["name"]), int(entry["size"]), _stamp(stamp))
 
 
 def _fsspec_info(url: str) -> RemoteFile:
     filesystem, path = _filesystem(url)
+    filesystem.invalidate_cache()  # as it is now
     entry = filesystem.info(path)
     if entry["type"] == "directory":
         raise IsADirectoryError("it is a folder")
@@ -343,6 +374,7 @@ def _fsspec_info(url: str) -> RemoteFile:
 
 def _fsspec_find(url: str) -> list[RemoteFile]:
     filesystem, path = _filesystem(url)
+    filesystem.invalidate_cache()
     pattern = re.search(r"[*?\[]", path) is not None
     found = filesystem.glob(path, detail=True) if pattern else filesystem.find(path, detail=True)
     files: Iterator[dict[str, Any]] = (entry for entry in found.values() if entry["type"] == "file")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
+from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import to_dict
@@ -37,6 +38,7 @@ def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any
     d, spec = recipe.distill, loader.spec
     values: dict[str, Any] = {
         "data.train": loader.source.fingerprint(),
+        "data.train.images": sampled_digest(loader.source),
         "data.image_size": spec.image_size,
         "data.backend": loader.backend,  # each has pixels of its own
         "data.resample": spec.resample,
@@ -111,8 +113,10 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
     for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
         default = LEGACY_DEFAULTS.get(name.rpartition(".")[2])
         there, here = stored.get(name, default), ours.get(name, default)
-        if there == here or (name.endswith(".weights") and here is None):  # not on this machine: nothing to compare
+        unknown = {"weights": here, "images": there}.get(name.rpartition(".")[2], "") is None
+        if there == here or unknown:  # weights that are not on this machine; caches of earlier versions have no images
             continue
+        name = name.removesuffix(".images")
         what = {"data.train": "other data", "classes": "other classes"}.get(name)
         if name.endswith(".weights"):
             what = "other weights"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
 from std_fast.teachers.classes import normal
@@ -20,12 +21,14 @@ NOT_COMPARED = ("data.val", "run.device", "student.weights")
 
 
 def content_of(student: StudentSpec, teachers: Sequence[TeacherSpec], train: Loader) -> dict[str, str]:
-    """What the fields of a recipe mean here: a fingerprint of data, the backend that reads it, a digest of weights.
+    """What the fields of a recipe mean here: a fingerprint of data and a digest of some of its images, the backend that
+    reads it, a digest of weights.
 
-    No image is read. Weights that are not here have no entry: a run with all its teacher targets stored needs none.
+    Weights that are not here have no entry: a run with all its teacher targets stored needs none.
     """
     found: dict[str, str | None] = {
         "data.train": train.source.fingerprint(),
+        "data.train.images": sampled_digest(train.source),
         "data.backend": train.backend,
         "run.device": train.spec.device.partition(":")[0],
         "student.weights": weights_digest(student.weights, "") if student.weights else None,
@@ -37,19 +40,22 @@ def content_of(student: StudentSpec, teachers: Sequence[TeacherSpec], train: Loa
 
 
 def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) -> None:
-    """UserError for the first field of `recipe` whose content is not what the checkpoint's run read."""
-    for name in sorted(stored.keys() & here.keys() - set(NOT_COMPARED)):
-        if stored[name] == here[name]:
-            continue
-        if name == "data.backend":
-            raise UserError(
-                f"data.backend: {stored[name]} read the images of this run, and the pixels of {here[name]} differ by "
-                f"roundings; resume with --data.backend {stored[name]}"
-            )
-        what = "data" if name == "data.train" else name.rpartition(".")[2]
+    """UserError for the fields of `recipe` whose content is not what the checkpoint's run read."""
+    compared = stored.keys() & here.keys() - set(NOT_COMPARED)
+    other = sorted({name.removesuffix(".images") for name in compared if stored[name] != here[name]})
+    lines = [
+        f"{name}: {_value(recipe, name)} holds other {'data' if name == 'data.train' else name.rpartition('.')[2]} "
+        "than this run was trained with"
+        for name in other
+        if name != "data.backend"
+    ]
+    if lines:
+        raise UserError(f"{'; '.join(lines)}; restore them, or start a new run with another --run.out")
+    if other:
+        before, now = stored["data.backend"], here["data.backend"]
         raise UserError(
-            f"{name}: {_value(recipe, name)} holds other {what} than this run was trained with; restore them, or start "
-            "a new run with another --run.out"
+            f"data.backend: {before} read the images of this run, and the pixels of {now} differ by roundings; resume "
+            f"with --data.backend {before}"
         )
 
 

@@ -121,7 +121,7 @@ class RunFolder:
         except UserError:  # no recipe beside the checkpoints
             return f"start this one with {other}"
         if differing:
-            return f"it has another {differing[0]}, so start this one with {other}"
+            return f"it has another {', '.join(differing)}, so start this one with {other}"
         return f"add --resume to continue it, or start a new one with {other}"
 
     def _newest(self) -> Saved | None:
@@ -174,9 +174,10 @@ class RunFolder:
         check_classes(meta, train.num_classes, train.source.class_names)
         check_content(self.recipe, meta["content"], content)
         if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):
+            fields = f"{', '.join(other)} differ{'s' * (len(other) == 1)}"
             raise UserError(
-                f"{path}: was written by another recipe ({other[0]} differs); resume with {self.path}/recipe.yaml, or "
-                f"start a new run with --run.out {unused_beside(self.path)}"
+                f"{path}: was written by another recipe ({fields}); resume with {self.path}/recipe.yaml, or start a "
+                f"new run with --run.out {unused_beside(self.path)}"
             )
 
     def write_recipe(self) -> None:

@@ -117,7 +117,13 @@ def test_an_image_folder_on_another_path(base, tmp_path):
     stop(replace(recipe, data=replace(recipe.data, train=str(tmp_path / "here"), val="")))
     moved = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "elsewhere"), val=""))
     assert train(moved, resume=True, quiet=True)["steps"] == STEPS
-    (tmp_path / "elsewhere/ant/00.jpg").unlink()
+    image = tmp_path / "elsewhere/ant/00.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content[:-1] + b"x")  # the same length
+    assert "elsewhere holds other data than this run was trained with" in refusal(moved)
+    image.write_bytes(content)
+    assert train(moved, resume=True, quiet=True)["steps"] == STEPS
+    image.unlink()
     assert "elsewhere holds other data than this run was trained with" in refusal(moved)
 
 
@@ -147,6 +153,9 @@ def test_another_backend_and_other_weights_of_a_teacher(here, base):
     again = make_recipe(base, here / "teacher", distill={"mode": "none"}, student={"name": "test_resnet"})
     train(replace(again, run=replace(again.run, length="1 steps")), quiet=True)
     assert f"distill.teachers.0.weights: {here}/teacher holds other weights" in refusal(recipe)
+    convert(str(base / "val"), str(here / "new.beton"), settings=ConvertSettings(size=None, seed=5))
+    both = refusal(replace(recipe, data=replace(recipe.data, train=str(here / "new.beton"))))
+    assert both.count(" holds other ") == 2 and both.startswith("data.train: ")
 
 
 def test_checkpoints_of_earlier_versions_compare_paths(here, base):
@@ -154,7 +163,7 @@ def test_checkpoints_of_earlier_versions_compare_paths(here, base):
     path = sorted((here / "run" / "checkpoints").iterdir())[-1]
     tensors, meta = checkpoint.load(path)
     checkpoint.save(path, tensors, {key: value for key, value in meta.items() if key not in ("digest", "content")})
-    assert "another recipe (data.train differs)" in refusal(make_recipe(here, here / "run"))
+    assert "another recipe (data.train, student.weights, " in refusal(make_recipe(here, here / "run"))
     recipe, manifest = make_recipe(base, here / "run"), base / "train.beton.json"
     text = manifest.read_text()
     (base / "first").rename(base / "gone")

@@ -153,6 +153,8 @@ def test_a_run_leaves_what_a_user_needs(recipe):
         train(budget, quiet=True)
     with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\)"):
         train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
+    with pytest.raises(UserError, match=r"another recipe \(optim.lr, run.length differ\)"):
+        train(replace(budget, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
 
 
 def test_the_folder_that_is_advised_where_one_is_in_use(tmp_path, monkeypatch):

@@ -104,6 +104,14 @@ def test_names_in_cls(tmp_path: Path) -> None:
     assert classes_of(listed(tmp_path / "a.tar", tmp_path)) == {"a.tar/1.jpg": "wire fox", "a.tar/2.jpg": "ant"}
 
 
+def test_a_label_of_several_lines_is_a_fault(tmp_path: Path) -> None:
+    files = {"1.jpg": IMAGE, "1.cls": b"3\n4\n", "2.jpg": IMAGE, "2.cls": b"ant\nbee", "3.jpg": IMAGE, "3.cls": b"1"}
+    tar(tmp_path / "a.tar", files)
+    listing = listed(tmp_path / "a.tar", tmp_path)
+    assert listing.names == ["a.tar/3.jpg"] and listing.labels.tolist() == [1]
+    assert listing.faults == [(f"a.tar/{i}.jpg", "its .cls holds several lines, not one label") for i in (1, 2)]
+
+
 def test_tars_that_may_be_classes_or_shards(tmp_path: Path) -> None:
     for name in ("train-00", "train-01"):
         tar(tmp_path / "src" / f"{name}.tar", {"1.jpg": IMAGE})
@@ -221,6 +229,31 @@ def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
         listed(src, tmp_path, split="train")
     with pytest.raises(UserError, match="label-from 'json': .* holds no tars"):
         listed(src, tmp_path, label_from="json")
+    with pytest.raises(UserError, match="--label-key: .*src is of kind folder, without columns or keys; leave it out"):
+        listed(src, tmp_path, label_key="label")
+    (tmp_path / "labels.txt").write_text("1.jpg 0\n")
+    flat = folder(tmp_path / "flat", "1.jpg")
+    with pytest.raises(UserError, match="labels.txt: no table with a header .*; leave --label-key out"):
+        listed(flat, tmp_path, labels=str(tmp_path / "labels.txt"), label_key="label")
+    tar(tmp_path / "x.tar", {"1.jpg": IMAGE, "1.cls": b"0", "1.json": b'{"breed": 7}'})
+    with pytest.raises(UserError, match="--label-key: .* the labels of .*x.tar are from cls; .* --label-from json"):
+        listed(tmp_path / "x.tar", tmp_path, label_key="breed")
+    assert listed(tmp_path / "x.tar", tmp_path, label_from="json", label_key="breed").labels.tolist() == [7]
+    for options in ({"raw_share": 0.3}, {"side": "longest"}, {"quality": 80, "mode": "raw"}):
+        with pytest.raises(UserError, match=r"--(raw-share|side|quality): needs --.*, or leave it out"):
+            ConvertSettings(**options)
+
+
+def test_files_that_are_not_there_are_named_with_their_option(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "a/1.jpg")
+    for option in ("labels", "classes"):
+        with pytest.raises(UserError, match=f"--{option} /no/devkit.tar.gz: no such file; correct the path"):
+            listed(src, tmp_path, **{option: "/no/devkit.tar.gz"})
+
+
+def test_a_source_of_faults_alone_has_no_classes(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.cls": b""})
+    assert listed(tmp_path / "a.tar", tmp_path).classes == []
 
 
 # parquet and CIFAR

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipelines.convert import remote_tree
+from pipelines.convert import remote_tree, workers
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.warm import warm
 from pipelines.errors import DataError, UserError
@@ -160,6 +160,51 @@ def test_an_image_that_is_gone_is_a_fault(memory: str, tmp_path: Path, monkeypat
         convert(f"{memory}/folder", str(tmp_path / "x.beton"), settings=KEEP, workers=1)
 
 
+@pytest.mark.parametrize("where", ["ranges", "copied", "disk"])
+def test_a_file_that_is_replaced_while_it_is_read(
+    where: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No beton of half of each; the same command then converts the new file alone."""
+    old = (disk / "train.tar").read_bytes()
+    new = old.replace(b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1")  # the same length, read as other images
+    (tmp_path / "train.tar").write_bytes(old)
+    server = FileServer(tmp_path, ranges=where != "copied")
+
+    def replace(path: str, before: int) -> int:
+        if before == (3 if where == "copied" else 20) and (tmp_path / "train.tar").read_bytes() == old:
+            (tmp_path / "train.tar").write_bytes(new)
+        return 0
+
+    if where == "disk":
+        made_task = workers.Workers.run
+        monkeypatch.setattr(workers.Workers, "run", lambda *args: [*made_task(*args), replace("", 20)][:-1])
+    server.fail = replace
+    src = str(tmp_path / "train.tar") if where == "disk" else f"{server.url}/train.tar"
+    try:
+        with pytest.raises(UserError, match="train.tar: was replaced while it was read; run the same command again"):
+            made(src, tmp_path / "x.beton")
+        assert not (tmp_path / "x.beton").exists()
+        assert made(src, tmp_path / "x.beton")[0] == made(str(tmp_path / "train.tar"), tmp_path / "y.beton")[0]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, r"access is refused \(HTTP 403 Forbidden\); look at the credentials"),
+        (405, r"the server does not serve such a request \(HTTP 405 .*download the file first"),
+        (416, "was replaced while it was read; run the same command again"),
+    ],
+)
+def test_what_a_server_refuses(status: int, message: str, server: FileServer) -> None:
+    file = remote.info(f"{server.url}/train.tar")
+    server.fail = lambda path, before: status
+    with pytest.raises(UserError, match=message):
+        remote.read(file.url, 0, 10)
+    assert len(server.requests) == 2  # not tried again
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -211,7 +256,7 @@ def test_a_copy_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(remote, "CHUNK", 1000)
     file = remote.info(f"{server.url}/train.tar")
-    server.fail = lambda path, before: 403 if before == 10 else 0
+    server.fail = lambda path, before: 403 if before == 11 else 0
     with pytest.raises(UserError, match="access is refused .HTTP 403"):
         remote.copy(file, str(tmp_path / "x"))
     assert (tmp_path / "x.part").stat().st_size == 9000 and not (tmp_path / "x").exists()
@@ -219,7 +264,7 @@ def test_a_copy_goes_on_where_it_was(
     server.fail = lambda path, before: 0
     remote.copy(file, str(tmp_path / "x"))
     assert (tmp_path / "x").read_bytes() == (disk / "train.tar").read_bytes()
-    assert server.requests[0][2] == "bytes=9000-9999"
+    assert server.requests[1][2] == "bytes=9000-9999"
 
 
 # the cache of betons
@@ -264,7 +309,10 @@ def test_warm_notices_a_change_and_damage(beton: str, disk: Path) -> None:
             warm(beton)
     finally:
         (disk / "x.beton").write_bytes(content)
+    cached = Path(warm(beton)["paths"][0])
+    cached.write_bytes(content[:-1] + b"x")  # a fault of the local disk
     assert warm(beton)["bytes"] == len(content)
+    assert cached.read_bytes() == content
 
 
 def test_warm_from_memory_without_a_manifest(

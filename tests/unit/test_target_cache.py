@@ -206,11 +206,14 @@ def test_the_differing_field_is_named(tmp_path):
     hard = {**stored, "distill.labels": "hard", "distill.top_k": 0}
     check_same(tmp_path, stored, hard)  # a store of soft labels has the hard ones too
     check_same(tmp_path, stored, {**stored, "distill.teachers.0.weights": None})  # not on this machine
+    check_same(tmp_path, stored, {**stored, "data.train.images": "ab"})  # which earlier versions did not store
+    stored["data.train.images"] = "cd"
     for change, message in (
         ({"run.seed": 1}, "run.seed: the targets in .* are of 0, this run has 1"),
         ({"distill.top_k": 6}, "distill.top_k"),
         ({"distill.teachers.0.weights": "cd"}, "distill.teachers.0.weights: .* other weights"),
         ({"augment.new": 1}, "augment.new: .* None"),
+        ({"data.train.images": "ab"}, "data.train: .* other data"),
     ):
         with pytest.raises(UserError, match=message):
             check_same(tmp_path, stored, {**stored, **change})
