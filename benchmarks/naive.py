@@ -108,6 +108,7 @@ def naive_objective(
 ) -> Tensor:
     """METHOD.md section 4 with hard labels and confidence weights, MINE subtracted."""
     assert out.dist_logits is not None
+    assert targets.confidence is not None
     weights = targets.confidence.float().softmax(-1)
     distilled: Tensor | float = 0.0
     for h, teacher in enumerate(head_teacher):

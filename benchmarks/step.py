@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, plain: Parts, std: Parts) -> dict[str, Any
         "ratios": ratios,
         "matmul_ceiling_tflops": harness.significant(ceiling / 1e12),
         "shares": [share(name, flops, times) for name in (GIVEN, NO_MINE)],
-        "asked_over_sum_of_parts": harness.significant(times[RUNNING].seconds / parts),
+        "running_over_sum_of_parts": harness.significant(times[RUNNING].seconds / parts),
         "precision": str(workload.compute_dtype(std)).removeprefix("torch."),
     }
     if args.profile:
@@ -159,7 +159,7 @@ def show(report: dict[str, Any]) -> str:
     }  # fmt: skip
     text += "\n\n" + harness.table(report["shares"], columns)
     text += (
-        f"\n\nWith the teachers running, a step takes {report['asked_over_sum_of_parts']} of the sum of its parts. "
+        f"\n\nWith the teachers running, a step takes {report['running_over_sum_of_parts']} of the sum of its parts. "
         f"Ceiling of matrix products: {report['matmul_ceiling_tflops']} TFLOP/s in {report['precision']}."
     )
     if "profile" in report:

@@ -46,7 +46,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
             "distill.target_cache: is empty; name the folder to be made, e.g. --distill.target-cache targets/run1"
         )
     limit = parse_seconds(run.timeout, "run.timeout")
-    with stop_on_signal() as asked, init_distributed(uses_gpu(run.device), limit) as world:
+    with stop_on_signal() as signals, init_distributed(uses_gpu(run.device), limit) as world:
         device = pick_device(run.device)
         with open_train_loader(recipe, device, world, drop_last=False) as loader:
             steps_per_epoch = loader.source.num_samples // run.batch
@@ -54,7 +54,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
             if epochs is None:
                 raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
             try:
-                images, seconds = fill_cache(recipe, loader, device, world, epochs, quiet, asked)
+                images, seconds = fill_cache(recipe, loader, device, world, epochs, quiet, signals)
             except Stopped:  # all ranks alike: they stay until rank 0 has stored all, or torchrun would end it
                 world.wait_for_all()
                 raise
@@ -63,7 +63,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
         "targets": d.target_cache,
         "epochs": epochs,
         "views": d.views,
-        "asked": images,
+        "images": images,
         "images_per_second": round(images / seconds, 1),
         "bytes": sum(file.stat().st_size for file in Path(d.target_cache).glob("epoch-*") if file.suffix != ".partial"),
     }
@@ -96,7 +96,7 @@ def fill_cache(
     cache = open_target_cache(recipe.distill, values, even, run.batch, world)
     stream = teacher_stream(recipe, loader, device, precision)
     bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
-    began, asked, steps = time.perf_counter(), 0, loader.steps_per_epoch
+    began, images, steps = time.perf_counter(), 0, loader.steps_per_epoch
     ranks = RankSync(world)
     try:
         for epoch in range(epochs):
@@ -111,17 +111,17 @@ def fill_cache(
                 check_signals(ranks, signals, epoch, cache)
                 batch = next(stream)
                 writer.add(step, pack(batch.targets))
-                asked += min(run.batch, even - step * run.batch)
+                images += min(run.batch, even - step * run.batch)
                 bar.update(epoch + (step + 1) / steps)
             writer.end()
-            bar.note(epoch + 1, f"{three_digits(asked / (time.perf_counter() - began))} images/s")
+            bar.note(epoch + 1, f"{three_digits(images / (time.perf_counter() - began))} images/s")
     finally:
         stream.close()
         cache.close()
         bar.close()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return asked, time.perf_counter() - began
+    return images, time.perf_counter() - began
 
 
 def teacher_stream(recipe: Recipe, loader: Loader, device: torch.device, precision: str) -> BatchStream:

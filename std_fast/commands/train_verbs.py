@@ -92,12 +92,12 @@ def teach(args: argparse.Namespace) -> int:
     views = [("distill.views", args.views)] if args.views else []
     recipe = recipes.load(args.recipe, [*args.overrides, *views])
 
-    from std_fast.commands.teach import teach as ask_teachers
+    from std_fast.commands.teach import teach as store_targets
     from std_fast.runtime.distributed import PeerLost, rank
     from std_fast.training.run import Stopped
 
     try:
-        data = ask_teachers(recipe, quiet=args.quiet)
+        data = store_targets(recipe, quiet=args.quiet)
     except Stopped as end:
         if rank() == 0:
             say(f"std-fast: {end}")
@@ -107,7 +107,7 @@ def teach(args: argparse.Namespace) -> int:
         return PEER_LOST
     if rank() == 0:
         size = f"{data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB"
-        text = f"{data['targets']}: {size}, {data['asked']} images seen by the teachers"
+        text = f"{data['targets']}: {size}, {data['images']} images seen by the teachers"
         with_views = f" --distill.views {data['views']}" if data["views"] else ""
         show(args, data, f"{text}\ntrain with --distill.target-cache {data['targets']}{with_views}")
     return 0

@@ -29,6 +29,10 @@ TENSORS = {"aside.": "snapshot."}
 """prefixes of a checkpoint's tensors"""
 CACHE_HEADER, CACHE_SUFFIX = "answers.json", ".answers"
 """a target cache's header, and the suffix of its epochs"""
+CACHE_DEFAULTS = {
+    "precision": "auto", "classes": "", "policy": "randaugment", "aug_repeats": 1, "erase_scale": [0.02, 1 / 3],
+}  # fmt: skip
+"""fields that the headers of target caches lacked, or alone had, as they were then"""
 
 
 def upgrade_recipe(data: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class TeacherTargets(NamedTuple):
     """The teachers' outputs for one batch, as the loss takes them; small enough to be stored (target_cache.py)."""
 
     labels: Tensor  # int64 [B, M], argmax of each teacher's logits
-    confidence: Tensor  # float16 [B, M], sum_k p log p: the negative entropy in nats, 0 for a certain teacher
+    confidence: Tensor | None  # float16 [B, M], sum_k p log p: the negative entropy in nats; None without teachers
     log_probs: Tensor | None = None  # [B, M, K] at the recipe's temperature; only for soft labels
     top_probs: Tensor | None = None  # float16 [B, M, k]: instead of log_probs, the k largest (see all_log_probs)
     top_classes: Tensor | None = None  # int64 [B, M, k], their classes
@@ -129,7 +129,7 @@ def distillation_loss(
     if len(head_teacher) != logits_BHK.shape[1] or max(head_teacher) >= M:
         raise ValueError(f"{logits_BHK.shape[1]} heads and {M} teachers do not fit head_teacher={head_teacher}")
     total = logits_BHK.new_zeros(len(logits_BHK), dtype=torch.float32)
-    weights_BM = confidence_weights(targets.confidence) if reweight else None
+    weights_BM = confidence_weights(targets.confidence) if reweight and targets.confidence is not None else None
     for h, teacher in enumerate(head_teacher):
         logits_BK = logits_BHK[:, h].float()
         if temperature is None:

@@ -32,22 +32,15 @@ from std_fast.runtime.memory import ran_out
 FORMAT = 1
 KEY = "std_fast"
 ALIGNED = 64  # bytes; where a tensor may begin in a buffer of many
-META_DEFAULTS: dict[str, Any] = {
-    "step": 0,
-    "complete": False,
-    "class_names": None,
-    "content": {},
-    "devices": 1,
-    "seconds": {},
-    "costs": {},
-    "micro_batch": 0,
-    "best": {},
-    "evaluation_pending": False,
-    "bad_steps": [],
-    "snapshot_step": 0,
-}
-"""metadata of a run that begins; for what a file lacks too"""
 log = logging.getLogger("std_fast")
+
+
+def initial_meta() -> dict[str, Any]:
+    """Metadata of a run that begins; for what a file lacks too."""
+    return {
+        "step": 0, "complete": False, "class_names": None, "content": {}, "devices": 1, "seconds": {}, "costs": {},
+        "micro_batch": 0, "best": {}, "evaluation_pending": False, "bad_steps": [], "snapshot_step": 0,
+    }  # fmt: skip
 
 
 def digest(tensors: dict[str, Tensor], meta: dict) -> str:
@@ -108,7 +101,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     tensors, meta = upgrade_tensors(tensors), upgrade_meta(meta)
     if fault := _fault(tensors, meta):
         raise UserError(f"{path}: {fault}, which no run saves: do not trust the file, use another one")
-    return tensors, {**META_DEFAULTS, **meta}
+    return tensors, initial_meta() | meta
 
 
 def _fault(tensors: dict[str, Tensor], meta: dict) -> str:

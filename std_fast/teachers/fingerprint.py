@@ -12,16 +12,12 @@ import torch
 from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
+from std_fast.config.legacy import CACHE_DEFAULTS
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import to_dict
 from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.target_format import DIGEST_BYTES
-
-LEGACY_DEFAULTS = {
-    "precision": "auto", "classes": "", "policy": "randaugment", "aug_repeats": 1, "erase_scale": [0.02, 1 / 3],
-}  # fmt: skip
-"""fields of teachers, augmentation and data that caches of earlier versions lack, or alone have, as they were then"""
 
 
 def fingerprint(recipe: Recipe, loader: Loader, precision: str) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def check_same(folder: Path, stored: dict[str, Any], ours: dict[str, Any]) -> No
     hard = ours["distill.labels"] == "hard"  # which a cache of soft labels has too
     soft_only = {"distill.labels", "distill.temperature", "distill.top_k"} if hard else set()
     for name in sorted({*stored, *ours} - soft_only - {"distill.views"}):  # earlier versions had the last one
-        default = LEGACY_DEFAULTS.get(name.rpartition(".")[2])
+        default = CACHE_DEFAULTS.get(name.rpartition(".")[2])
         there, here = stored.get(name, default), ours.get(name, default)
         unknown = {"weights": here, "images": there}.get(name.rpartition(".")[2], "") is None
         if there == here or unknown:  # weights that are not on this machine; caches of earlier versions have no images

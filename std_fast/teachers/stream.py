@@ -73,8 +73,7 @@ class LabelSource(NoTargets):
         self.num_teachers = num_teachers
 
     def targets(self, batch: TrainBatch) -> TeacherTargets:
-        labels_BM = batch.main_labels()[:, None].expand(-1, self.num_teachers)
-        return TeacherTargets(labels_BM, torch.zeros_like(labels_BM, dtype=torch.float16))
+        return TeacherTargets(batch.main_labels()[:, None].expand(-1, self.num_teachers), None)
 
 
 class TeacherSource(NoTargets):

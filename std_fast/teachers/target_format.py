@@ -40,6 +40,7 @@ def bytes_per_epoch(samples: int, teachers: int, top_k: int = 0) -> int:
 
 def pack(targets: TeacherTargets) -> Tensor:
     """Targets of a batch -> their words, uint16 in the bits of int16 `[B, M, W]`, on the same device."""
+    assert targets.confidence is not None
     words = [(targets.labels + 1)[..., None].to(torch.int16), targets.confidence[..., None].view(torch.int16)]
     if targets.top_probs is not None and targets.top_classes is not None:
         words += [targets.top_probs.contiguous().view(torch.int16), targets.top_classes.to(torch.int16)]

@@ -6,6 +6,7 @@ Shapes: B images of a pass, S side in pixels.
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -25,11 +26,8 @@ log = logging.getLogger("std_fast")
 def saved_bytes(student: Student, image_size: int) -> float:
     """Bytes that autograd keeps for the backward pass, for each image `[3, S, S]`, without MINE; counted by a forward
     pass on the meta device. What is the parameters' own is not counted."""
-    meta = {name: torch.empty_like(t, device="meta") for name, t in student.state_dict(keep_vars=True).items()}
-    meta |= {name: torch.empty_like(t, device="meta") for name, t in student.named_buffers()}
-    for name, parameter in student.named_parameters():
-        meta[name].requires_grad_(parameter.requires_grad)
-    own = {t.untyped_storage()._cdata for t in meta.values()}
+    meta = copy.deepcopy(student).to("meta").train()
+    own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def saved_bytes(student: Student, image_size: int) -> float:
 
     images = torch.empty(COUNTED, 3, image_size, image_size, device="meta", dtype=next(student.parameters()).dtype)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        torch.func.functional_call(student.train(), meta, (images,), {"with_mine": False})
+        meta(images, with_mine=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / COUNTED
 
 

@@ -186,12 +186,12 @@ class RunFolder:
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
         """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data.
-        Without a checkpoint to continue from: META_DEFAULTS.
+        Without a checkpoint to continue from: `initial_meta`.
         """
         if val is not None:
             self.data["content"]["data.val"] = self.world.broadcast(val.source.fingerprint() if self.world.main else "")
         if self.found is None:
-            return checkpoint.META_DEFAULTS
+            return checkpoint.initial_meta()
         path, tensors, meta = self.found
         state.load(tensors)
         self._saved_step = meta["step"]

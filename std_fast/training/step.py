@@ -247,8 +247,9 @@ def step_metrics(losses: Losses, norm: Tensor, targets: TeacherTargets | None) -
     values = {"loss": losses.total, "loss_class": losses.classes, "grad_norm": norm}
     if losses.distilled is not None and targets is not None:
         values["loss_distill"] = losses.distilled
-        for i, weight in enumerate(confidence_weights(targets.confidence).mean(0)):
-            values[f"teacher_weight_{i}"] = weight
+        if targets.confidence is not None:
+            for i, weight in enumerate(confidence_weights(targets.confidence).mean(0)):
+                values[f"teacher_weight_{i}"] = weight
     if losses.information is not None:
         values["information"] = losses.information
         values["loss"] = losses.total + losses.information  # the student's objective without the reversed term

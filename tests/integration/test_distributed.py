@@ -166,8 +166,8 @@ def together(recipe, tmp_path_factory):
     code, out, err = torchrun(folder / "driver.py", folder / "recipe.yaml", folder)
     assert code == 0, err[-4000:]
     lines = [json.loads(line.split("OUTCOME ")[1]) for line in out.splitlines() if "OUTCOME" in line]
-    asked = [int(line.split(":")[1].strip(" ,")) for line in out.splitlines() if '"asked"' in line]
-    return folder, {(rank, name): outcome for rank, name, outcome in lines} | {(0, "asked"): sum(asked)}
+    images = [int(line.split(":")[1].strip(" ,")) for line in out.splitlines() if '"images"' in line]
+    return folder, {(rank, name): outcome for rank, name, outcome in lines} | {(0, "images"): sum(images)}
 
 
 LEARNED = re.compile(r"step|samples|lr|loss.*|grad_norm|information|teacher_weight_.|top.*|images")
@@ -288,7 +288,7 @@ def test_targets_are_written_by_two_and_read_by_two_or_one(recipe, together):
 
 def test_two_teach_what_one_teaches(recipe, together, tmp_path):
     folder, outcomes = together
-    assert outcomes[0, "asked"] == 24  # one document, of rank 0
+    assert outcomes[0, "images"] == 24  # one document, of rank 0
     store = replace(recipe.distill, target_cache=str(tmp_path), views=1)
     teach(replace(recipe, distill=store), quiet=True)
     files = [path / "epoch-00000.targets" for path in (tmp_path, folder / "targets")]

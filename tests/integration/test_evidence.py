@@ -68,7 +68,7 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     assert std["summary"]["samples"] == plain["summary"]["samples"] == 20  # 8 of each class, one held out
     # to the nearest step: as many samples as cost what STD's cost
     assert equal["summary"]["samples"] == pytest.approx(20 * costs["C 16: STD"] / costs["C 16: plain"], abs=4.01)
-    assert runs["targets"]["summary"]["asked"] == 20
+    assert runs["targets"]["summary"]["images"] == 20
     again = runs["C-16-no-tokens-0"]["recipe"]["distill"]
     assert again["target_cache"] == std["recipe"]["distill"]["target_cache"] != ""
 

@@ -7,6 +7,8 @@ from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast.commands.export import export_run
 from std_fast.config import recipe as recipes
+from std_fast.method.losses import distillation_loss
+from std_fast.runtime.metrics import read_jsonl
 from std_fast.teachers.stream import LabelSource
 from std_fast.training.run import Stopped
 from std_fast.training.train import train
@@ -18,7 +20,10 @@ def test_of_a_mixed_image_the_label_with_the_larger_share():
     batch = TrainBatch(torch.zeros(3, 3, 2, 2), *of, positions=torch.arange(3), epoch=0, step=0)
     targets = LabelSource(2).targets(batch)
     assert targets.labels.tolist() == [[1, 1], [2, 2], [6, 6]]
-    assert targets.confidence.tolist() == [[0, 0]] * 3  # the heads weigh the same
+    assert targets.confidence is None
+    weighed = targets._replace(confidence=torch.zeros(3, 2))  # so that the heads weigh the same
+    logits = torch.randn(3, 2, 8)
+    assert torch.equal(distillation_loss(logits, targets), distillation_loss(logits, weighed))
 
 
 def test_it_trains_stops_and_is_exported_without_a_teacher(image_folder, tmp_path):
@@ -27,6 +32,8 @@ def test_it_trains_stops_and_is_exported_without_a_teacher(image_folder, tmp_pat
     recipe = small_recipe(image_folder, tmp_path / "run", augment={"mix_prob": 0.5}, distill=distill, run=run)
     result = train(recipe, quiet=True)
     assert result["result"]["top1_distill"] >= 0
+    last = [record for record in read_jsonl(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"][-1]
+    assert "loss_distill" in last and "teacher_weight_0" not in last  # there is no teacher
 
     def stop(run):
         run.stop_wanted = run.step == 4

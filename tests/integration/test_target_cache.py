@@ -80,7 +80,7 @@ def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, t
     train(into(recipe, tmp_path / "first", target_cache=store), quiet=True)  # write-through
     assert_same(weights(tmp_path / "first"), expected)
     targets = teach(into(recipe, "", target_cache=str(tmp_path / "targets")), quiet=True)
-    assert targets["epochs"] == 2 and targets["asked"] == 48
+    assert targets["epochs"] == 2 and targets["images"] == 48
     assert targets["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
 
     def no_teachers(run):
@@ -133,15 +133,15 @@ def test_teach_continues_and_rewrites_what_is_damaged(recipe, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         teach(recipe, quiet=True)
     result = teach(recipe, quiet=True)
-    assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 2)] and result["asked"] == 8
-    assert teach(recipe, quiet=True)["asked"] == 0
+    assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 2)] and result["images"] == 8
+    assert teach(recipe, quiet=True)["images"] == 0
 
     path = tmp_path / "store" / "epoch-00001.targets"
     complete = path.read_bytes()
     path.write_bytes(complete[:-1] + b"x")
     with pytest.raises(UserError, match="epoch-00001.targets: its digest does not match"):
         train(recipe, quiet=True)
-    assert teach(recipe, quiet=True)["asked"] == 24
+    assert teach(recipe, quiet=True)["images"] == 24
     assert path.read_bytes() == complete
 
 
@@ -159,7 +159,7 @@ def test_teach_stops_on_a_signal_and_continues(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(EpochWriter, "add", signalled)
     with pytest.raises(Stopped, match=r"stopped in epoch 2; the same command continues .*store"):
         teach(recipe, quiet=True)
-    assert teach(recipe, quiet=True)["asked"] == 8
+    assert teach(recipe, quiet=True)["images"] == 8
     assert calls == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
@@ -179,7 +179,7 @@ def test_all_positions_are_stored_whatever_the_batch(recipe, image_folder, tmp_p
     for batch in (4, 8):
         store = tmp_path / f"store{batch}"
         made = teach(changed(recipe, distill={"target_cache": str(store)}, run={"batch": batch}), quiet=True)
-        assert made["asked"] == 14 and made["bytes"] == bytes_per_epoch(14, 2)
+        assert made["images"] == 14 and made["bytes"] == bytes_per_epoch(14, 2)
         labels.append(np.fromfile(store / "epoch-00000.targets", "<u2", 14 * 4)[::2])
     assert (labels[0] == labels[1]).all() and len(set(labels[0])) > 1
     train(changed(recipe, distill={"target_cache": str(store)}, run={"batch": 12}), quiet=True)
@@ -216,7 +216,7 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "through"), weights(tmp_path / "live"))
     # more views than are stored: only the new ones are asked for; fewer: none
     more = changed(stored, distill={"views": 3})
-    assert teach(more, quiet=True)["asked"] == 24
+    assert teach(more, quiet=True)["images"] == 24
     for views in (1, 3):
         again = into(
             changed(stored, distill={"views": views}), tmp_path / f"views-{views}", target_cache=str(tmp_path / "store")
@@ -288,7 +288,7 @@ def test_teach_on_the_command_line(recipe, tmp_path, capsys):
     store = str(tmp_path / "store")
     assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--quiet", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["epochs"] == data["views"] == 1 and data["asked"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
+    assert data["epochs"] == data["views"] == 1 and data["images"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
     assert cli.main(["teach", str(path), "--distill.target-cache", store, "--distill.views", "1", "--quiet"]) == 0
     assert "--distill.views 1" in capsys.readouterr().out
     assert cli.main(["teach", str(path), "--quiet"]) == 2
