@@ -6,8 +6,9 @@ Shapes: B batch, K classes, M teachers, H distillation heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -69,9 +70,49 @@ def create_student(
 
     Source: Li et al., ICML 2022 (docs/METHOD.md, sections 2 and 3).
     """
+    check_kinds(
+        name=(name, str), num_classes=(num_classes, Integral), image_size=(image_size, Integral),
+        teachers=(teachers, Integral), drop_path=(drop_path, Real), mine_weight=(mine_weight, Real),
+        mine_width=(mine_width, Integral), mine_ema=(mine_ema, Real),
+    )  # fmt: skip
+    _check_lists(taps, assign, token_mlp_ratio)
     for field, value, known in (("tokens", tokens, TOKENS), ("predict", predict, PREDICTIONS)):
         if value not in known:
             raise UserError(f"{field}: {value!r} is unknown; take one of {', '.join(known)}")
+    _check_ranges(num_classes, teachers, mine_weight, mine_width, mine_ema, token_mlp_ratio)
+    backbone, modules = backbone_and_modules(
+        name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
+    )
+    mine = (mine_weight, mine_width, mine_ema)
+    return Student(backbone, num_classes, modules, tokens, *mine, predict, token_mlp_ratio)
+
+
+_KINDS: dict[Any, str] = {str: "text", Integral: "a whole number", Real: "a number", Sequence: "a list"}
+
+
+def check_kinds(**arguments: tuple[object, type]) -> None:
+    """UserError for the first argument, given as (value, kind), that is not of its kind, one of _KINDS."""
+    for field, (value, kind) in arguments.items():
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is Sequence and isinstance(value, str)):
+            raise UserError(f"{field}: {value!r} must be {_KINDS[kind]}")
+
+
+def _check_lists(taps: TapNumbers, assign: Assignment, token_mlp_ratio: Sequence[float]) -> None:
+    lists = {"taps": [] if taps is None else taps, "assign": assign or [], "token_mlp_ratio": token_mlp_ratio}
+    check_kinds(**{field: (value, Sequence) for field, value in lists.items()})
+    check_kinds(**{f"assign.{i}": (group, Sequence) for i, group in enumerate(assign or ())})
+    if len(token_mlp_ratio) != 2:
+        raise UserError(f"token_mlp_ratio: {token_mlp_ratio} must be two numbers")
+
+
+def _check_ranges(
+    num_classes: int,
+    teachers: int,
+    mine_weight: float,
+    mine_width: int,
+    mine_ema: float,
+    token_mlp_ratio: tuple[float, float],
+) -> None:
     pooled = "1 or more; 0, for pooled features, goes with teachers=0"
     for field, number, fits, wanted in (
         ("teachers", teachers, teachers >= 0, "0 (the plain model) or more"),
@@ -83,15 +124,10 @@ def create_student(
     ):
         if not fits:
             raise UserError(f"{field}: {number} must be {wanted}")
-    backbone, modules = backbone_and_modules(
-        name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
-    )
-    mine = (mine_weight, mine_width, mine_ema)
-    return Student(backbone, num_classes, modules, tokens, *mine, predict, token_mlp_ratio)
 
 
 def create_teachers(
-    teachers: Sequence[str | TeacherSpec | nn.Module],
+    teachers: Sequence[str | Path | TeacherSpec | nn.Module],
     num_classes: int,
     image_size: int = 224,
     *,
@@ -127,17 +163,21 @@ def create_teachers(
 
     if not teachers or isinstance(teachers, str):
         raise UserError("teachers: is empty; name at least one" if not teachers else "teachers: give a list, [NAME]")
+    check_kinds(num_classes=(num_classes, Integral), image_size=(image_size, Integral))
+    check_kinds(temperature=(1.0 if temperature is None else temperature, Real))
     if temperature is not None and not temperature > 0:
         raise UserError(f"temperature: {temperature} must be above 0")
     built = []
     for i, teacher in enumerate(teachers):
+        if not isinstance(teacher, (str, Path, TeacherSpec, nn.Module)):
+            raise UserError(f"teachers.{i}: {teacher!r} must be a name, a folder, a TeacherSpec or a module")
         if isinstance(teacher, nn.Module):
             if (found := getattr(teacher, "num_classes", num_classes)) != num_classes:
                 raise UserError(wrong_classes(f"teachers.{i}", found, num_classes))
             built.append(Teacher(teacher, mean, std, mean, std, num_classes=num_classes))
             continue
-        if isinstance(teacher, str):
-            folder = Path(teacher).is_dir()
+        if isinstance(teacher, (str, Path)):
+            folder, teacher = Path(teacher).is_dir(), str(teacher)
             teacher = TeacherSpec(weights=teacher) if folder else TeacherSpec(teacher, "pretrained")
         where = f"teachers.{i}"
         built.append(build_teacher(teacher, num_classes, image_size, mean, std, where, class_names=class_names))

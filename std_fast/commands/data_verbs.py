@@ -28,6 +28,17 @@ CONVERT_HELP = {
     "max_pixels": "largest image that is accepted",
     "max_bytes": "largest encoded image that is accepted",
 }
+COUNTED = {
+    "samples": "images stored",
+    "kept": "JPEGs as they were",
+    "encoded": "encoded as JPEG",
+    "raw": "as RGB values",
+    "resized": "reduced to --size",
+    "turned": "turned upright",
+    "faults": "left out (see the manifest's faults)",
+    "ignored": "other entries passed over (see its ignored)",
+}
+"""words for a manifest's counts"""
 
 
 def add_convert(parser: Parser) -> None:
@@ -85,7 +96,8 @@ def convert(args: argparse.Namespace) -> None:
         for one in bar:
             one.close()
     counts = manifest["counts"]
-    show(args, manifest, f"{args.dst}: {json.dumps(counts)}", kept=f"{args.dst}.json")
+    words = ", ".join(f"{counts[name]:,} {text}" for name, text in COUNTED.items() if counts.get(name))
+    show(args, manifest, f"{args.dst}: {json.dumps(counts)}\n{words}", kept=f"{args.dst}.json")
 
 
 def _on_disk(path: str) -> str:

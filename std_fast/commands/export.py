@@ -70,7 +70,7 @@ def export_run(run: Path | str, out: Path | str, formats: tuple[str, ...] = (), 
     complete, head = timm_models(recipe, student)
     left_out = reasons(complete, head, student)
     if missing := [name for name in formats if name in left_out]:
-        raise UserError(f"formats: {missing[0]} cannot be had: {left_out[missing[0]]}")
+        raise UserError(f"--formats: {missing[0]} cannot be written: {left_out[missing[0]]}")
     chosen = [name for name in FORMATS if name in (formats or FORMATS) and name not in left_out]
 
     images = torch.randn(3, 3, *[recipe.data.image_size] * 2, generator=torch.Generator().manual_seed(0))
@@ -106,9 +106,9 @@ def check_arguments(out: Path, formats: tuple[str, ...], predict: str) -> None:
     """UserError for a format or way of prediction that does not exist, or an `out` that holds something."""
     for name in formats:
         if name not in FORMATS:
-            raise UserError(f"formats: {name!r} is not one of {', '.join(FORMATS)}")
+            raise UserError(f"--formats: {name!r} is not one of {', '.join(FORMATS)}")
     if predict not in ("", "mean", "class", "distill"):
-        raise UserError(f"predict: {predict!r} is not one of mean, class, distill")
+        raise UserError(f"--predict: {predict!r} is not one of mean, class, distill")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already and not an empty folder; name a new one")
 
@@ -163,7 +163,7 @@ def reasons(complete: TimmModel | None, head: TimmModel | None, student: Student
     if complete is None:
         left_out["timm"] = "timm cannot build a ResNet with small_stem; use onnx or pt2"
     if not student.head_teacher:
-        left_out["class-head"] = "the student has no other heads; timm is its class head"
+        left_out["class-head"] = "the student has one head, which the format timm holds"
     elif head is None:
         left_out["class-head"] = (
             "timm has no Mixer or ResMLP of this shape; model.safetensors needs `import std_fast.registry`"

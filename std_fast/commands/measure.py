@@ -94,6 +94,7 @@ def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, A
     """
     if not 0 < seconds < math.inf:
         raise UserError("--seconds: must be more than nothing")
+    log.info("measures for about %.0f s, after the start: an evaluation, and each way of training", seconds)
     on_gpu = pick_device(recipe.run.device).type == "cuda"
     here = torch.cuda.device_count() if on_gpu else 1
     if gpus < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from pipelines.augment.device import Augment
 from pipelines.augment.preview import contact_sheet
 from pipelines.errors import UserError
 from std_fast.config.recipe import Recipe
+from std_fast.teachers.classes import class_in_words
 from std_fast.training.build import open_train_loader, pick_device
+
+log = logging.getLogger("std_fast")
 
 
 def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
@@ -21,6 +25,7 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
     images = images // 4 * 4
     if images < 4:
         raise UserError("--images: must be 4 or more")
+    log.info("draws %d augmented images of %s", images, recipe.data.train)
     device = pick_device(recipe.run.device)
     try:
         opened = open_train_loader(replace(recipe, run=replace(recipe.run, batch=images)), device)
@@ -28,4 +33,4 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
         raise UserError(str(error).replace("run.batch:", "--images:", 1)) from None
     with opened as loader:
         mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
-        contact_sheet(mixed, out, recipe.augment, loader.source.class_names)
+        contact_sheet(mixed, out, recipe.augment, [class_in_words(name) for name in loader.source.class_names or ()])

@@ -18,7 +18,7 @@ from pipelines.untrusted import read_json
 from std_fast.config.recipe import Recipe, read_saved
 from std_fast.method.student import predict
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.teachers.classes import DataClasses
+from std_fast.teachers.classes import DataClasses, class_in_words
 from std_fast.teachers.teacher import autocast, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
 
@@ -116,7 +116,8 @@ def predictions(run: RunData, count: int) -> list[Sample]:
         student.to(device).eval()
         normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
         cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-        names = loader.source.class_names or [str(i) for i in range(stored.num_classes)]
+        known = loader.source.class_names or [str(i) for i in range(stored.num_classes)]
+        names = [class_in_words(name) for name in known]
         total, batch = loader.source.num_samples, loader.spec.global_batch
         wanted = sorted({i * total // count for i in range(min(count, total))})
         samples = []

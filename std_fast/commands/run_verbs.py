@@ -109,8 +109,9 @@ def export(args: argparse.Namespace) -> None:
 
     done = export_run(args.run, args.out, tuple(args.formats), args.predict)
     lines = [f"{args.out}/{name}  {size / 1e6:.1f} MB" for name, size in done["files"].items()]
-    lines += [f"{name}: read back, logits differ by {value:.1e}" for name, value in done["differences"].items()]
-    lines += [f"{name}: left out, {why}" for name, why in done["left_out"].items()]
+    for name, value in done["differences"].items():
+        lines.append(f"{name}: read back, its logits differ from the student's by {value:.1e} of the largest")
+    lines += [f"{name}: not written; {why}" for name, why in done["left_out"].items()]
     show(args, done, "\n".join(lines))
 
 

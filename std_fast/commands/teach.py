@@ -95,6 +95,9 @@ def fill_cache(
     values = fingerprint(recipe, loader, precision)
     cache = open_target_cache(recipe.distill, values, even, run.batch, world)
     stream = teacher_stream(recipe, loader, device, precision)
+    if world.main:
+        what = f"{even:,} images in each of {epochs:,} epochs"
+        log.info("%s: the teachers run on %s (all of the last, where run.length ends in it)", cache.folder, what)
     bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
     began, images, steps = time.perf_counter(), 0, loader.steps_per_epoch
     ranks = RankSync(world)
@@ -112,9 +115,8 @@ def fill_cache(
                 batch = next(stream)
                 writer.add(step, pack(batch.targets))
                 images += min(run.batch, even - step * run.batch)
-                bar.update(epoch + (step + 1) / steps)
+                bar.note(epoch + (step + 1) / steps, f"{three_digits(images / (time.perf_counter() - began))} images/s")
             writer.end()
-            bar.note(epoch + 1, f"{three_digits(images / (time.perf_counter() - began))} images/s")
     finally:
         stream.close()
         cache.close()

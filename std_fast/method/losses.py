@@ -31,7 +31,14 @@ def targets_from_logits(logits_BMK: Tensor, temperature: float | None = None, to
     Args:
         temperature: keeps the distribution at this temperature, for soft labels; None: hard labels only.
         top_k: keeps only the largest probabilities, at most K - 1; 0: all log-probabilities, in float32.
+
+    Raises:
+        ValueError: logits of another shape, a temperature of 0 or less.
     """
+    if logits_BMK.ndim != 3:
+        raise ValueError(f"logits_BMK: must be [B, M, K], not {list(logits_BMK.shape)}; stack the teachers' in dim=1")
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"temperature: {temperature} must be above 0")
     log_p = F.log_softmax(logits_BMK.float(), -1)
     confidence = (log_p.exp() * log_p).sum(-1).to(torch.float16)
     labels = logits_BMK.argmax(-1)

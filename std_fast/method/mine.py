@@ -128,12 +128,18 @@ class MutualInformation(nn.Module):
         weight: strength of the regulariser on the tokens.
         ema: rate of the moving average in the corrected gradient of the second term (Belghazi et al., section 3.2,
             equation 12); 0 uses the plain, biased gradient. The value of V is the same either way.
+
+    Raises:
+        ValueError: a size, weight or rate out of its range.
     """
 
     log_average: Tensor
 
     def __init__(self, dim_s: int, dim_c: int, width: int = 512, weight: float = 1.0, ema: float = 0.0) -> None:
         super().__init__()
+        if min(dim_s, dim_c, width) < 1 or weight < 0 or not 0 <= ema < 1:
+            sizes = f"dim_s={dim_s} dim_c={dim_c} width={width}"
+            raise ValueError(f"sizes must be positive, weight 0 or more, ema in [0, 1): {sizes} {weight=} {ema=}")
         self.psi = StatisticsNetwork(dim_s, dim_c, width)
         self.weight, self.ema = weight, ema
         self.gather: Callable[[Tensor], Tensor] | None = None  # of many processes: [1, 2] of each rank -> [W, 2]

@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule, TokenKind, at_least_float32
 from std_fast.models import Backbone, build_backbone
-from std_fast.models.common import DropPathMask
+from std_fast.models.common import DropPathMask, check_images
 
 Prediction = Literal["mean", "class", "distill"]
 PREDICTIONS = get_args(Prediction)
@@ -99,7 +99,12 @@ class Student(nn.Module):
                     )
 
     def outputs(self, images: Tensor, keep: DropPathMask = None, with_mine: bool = False) -> StudentOutput:
-        """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` is the backbone's stochastic depth."""
+        """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` is the backbone's stochastic depth.
+
+        Raises:
+            ValueError: images of another kind, such as uint8.
+        """
+        check_images(images, 3)
         if not hasattr(self.backbone, "forward_taps"):  # a plain classifier from timm
             return StudentOutput(self.backbone(images), None, [])
         taps = self.backbone.forward_taps(images, self.taps, keep)

@@ -39,6 +39,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(linear(x, self.fc1.weight, self.fc1.bias)))
 
 
+def check_images(images: Tensor, channels: int = 0) -> None:
+    """ValueError unless images are a float tensor `[B, channels, H, W]`; channels 0: any number."""
+    fits = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == (channels or images.shape[1])
+    if not fits or not images.is_floating_point():
+        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: must be normalised float [B, {channels or 'channels'}, H, W], not {found}")
+
+
 def spread(parameter: Tensor, batch: int) -> Tensor:
     """`parameter` [1, ...], which is about to be broadcast over a batch: compiled, as a view [B, ...].
 

@@ -1,9 +1,8 @@
-"""Speed of a run: the time of a step's parts, and MFU against the device's measured ceiling."""
+"""Speed of a run: the time of a step's parts, and MFU against the device's peak."""
 
 from __future__ import annotations
 
-import functools
-import logging
+import re
 import resource
 import sys
 import time
@@ -18,7 +17,6 @@ from std_fast.runtime.budget import PARTS, Ledger
 from std_fast.runtime.metrics import three_digits
 
 MOST_SPANS = 1024  # kept between two readings: of steps that the device has finished long before
-log = logging.getLogger("std_fast")
 
 
 class Span(NamedTuple):
@@ -28,6 +26,8 @@ class Span(NamedTuple):
     part: str
     begin: Any
     end: Any
+    compiling: float = 0.0
+    """seconds of it in which something was compiled"""
 
 
 class Stopwatch:
@@ -41,15 +41,16 @@ class Stopwatch:
         self.on_gpu, self.ledger = device.type == "cuda", ledger or Ledger()
         self.mark: Callable[[str], AbstractContextManager] = lambda _: nullcontext()  # a trace's, while it runs
         self._spans: deque[Span] = deque()
+        self._seconds: dict[str, float] = {}  # of spans that are closed, by part, since the last reading
 
     @contextmanager
     def part(self, name: str, step: int) -> Iterator[None]:
         """Inside, the time is that of part `name` of `step`."""
         counted = name in PARTS and not self.on_gpu
         with self.ledger.during(name) if counted else nullcontext(), self.mark(name):
-            begin = self._now()
+            begin, compiled = self._now(), self.ledger.seconds["compile"]
             yield
-            self._spans.append(Span(step, name, begin, self._now()))
+            self._spans.append(Span(step, name, begin, self._now(), self.ledger.seconds["compile"] - compiled))
         while len(self._spans) > MOST_SPANS:
             self._close(self._spans.popleft())
 
@@ -60,15 +61,15 @@ class Stopwatch:
         event.record()
         return event
 
-    def _close(self, span: Span) -> float:
-        """Seconds of a span, which the device has finished or is waited for."""
-        if not self.on_gpu:
-            return span.end - span.begin
-        span.end.synchronize()
-        seconds = span.begin.elapsed_time(span.end) / 1000
-        if span.part in PARTS:
+    def _close(self, span: Span) -> None:
+        """Counts a span, which the device has finished or is waited for."""
+        if self.on_gpu:
+            span.end.synchronize()
+        took = span.begin.elapsed_time(span.end) / 1000 if self.on_gpu else span.end - span.begin
+        seconds = max(0.0, took - span.compiling)
+        if self.on_gpu and span.part in PARTS:
             self.ledger.move(seconds, "train", span.part)
-        return seconds
+        self._seconds[span.part] = self._seconds.get(span.part, 0.0) + seconds
 
     def finished(self) -> int:
         """The newest step whose optimizer part the device has finished, 0 where there is none since `read`; no wait."""
@@ -76,49 +77,31 @@ class Stopwatch:
         return next((step for step, end in ends if not self.on_gpu or end.query()), 0)
 
     def read(self, step: int) -> dict[str, float]:
-        """Seconds of each part of `step`; waits for the device to finish it. What belongs to later steps is kept."""
-        seconds = {}
-        later = [span for span in self._spans if span.step > step]
-        for span in self._spans:
+        """Seconds of each part of the steps up to `step` since the last reading, without what was compiled in them;
+        waits for the device to finish them. What belongs to later steps is kept."""
+        spans, self._spans = self._spans, deque(span for span in self._spans if span.step > step)
+        for span in spans:
             if span.step <= step:
-                took = self._close(span)
-                if span.step == step:
-                    seconds[span.part] = took
-        self._spans = deque(later)
+                self._close(span)
+        seconds, self._seconds = self._seconds, {}
         return seconds
 
 
-def ceiling(device: torch.device, precision: str) -> float:
-    """Operations per second of a large square matrix product, measured once per process: the best of several rounds.
-
-    In `precision` on a GPU, in float32 on a CPU, where it takes a fraction of a second. There a round is timed by the
-    clock and by the processor's time of each thread, and the shorter counts: other processes lengthen only the first.
-    """
-    dtype = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else torch.float32
-    return _ceiling(device, dtype, torch.get_num_threads() if device.type == "cpu" else 0)
+PEAKS = {
+    "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
+    "A30": 165.0, "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
+}  # fmt: skip
+"""TFLOP/s of dense matrix products in bfloat16, from NVIDIA's data sheets; the first that a device's name holds"""
 
 
-@functools.cache
-def _ceiling(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    on_gpu = device.type == "cuda"
-    side, repeats, rounds = (8192, 10, 5) if on_gpu else (512, 3, 4)
-    # random data: on a GPU a product of equal numbers draws less power, and so runs faster than any real one
-    numbers = torch.Generator(device).manual_seed(0)
-    a = torch.randn(side, side, device=device, dtype=dtype, generator=numbers)
-    out = torch.empty_like(a)
-    best = float("inf")
-    for _ in range(rounds):
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        began, processor = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
-            torch.mm(a, a, out=out)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-        if not on_gpu:
-            best = min(best, max((time.process_time() - processor) / threads, 1e-9))
-    return 2.0 * side**3 * repeats / best
+def peak(device: torch.device, precision: str) -> float | None:
+    """Operations per second of all matrix units of a GPU, by its data sheet; None where that is not known, as of a CPU,
+    of other precisions than bfloat16 and of a part of a GPU."""
+    if device.type != "cuda" or precision != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = (1e12 * rate for model, rate in PEAKS.items() if re.search(rf"\b{model}\b", name) and "MIG" not in name)
+    return next(known, None)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -134,30 +117,28 @@ class SpeedMeter:
 
     Args:
         flops: operations for an image, from `flops_per_image`; None leaves MFU out.
-        limit: operations per second of all devices together.
+        limit: operations per second of all devices together, see `peak`; None leaves MFU out.
     """
 
-    def __init__(self, device: torch.device, watch: Stopwatch, flops: float | None, limit: float) -> None:
+    def __init__(self, device: torch.device, watch: Stopwatch, flops: float | None, limit: float | None) -> None:
         self.device, self.watch, self.flops, self.limit = device, watch, flops, limit
 
-    def read(self, step: int, images: int, seconds: float, step_seconds: float, waited: float) -> dict[str, float]:
-        """Metrics since the last line, and the parts of `step`, the one that the line is about.
+    def read(self, step: int, images: int, seconds: float, waited: float) -> dict[str, float]:
+        """Metrics of the steps since the last line, up to `step`.
 
         Args:
             images, seconds: trained on, by all ranks; and in which time.
-            step_seconds: mean time of a step.
             waited: seconds of waiting for data.
 
         Returns:
-            `mfu`: share of the measured ceiling that the models' arithmetic used; `data_wait`: share of the time;
-            `share_augment`, `share_teacher`, `share_student` (forward and backward), `share_optimizer`: time of this
-            step's parts by the mean time of a step (together more than 1 where teachers run beside the student);
-            `peak_memory_gib`.
+            `mfu`: share of the device's peak that the models' arithmetic used; `data_wait`, `share_augment`,
+            `share_teacher`, `share_student` (forward and backward), `share_optimizer`: shares of the time (together
+            more than 1 only where teachers run beside the student); `peak_memory_gib`.
         """
         metrics = {"data_wait": waited / seconds, "peak_memory_gib": peak_memory(self.device) / 2**30}
-        if self.flops is not None:
+        if self.flops is not None and self.limit is not None:
             metrics["mfu"] = images / seconds * self.flops / self.limit
-        metrics |= {f"share_{name}": value / step_seconds for name, value in self.watch.read(step).items()}
+        metrics |= {f"share_{name}": value / seconds for name, value in self.watch.read(step).items()}
         return {name: float(f"{value:.4g}") for name, value in metrics.items()}
 
 

@@ -269,6 +269,11 @@ def wordnet_words(name: str) -> str:
         return ""
 
 
+def class_in_words(name: str) -> str:
+    """`n01440764` -> `tench`: the first words of a WordNet id; any other name as it is."""
+    return wordnet_words(name).partition(",")[0] or name
+
+
 @functools.cache
 def _ids_of_words() -> dict[str, str]:
     """WordNet ids of ImageNet-1k by each of their words, without the words that several have (crane, maillot)."""

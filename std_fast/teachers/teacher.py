@@ -21,6 +21,7 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import TeacherSpec
 from std_fast.method.losses import TeacherTargets, targets_from_logits
 from std_fast.models import BACKBONES
+from std_fast.models.common import check_images
 from std_fast.teachers.classes import DataClasses, select_classes, wrong_classes
 from std_fast.teachers.classifiers import (
     build_classifier,
@@ -112,6 +113,7 @@ class Teachers(nn.Module):
 
     def forward(self, images: Tensor) -> TeacherTargets:
         """Images `[B, 3, H, W]`, mixed and normalised as for the student -> targets of the M teachers."""
+        check_images(images)
         with torch.no_grad():
             logits = torch.stack([teacher(images) for teacher in self.teachers], dim=1)
             return targets_from_logits(logits, self.temperature, self.top_k)

@@ -28,7 +28,7 @@ from std_fast.runtime.compiling import backend_of, compiled, keep_cache, options
 from std_fast.runtime.distributed import SINGLE_PROCESS, World, replicate
 from std_fast.runtime.flops import count_macs
 from std_fast.runtime.metrics import Meters
-from std_fast.runtime.speed import SpeedMeter, Stopwatch, ceiling
+from std_fast.runtime.speed import SpeedMeter, Stopwatch, peak
 from std_fast.teachers.classes import DataClasses, relabel
 from std_fast.teachers.classifiers import NotDownloaded, file_to_fetch
 from std_fast.teachers.fingerprint import fingerprint
@@ -271,7 +271,7 @@ def build(
             target_cache = open_target_cache(r.distill, about, rows, r.run.batch, world)
             closing.callback(target_cache.close)
         teachers = needed_teachers(r, train_loader, device, target_cache)
-        watch, limit = Stopwatch(device, ledger), ceiling(device, precision)
+        watch, limit = Stopwatch(device, ledger), peak(device, precision)
         varies = r.student.early_size or r.student.drop_path_mode == "subset"  # a step's arithmetic: there is no MFU
         flops = None if varies else flops_per_image(student, teachers, r.data.image_size)  # before compilation
         augment = Augment(r.augment, r.run.seed).to(device)
@@ -281,8 +281,8 @@ def build(
         overlap = Overlap(r.run.overlap, device)
         stream = BatchStream(train_loader, augment, targets, overlap, r.distill.views, watch, ledger)
         closing.callback(stream.close)
-        text = "device %s, precision %s, compile %s, measured ceiling %.2f TFLOP/s"
-        log.info(text, device, precision, backend or "off", limit / 1e12)
+        mfu = f", MFU of {limit / 1e12:.0f} TFLOP/s" if limit and flops else ""
+        log.info("device %s, precision %s, compile %s%s", device, precision, backend or "off", mfu)
         return Parts(
             recipe=r,
             device=device,
@@ -294,7 +294,7 @@ def build(
             stream=stream,
             trainer=trainer,
             state=TrainState(student, trainer.optimizer, trainer.ema),
-            speed=SpeedMeter(device, watch, flops, limit * world.size),
+            speed=SpeedMeter(device, watch, flops, limit and limit * world.size),
             backend=backend,
             closing=closing.pop_all(),
         )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 
+from pipelines.errors import UserError
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.compiling import compile_time
@@ -64,7 +65,7 @@ class Run:
         self.ledger = ledger = Ledger(world.size, already=already)
         self.folder = folder = RunFolder(recipe, world, ledger, resume)
         with ExitStack() as stack:
-            stack.callback(lambda: folder.close(self.step))
+            stack.push(lambda kind, error, _: folder.close(self.step, isinstance(error, UserError)))
             self.parts = parts = build(folder.pinned(recipe), world, ledger, folder.check_data)
             stack.callback(parts.close)
             self.trainer, self.stream, epoch = parts.trainer, parts.stream, parts.train_loader.steps_per_epoch
@@ -125,7 +126,7 @@ class Run:
             self.clock.start(self.world)
             self.stream.seek(self.step)
             self.ledger.switch("train")
-            self.log.start()
+            self.log.begin(self.step)
 
     @property
     def finished(self) -> bool:

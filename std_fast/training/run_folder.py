@@ -23,7 +23,7 @@ from std_fast import __version__
 from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
-from std_fast.runtime.budget import Heartbeat, Ledger, earlier
+from std_fast.runtime.budget import HELD, Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import World
 from std_fast.training.content import at_stored_paths, check_classes, check_content, content_of
 from std_fast.training.state import TrainState
@@ -109,6 +109,7 @@ class RunFolder:
                     checkpoint.set_aside(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._held_before = (self.path / HELD).exists()
             self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
 
     def _way_on(self) -> str:
@@ -226,10 +227,16 @@ class RunFolder:
         """What the last save took, copy and file; None before the first."""
         return self.copy_seconds + self.writer.seconds if self.writer.seconds else None
 
-    def close(self, step: int) -> None:
-        """Records how long the run was held. `step`: steps done; if they are saved, no second counts as lost."""
+    def close(self, step: int, refused: bool = False) -> None:
+        """Records how long the run was held; not for one that was `refused` before it began, in a fresh folder.
+
+        Args:
+            step: steps done; if they are saved, no second counts as lost.
+        """
         if self._heartbeat is not None:
             self._heartbeat.stop(step if step == self._saved_step else None)
+            if refused and not self._held_before:
+                (self.path / HELD).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -72,6 +72,15 @@ class RunLog:
         """The next line of the log is about what follows this call."""
         self._before = self.ledger.read()
 
+    def begin(self, step: int) -> None:
+        """Before the first step, which may take minutes."""
+        source, compiles = self.parts.train_loader.source, self.parts.backend is not None
+        text = (
+            f"{source.num_samples:,} images of {source.num_classes:,} classes, {self.steps_per_epoch:,} steps an epoch"
+        )
+        self.progress.say(f"{text}; step {step + 1}{' compiles, which takes minutes' * compiles}")
+        self.start()
+
     def begin_step(self, step: int) -> None:
         """Before every step."""
         self._trace.begin_step(step)
@@ -103,7 +112,7 @@ class RunLog:
         before, self._before = self._before, self.ledger.read()
         busy = productive_seconds(self._before) - productive_seconds(before)
         images, waited = steps * self.batch, self._before["data"] - before["data"]
-        speed = self.parts.speed.read(now.step, images, busy, busy / max(steps, 1), waited)
+        speed = self.parts.speed.read(now.step, images, busy, waited)
         rate = images / busy
         seconds = {part: round(value, 3) for part, value in self.ledger.read().items()}
         faults = {name: count for name, count in self.faults(bad_steps).items() if count}
@@ -174,7 +183,7 @@ class RunLog:
             "corrupt_names": [source.name(index) for index in sorted(corrupt)],
             "images_per_second": round(samples / busy, 4) if busy else None,
             "peak_memory_gib": round(peak_memory(parts.device) / 2**30, 3),
-            "ceiling_tflops": round(parts.speed.limit / 1e12, 3),
+            "peak_tflops": parts.speed.limit and round(parts.speed.limit / 1e12),
             "gpu_hours": round(self.ledger.gpu_hours, 6),
             "seconds": {part: round(value, 3) for part, value in seconds.items()},
             "parameters": sum(p.numel() for p in parts.trainer.student.parameters()),

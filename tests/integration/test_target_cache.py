@@ -282,12 +282,14 @@ def test_other_teachers_and_other_data_are_refused(recipe, teachers, store_of, i
         away.rename(teachers)
 
 
-def test_teach_on_the_command_line(recipe, tmp_path, capsys):
+def test_teach_on_the_command_line(recipe, tmp_path, capsys, caplog):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe))
     store = str(tmp_path / "store")
-    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--quiet", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "the teachers run on 24 images in each of 1 epochs" in caplog.text and "epoch 1/1 epochs" in err
+    data = json.loads(out)
     assert data["epochs"] == data["views"] == 1 and data["images"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
     assert cli.main(["teach", str(path), "--distill.target-cache", store, "--distill.views", "1", "--quiet"]) == 0
     assert "--distill.views 1" in capsys.readouterr().out

@@ -157,6 +157,21 @@ def test_a_run_leaves_what_a_user_needs(recipe):
         train(replace(budget, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
 
 
+def test_a_run_that_is_refused_was_not_held(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    odd = replace(
+        recipe, distill=replace(recipe.distill, teachers=(replace(recipe.distill.teachers[0], weights="no"),))
+    )
+    with pytest.raises(UserError, match="distill.teachers.0"):
+        train(odd, quiet=True)
+    assert not (tmp_path / "run" / "held.json").exists()
+
+
+def test_what_is_done_before_the_first_line_is_said(recipe, capsys):
+    train(replace(recipe, run=replace(recipe.run, length="1 steps")))
+    assert "24 images of 3 classes, 3 steps an epoch; step 1\n" in capsys.readouterr().err
+
+
 def test_the_folder_that_is_advised_where_one_is_in_use(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")

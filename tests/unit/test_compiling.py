@@ -181,7 +181,8 @@ def test_a_line_of_the_log_says_how_fast(recipe, tmp_path):
     for line in lines:
         shares = [line[f"share_{part}"] for part in ("augment", "teacher", "student", "optimizer")]
         assert all(share > 0 for share in shares)
-        assert 0 <= line["data_wait"] < 1 and 0 < line["mfu"] < 1 and 0.05 < line["peak_memory_gib"] < 64
+        assert 0 <= line["data_wait"] < 1 and sum(shares) < 1 and 0.05 < line["peak_memory_gib"] < 64
+        assert "mfu" not in line  # a CPU's peak is not known
     assert summary["images_per_second"] > 0
 
 

@@ -172,7 +172,7 @@ def test_an_exported_student_can_teach(exported):
 def test_what_cannot_be_had_is_refused_when_asked_for(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
     refusals = [
-        (dict(formats=("class-head",)), "class-head cannot be had: timm has no Mixer or ResMLP of this shape"),
+        (dict(formats=("class-head",)), "class-head cannot be written: timm has no Mixer or ResMLP of this shape"),
         (dict(formats=("tf",)), "'tf' is not one of timm, class-head, onnx, pt2"),
         (dict(predict="best"), "not one of mean, class, distill"),
     ]
@@ -256,7 +256,7 @@ if cli.main(["export", "run", "out", "--formats", "pt2"]) != 2 or cli.main(["exp
 """
     exit_code, lines = run_apart(tmp_path, code, PYTHONOPTIMIZE="1")
     assert exit_code == 0, lines
-    assert "formats: pt2 cannot be had: torch cannot trace under python -O" in lines[0]
+    assert "--formats: pt2 cannot be written: torch cannot trace under python -O" in lines[0]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 

@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,11 +80,39 @@ def test_a_student_of_another_dtype_has_mine_too(dtype):
         ({"mine_width": 0}, "mine_width: 0 must be"),
         ({"mine_ema": 1.0}, "mine_ema: 1.0 must be"),
         ({"token_mlp_ratio": (0.5, 0.0)}, "token_mlp_ratio: .* must be positive"),
+        ({"token_mlp_ratio": 2}, "token_mlp_ratio: 2 must be a list"),
+        ({"name": None}, "name: None must be text"),
+        ({"num_classes": "10"}, "num_classes: '10' must be a whole number"),
+        ({"image_size": "32"}, "image_size: '32' must be a whole number"),
+        ({"drop_path": "0.1"}, "drop_path: '0.1' must be a number"),
+        ({"mine_weight": -1}, "mine_weight: -1 must be 0"),
+        ({"taps": "12"}, "taps: '12' must be a list"),
+        ({"assign": [0, 1]}, "assign.0: 0 must be a list"),
     ],
 )
 def test_sizes_that_no_student_has(wrong, complaint):
     with pytest.raises(UserError, match=complaint):
         create_student(**{"name": "mixer", "num_classes": 10, "image_size": 16, "patch_size": 8, **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(3, SIZE, SIZE), np.zeros((2, 3, 4, 4))]
+)
+def test_images_of_another_kind_are_named(wrong):
+    student, teachers = create_student("mixer", K, **TINY), create_teachers([Classifier()], K, image_size=SIZE)
+    for model in (student, student.eval(), teachers):
+        with pytest.raises(ValueError, match=r"^images: must be normalised float \[B, .*, H, W\], not "):
+            model(wrong)
+
+
+def test_arguments_that_neither_mine_nor_targets_have():
+    for wrong in ({"weight": -1}, {"ema": 1.0}, {"width": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+            std_fast.MutualInformation(4, 4, **wrong)
+    with pytest.raises(ValueError, match=r"logits_BMK: must be \[B, M, K\], not \[4, 3\]"):
+        std_fast.targets_from_logits(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="temperature: 0.0 must be above 0"):
+        std_fast.targets_from_logits(torch.zeros(4, 1, 3), temperature=0.0)
 
 
 def test_placement_and_plain():
@@ -128,6 +157,10 @@ def test_teachers_of_every_kind(tmp_path):
 def test_teachers_that_cannot_be_had_are_named(tmp_path):
     with pytest.raises(UserError, match="empty"):
         create_teachers([], K)
+    with pytest.raises(UserError, match="teachers.1: None must be a name, a folder, a TeacherSpec or a module"):
+        create_teachers([Classifier(), None], K)
+    with pytest.raises(UserError, match="image_size: '32' must be a whole number"):
+        create_teachers([Classifier()], K, image_size="32")
     with pytest.raises(UserError, match=r"teachers.1: a teacher of 7 classes, but the data has 4"):
         many = Classifier(7)
         many.num_classes = 7
