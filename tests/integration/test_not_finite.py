@@ -160,8 +160,10 @@ def test_stopped_before_the_bad_step_to_the_bit(recipe, tmp_path, steps):
     steps()
     train(under(recipe, tmp_path / "long", "stop"), quiet=True)
     steps(bad=(6,))
-    with pytest.raises(NotFinite):
+    with pytest.raises(NotFinite, match="step 6 is not finite"):
         train(under(recipe, tmp_path / "run", "stop"), quiet=True)
+    report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert report["step"] == 6 and report["positions"] == list(range(16, 24))
     steps()
     train(under(recipe, tmp_path / "run", "stop"), quiet=True, resume=True)  # the batch was to blame, and was fixed
     assert_same(final(tmp_path / "run")[0], final(tmp_path / "long")[0])

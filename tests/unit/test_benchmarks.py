@@ -23,7 +23,6 @@ from std_fast.config.schema import from_dict
 from std_fast.library import create_student
 from std_fast.method.losses import class_loss, targets_from_logits
 from std_fast.method.mine import MutualInformation
-from std_fast.method.tokens import STDModule
 from std_fast.runtime.flops import count_macs
 from std_fast.training.step import Objective
 from tests.killing import Child
@@ -119,15 +118,6 @@ def test_the_cli_starts_a_benchmark_with_its_own_arguments(monkeypatch, capsys):
 def tiny_args(**more):
     values = {"smoke": True, "model": "mixer", "batch": 8, "image_size": 32, "classes": 8, "device": "cpu"}
     return argparse.Namespace(**values, precision="float32", compile="off", **more)
-
-
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_naive_std_is_the_same_function(teachers):
-    torch.manual_seed(0)
-    module = STDModule(12, 9, 5, teachers).double()
-    z = torch.randn(4, 9, 12, dtype=torch.float64)
-    for ours, plain in zip(module(z), naive.std_by_concatenation(module, z), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
 def test_pieces_of_a_batch_are_trained_alike():

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.sources import list_source
-from pipelines.convert.tar_index import TarDamaged, members
 from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
 from pipelines.read.beton import BetonSource
@@ -224,30 +221,6 @@ def test_an_inner_tar_cannot_reach_beyond_itself(contents: dict, tmp_path: Path)
     listing = list_source(str(tmp_path / "train.tar"), KEEP, str(tmp_path))
     assert listing.names == ["train.tar/n02.tar/b.jpg"]
     assert dict(listing.faults)["train.tar/n01.tar"] == "the archive is cut short within a.jpg"
-
-
-TAR = tar_bytes({"a.jpg": b"x" * 700, "l" * 120 + ".jpg": b"y"}, tarfile.PAX_FORMAT)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=6), st.integers(0, len(TAR)))
-def test_no_tar_breaks_the_reader(changes: list[tuple[int, int]], length: int) -> None:
-    """Whatever the bytes: members within the file, or TarDamaged; never another error, never without end."""
-    data = bytearray(TAR)
-    for at, value in changes:
-        data[at] = value
-    fd = os.memfd_create("tar")
-    try:
-        os.write(fd, data[: length or None])
-        size = os.fstat(fd).st_size
-        try:
-            for count, member in enumerate(members(fd)):
-                assert count < 100
-                assert member.fault or 0 <= member.offset <= member.offset + member.size <= size
-        except TarDamaged:
-            pass
-    finally:
-        os.close(fd)
 
 
 def test_a_tar_without_labels_asks_for_them(contents: dict, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import resource
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
@@ -176,14 +175,6 @@ def test_a_header_that_is_none(tmp_path):
 
 
 VALUES = st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda some: st.lists(some, max_size=3))
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=60) | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, VALUES)))
-def test_no_bytes_crash_the_header_reader(tmp_path, data):
-    (tmp_path / "targets.json").write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-    with pytest.raises(UserError):
-        read_header(tmp_path)
 
 
 def test_a_folder_in_which_nothing_is_stored_yet_takes_other_settings(tmp_path):

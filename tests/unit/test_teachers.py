@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,30 +298,6 @@ def test_the_stem_for_small_images(tmp_path):
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-class Malicious:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_a_malicious_pickle_does_not_run(how, trained, tmp_path):
-    target, path = tmp_path / "harm", tmp_path / "weights.pth"
-    content = {"state_dict": trained.state_dict(), "args": argparse.Namespace(hook=Malicious(target))}
-    if how == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    assert "cannot be read as tensors only" in complaint(name="test_resnet", weights=str(path))
-    assert not target.exists()
-    torch.load(path, weights_only=False) if how == "torch" else pickle.loads(path.read_bytes())
-    assert target.exists()  # it would have run
 
 
 @pytest.mark.parametrize("kind", ["state dict", "timm checkpoint", "hub folder", "run"])
