@@ -29,11 +29,11 @@ import torch
 import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import fake_gpu, harness, workload
 from benchmarks.codegen_report import PLAIN, STD, Kernel, report_of, show
+from benchmarks.kernels import held, tensors, traffic
 from pipelines.augment.device import TrainBatch
 from pipelines.errors import UserError
 from std_fast.training.build import Parts
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not any(x.is_cuda for x in tensors((args, kwargs, out))):
             return out
-        read, written = traffic(func, args, kwargs, out)
+        read, written = traffic(func, args, kwargs, out, on_gpu=True)
         if read or written:
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count is not None else 0.0
@@ -132,37 +132,6 @@ def configurations(tuner: Any) -> list[dict[str, int]]:
         numbers = {"registers": binary.n_regs, "spilled": 4 * binary.n_spills, "shared": shared}
         found.append(numbers | {"warps": result.config.num_warps})
     return found
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def held(x: Tensor) -> int:
-    """Bytes that all of a tensor occupies; what is broadcast counts once."""
-    return min(x.nbytes, x.untyped_storage().nbytes())
-
-
-OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
-
-
-def traffic(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[int, int]:
-    """Bytes that an operator reads and writes; views and empty tensors move none."""
-    if func.is_view or str(func).startswith(("aten.empty", "aten.new_empty", "aten._local_scalar", "aten.record")):
-        return 0, 0
-    read = written = 0
-    own = set()
-    for position, argument in enumerate(func._schema.arguments):
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        size = sum(held(x) for x in tensors(value) if x.is_cuda)
-        if argument.is_write:
-            written += size
-            own |= {id(x) for x in tensors(value)}
-        name = func._schema.name.partition("::")[2].removeprefix("_foreach_")
-        overwritten = argument.is_out or (argument.is_write and name in OVERWRITES)
-        read += 0 if overwritten else size
-    written += sum(held(x) for x in tensors(out) if x.is_cuda and id(x) not in own)
-    return read, written
 
 
 # -- what is compiled -------------------------------------------------------------------------------------------------

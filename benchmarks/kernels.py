@@ -182,34 +182,52 @@ def floor_bytes(owner: nn.Module, inputs: list[Tensor], outputs: tuple[Tensor, .
 
 
 class CountBytes(TorchDispatchMode):
-    """Adds what the operators under it read and write, and the operations of their products.
-
-    Views and empty arrays move nothing.
-    """
+    """Adds what the operators under it read and write, and the operations of their products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total, self.flops = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        read, wrote = tensors((args, kwargs)), tensors(out)
-        places = {x.untyped_storage().data_ptr() for x in read}
-        if func._schema.is_mutable:
-            given = [*zip(func._schema.arguments, args, strict=False)]
-            given += [(a, kwargs[a.name]) for a in func._schema.arguments if kwargs and a.name in kwargs]
-            wrote = tensors([value for argument, value in given if argument.is_write])
-            read = tensors([value for argument, value in given if not (argument.kwarg_only and argument.is_write)])
-        elif "empty" in func._schema.name or all(x.untyped_storage().data_ptr() in places for x in wrote):
-            return out
-        self.total += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *wrote))  # broadcast: once
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        self.total += sum(traffic(func, args, kwargs, out))
         return out
 
 
 def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def held(x: Tensor) -> int:
+    """Bytes that all of a tensor occupies; what is broadcast counts once."""
+    return min(x.nbytes, x.untyped_storage().nbytes())
+
+
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
+
+
+def traffic(func: Any, args: tuple, kwargs: dict, out: Any, on_gpu: bool = False) -> tuple[int, int]:
+    """Bytes that an operator reads and writes, with `on_gpu` those of a GPU's memory alone; views and empty tensors
+    move none."""
+    name = func._schema.name.partition("::")[2].removeprefix("_foreach_")
+    given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+    new = [x for x in tensors(out) if x.untyped_storage()._cdata not in given]
+    if name.startswith(("empty", "new_empty", "record")) or not (new or func._schema.is_mutable):
+        return 0, 0
+
+    def size(tree: Any) -> int:
+        return sum(held(x) for x in tensors(tree) if x.is_cuda or not on_gpu)
+
+    read, written = 0, size(new)
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written += size(value) if argument.is_write else 0
+        overwritten = argument.is_out or (argument.is_write and name in OVERWRITES)
+        read += 0 if overwritten else size(value)
+    return read, written
 
 
 def bytes_moved(one: Pass, backend: str) -> int | None:

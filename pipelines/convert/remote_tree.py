@@ -206,11 +206,12 @@ class Fetcher:
         file = self._listing.files[number]
         if not is_url(file) or size > self._max_bytes:
             return ""
-        found = remote.read_if_there(f"{file}/{name}" if name else file, offset, offset + size)
-        if found is None:
+        try:
+            found = remote.read(f"{file}/{name}" if name else file, offset, offset + size)
+        except remote.NotFound:
             if name:
                 return "is gone: it was there when the source was listed"
-            raise UserError(f"{remote.shown(file)}: is gone; put it back and run the same command")
+            raise UserError(f"{remote.shown(file)}: is gone; put it back and run the same command") from None
         with open(self._path(task, index), "wb") as out:
             out.write(found)
         return ""

@@ -105,8 +105,9 @@ def _sha256(path: str) -> str:
 
 def _manifest(url: str) -> dict[str, Any] | None:
     """The manifest beside a beton, None where there is none. Raises UserError."""
-    file = remote.info_or_none(url)
-    if file is None:
+    try:
+        file = remote.info(url)
+    except remote.NotFound:
         return None
     if file.size > MAX_JSON:
         raise UserError(f"{remote.shown(url)}: {file.size} bytes are too many for a manifest")

@@ -45,6 +45,10 @@ class RemoteFile(NamedTuple):
     """changes with the file, as far as the server sends what does"""
 
 
+class NotFound(UserError):
+    """Nothing is at the address."""
+
+
 class NoRanges(Exception):
     """The server gives complete files only."""
 
@@ -101,38 +105,14 @@ def expand_braces(url: str) -> list[str]:
 
 
 def info(url: str) -> RemoteFile:
-    """Size and stamp of a file. Raises UserError when it is not there or cannot be reached."""
+    """Size and stamp of a file. Raises NotFound, or UserError when it cannot be reached."""
     return _asked(url, lambda: _http_info(url) if _is_http(url) else _fsspec_info(url))
 
 
-def info_or_none(url: str) -> RemoteFile | None:
-    """The same, None where it is not there."""
-
-    def action() -> RemoteFile | None:
-        try:
-            return _http_info(url) if _is_http(url) else _fsspec_info(url)
-        except FileNotFoundError:
-            return None
-
-    return _asked(url, action)
-
-
 def read(url: str, start: int, end: int) -> bytes:
-    """Bytes start..end of a file that has them. Raises UserError; NoRanges where the server has no parts of files."""
+    """Bytes start..end of a file that has them. Raises NotFound; NoRanges where the server has no parts of files; for
+    whatever else is wrong, credentials that have run out say, UserError."""
     return _asked(url, lambda: _complete(_read_part(url, start, end), end - start))
-
-
-def read_if_there(url: str, start: int, end: int) -> bytes | None:
-    """The same, None where the file is gone. Whatever else is wrong with one image, credentials that have run out say,
-    is likely to be so with all that follow, and is raised."""
-
-    def action() -> bytes | None:
-        try:
-            return _complete(_read_part(url, start, end), end - start)
-        except FileNotFoundError:
-            return None
-
-    return _asked(url, action)
 
 
 def read_all(file: RemoteFile) -> bytes:
@@ -247,7 +227,7 @@ def _asked(url: str, action: Callable[[], T]) -> T:
         way = f"pip install {package}" if package else _reason(error)
         raise UserError(f"{shown(url)}: this kind of address needs a package that is not installed: {way}") from None
     except FileNotFoundError:
-        raise UserError(f"{shown(url)}: not found; look at the address") from None
+        raise NotFound(f"{shown(url)}: not found; look at the address") from None
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{shown(url)}: access is refused ({_reason(error)}); look at the credentials") from None
     except NotServed as error:

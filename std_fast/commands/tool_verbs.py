@@ -13,7 +13,7 @@ from std_fast.commands.arguments import Parser, Verb, add_json, show
 
 BENCHMARKS = (
     "peers", "kernels", "step", "options", "accumulate", "overlap", "end_to_end", "compile", "roofline", "students",
-    "teachers", "loader", "mine_gaussians", "ranks", "budget_runs", "soak", "evidence", "codegen", "gpu_suite",
+    "teachers", "loader", "mine_gaussians", "budget_runs", "soak", "evidence", "codegen", "gpu_suite",
 )  # fmt: skip
 
 

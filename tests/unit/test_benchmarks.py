@@ -211,14 +211,7 @@ def test_peers_do_equal_work_and_learn():
 
 
 def test_bytes_of_operators():
-    x, y = torch.ones(100), torch.ones(100)
-    with kernels.CountBytes() as counter:
-        x.add_(y)  # reads two, writes one
-    assert counter.total == 1200
-    with kernels.CountBytes() as counter:
-        x.view(10, 10).T.unsqueeze(0)  # moves nothing
-        torch.add(x, torch.ones(()).expand(100))  # the broadcast number is read once
-    assert counter.total == 400 + 4 + 400 + 4  # and written once
+    """Each kind of operator: test_codegen.py."""
     with kernels.CountBytes() as counter:
         torch.mm(torch.ones(2, 3), torch.ones(3, 5), out=torch.empty(2, 5))  # what it writes into is not read
     assert (counter.total, counter.flops) == (4 * (6 + 15 + 10) + 4 * (6 + 15), 2 * 2 * 3 * 5)  # the ones are written
