@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,16 @@ def available_cores() -> int:
     """Cores for this process: those it may run on, shared with the other processes that torchrun started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads work on this device.
+
+    CUDA's current device is each thread's own, and GPU 0 in a new one: threads of a process whose GPU is another would
+    come back to GPU 0 after each `torch.cuda.stream`, and take memory there for a context of their process.
+    """
+    on_gpu = device.type == "cuda"
+    return ThreadPoolExecutor(count, name, torch.cuda.set_device if on_gpu else None, (device,) if on_gpu else ())
 
 
 class LoaderBase(ABC):

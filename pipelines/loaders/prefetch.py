@@ -14,14 +14,14 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.loaders.base import LoaderBase, assemble
+from pipelines.loaders.base import LoaderBase, assemble, threads_on
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 
@@ -56,7 +56,7 @@ class ThreadedLoader(LoaderBase):
     def __init__(self, spec: LoaderSpec, source: Source) -> None:
         super().__init__(spec, source)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="std_fast-loader")
+        self._pool = threads_on(self.device, self.threads, "std_fast-loader")
         self._lock = threading.Lock()
         # A folder's images must be opened to learn their sizes, so threads do it; a beton lists all sizes.
         self._sizes_known = source.kind == "beton"

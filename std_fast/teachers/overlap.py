@@ -119,7 +119,10 @@ class Overlap:
         """Whether the next batch is prepared before the step that is about to start. Call once a step."""
         if self.stream is None:
             return False
-        return self.trial is None or self.trial.ahead()
+        ahead = self.trial is None or self.trial.ahead()
+        if self.trial is not None and self.trial.choice is False:
+            self.stream = None  # nothing is under way on it; in turn, on one stream, the two use the same memory
+        return ahead
 
 
 def tensors_of(batch: TrainBatch) -> list[Tensor]:

@@ -87,7 +87,11 @@ def test_what_crosses_the_streams_is_complete(at, slow):
         parts.close()
 
 
-def test_the_trial_measures_both_ways_and_decides(at, caplog, monkeypatch):
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_trial_measures_both_ways_and_decides(at, caplog, monkeypatch, beside):
+    """Where it decides for taking turns, teachers no longer hold memory of a stream of their own."""
+    decide = Trial.decide
+    monkeypatch.setattr(Trial, "decide", lambda self, times: (decide(self, times), beside)[1])
     monkeypatch.setattr(Trial, "WARM", 2)
     monkeypatch.setattr(Trial, "BLOCK", 2)
     parts = build(at())
@@ -101,7 +105,7 @@ def test_the_trial_measures_both_ways_and_decides(at, caplog, monkeypatch):
                 torch.cuda._sleep(SLOW)
                 if step % 3 == 2:
                     torch.cuda.synchronize()
-        assert overlap.trial.choice is not None
+        assert overlap.trial.choice is beside and (overlap.prepare(lambda: None).ready is not None) is beside
         assert caplog.text.count("ms a step in turn") == 1
     finally:
         parts.close()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.errors import UserError
-from pipelines.loaders.base import assemble
+from pipelines.loaders.base import assemble, threads_on
 from pipelines.loaders.dali.prepare import DaliBatch
 from pipelines.loaders.torch import crop_and_resize
 from pipelines.read.base import Bytes
@@ -50,7 +50,7 @@ class DaliDriver:
         self._build = build
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._resize = _host_resize(spec)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="std_fast-dali")
+        self._thread = threads_on(self.device, 1, "std_fast-dali")
         self._pipe: Any = None
         self._next: NextBatch | None = None  # None: no epoch is under way
         self._fed: deque[DaliBatch] = deque()
