@@ -32,8 +32,9 @@ def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecuto
     CUDA's current device is each thread's own, and GPU 0 in a new one: threads of a process whose GPU is another would
     come back to GPU 0 after each `torch.cuda.stream`, and take memory there for a context of their process.
     """
-    on_gpu = device.type == "cuda"
-    return ThreadPoolExecutor(count, name, torch.cuda.set_device if on_gpu else None, (device,) if on_gpu else ())
+    if device.type == "cpu":
+        return ThreadPoolExecutor(count, name)
+    return ThreadPoolExecutor(count, name, torch.cuda.set_device, (device,))
 
 
 class LoaderBase(ABC):
