@@ -62,6 +62,8 @@ class FileSource:
                 if orientation(image) >= 5:
                     width, height = height, width
                 self._jpeg[index] = image.format in ("JPEG", "MPO")
+        except PIL.UnidentifiedImageError:
+            raise CorruptImage(str(self._unreadable(index, f"in no known format: {', '.join(FORMATS)}"))) from None
         except Exception as error:  # PIL's readers raise errors of every kind on other files
             if getattr(error, "errno", None) is not None:
                 raise self._unreadable(index, error) from error
@@ -70,7 +72,7 @@ class FileSource:
         self._heights[index] = height  # last: other threads take a height as a sign that the rest is set
 
     def _unreadable(self, index: int, error: object) -> DataError:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         return DataError(f"{self.name(index)}: not a readable image ({reason}); replace or remove it")
 
     def sizes(self, indices: npt.NDArray[np.integer]) -> tuple[Integers, Integers]:

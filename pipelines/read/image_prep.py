@@ -127,7 +127,7 @@ def prepare(data: bytes, settings: ConvertSettings, raw: bool) -> Prepared:
     except MemoryError:
         raise BadImage("decoding needs more memory than there is") from None
     except Exception as error:  # PIL's readers raise errors of every kind on damaged files
-        raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise BadImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def prepare_cifar(data: bytes, settings: ConvertSettings, raw: bool) -> Prepared:

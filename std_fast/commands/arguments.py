@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -55,6 +56,9 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     if not parser.takes_recipe:
         return parser.parse_args(words)
     own, overrides = split_overrides(words, set(parser._option_string_actions))
+    for word in own:
+        if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=.*", word):
+            raise UserError(f"{word}: write --{word.replace('=', ' ', 1)}")
     args = parser.parse_args(own)
     args.overrides = overrides
     return args

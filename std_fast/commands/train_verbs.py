@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipelines.errors import UserError
 from std_fast.commands.arguments import NOT_FINITE, PEER_LOST, STOPPED, Parser, Verb, add_json, add_recipe, show
 from std_fast.runtime.process import say
+
+if TYPE_CHECKING:
+    from std_fast.config.recipe import Recipe
 
 
 def add_train(parser: Parser) -> None:
@@ -25,6 +30,8 @@ def train(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
 
     recipe = recipes.load(args.recipe, args.overrides)
+    if args.resume and not any(key == "run.out" for key, _ in args.overrides):
+        refuse_moved(Path(args.recipe), recipe)
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
@@ -51,6 +58,18 @@ def train(args: argparse.Namespace) -> int:
     text = "\n".join([*lines, in_words(summary["seconds"])])
     show(args, summary, text, kept=f"{where}/summary.json")
     return 0
+
+
+def refuse_moved(file: Path, recipe: Recipe) -> None:
+    """UserError where a recipe lies in a run's folder, but `run.out` is still another: the run was moved or copied."""
+    from std_fast.config.files import filled_in
+
+    out = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    if (file.parent / "checkpoints").is_dir() and out.resolve() != file.parent.resolve():
+        raise UserError(
+            f"run.out: is {out} in {file}, which lies in the folder of another run, as moved or copied; add --run.out "
+            f"{file.parent} to continue that one, or --run.out {out}"
+        )
 
 
 def add_plan(parser: Parser) -> None:

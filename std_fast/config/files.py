@@ -24,10 +24,14 @@ OUT = "runs/{name}"
 def find(name: str, beside: Path | None = None) -> Path:
     """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
     for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".beton":
             return path
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     hint = did_you_mean(name, names) or "; `std-fast recipes` lists them"
+    if os.path.isdir(name) or name.endswith(".beton"):
+        raise UserError(
+            f"{name}: is no recipe; give it as --data.train {name}, or name a run's recipe, FOLDER/recipe.yaml"
+        )
     raise UserError(f"{name}: no such recipe file, nor a built-in recipe{hint}")
 
 
@@ -83,6 +87,4 @@ def filled_in(out: str, name: str, seed: object) -> Path:
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_NAME or "\0" in out:
         raise UserError(f"run.out: holds a name of {longest} bytes; use at most {LONGEST_NAME}, none of them zero")
-    if out.startswith("~"):  # a folder of that name is easily removed with another one
-        raise UserError(f"run.out: {out!r}: ~ is not expanded here; write the path of your home folder")
     return path

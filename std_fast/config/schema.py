@@ -135,6 +135,8 @@ def _text_or_number(hint: type, value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise wrong
     if hint is str:
+        if str(value).startswith("~"):  # a folder of that name is easily removed with another one
+            raise UserError(f"{where}: {value!r}: ~ is not expanded here; write the path of your home folder")
         return str(value)
     try:
         if hint is int and isinstance(value, str) and value.strip().lstrip("+-").isdigit():

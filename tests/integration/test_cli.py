@@ -122,6 +122,9 @@ def test_info_and_recipes(capsys):
         (["train", "digits_mixer", "--run.out", LONG], "run.out: holds a name of 300 bytes; use at most 255"),
         (["train", "digits_mixer", "--run.out", "a\0b"], "run.out: "),
         (["train", "digits_mixer", "--run.out", "~/runs"], "run.out: '~/runs': ~ is not expanded here"),
+        (["train", "digits_mixer", "--data.train=~/x"], "data.train: '~/x': ~ is not expanded here"),
+        (["train", "digits_mixer", "run.batch=64"], "run.batch=64: write --run.batch 64"),
+        (["train", "/"], "/: is no recipe; give it as --data.train /, or name a run's recipe"),
         (
             ["train", "digits_mixer", "--run.out", __file__],
             "run.out: " + __file__ + " is a file, or lies below one; name",
@@ -180,6 +183,17 @@ def test_resume_is_a_flag_and_fields_may_come_first():
     own, overrides = split_overrides(["--resume", "--optim.lr", "-1", "mine", "--run.out=a=b"], {"--resume"})
     assert own == ["--resume", "mine"]
     assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]
+
+
+def test_a_run_that_was_moved_is_not_begun_anew_at_its_old_place(tmp_path, capsys):
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    recipe = tmp_path / "new" / "recipe.yaml"
+    recipe.write_text(f"run: {{out: {tmp_path}/old}}")
+    code, _, err = run(capsys, "train", recipe, "--resume")
+    assert code == 2 and f"run.out: is {tmp_path}/old in {recipe}" in err and f"add --run.out {tmp_path}/new to" in err
+    assert not (tmp_path / "old").exists()
+    code, _, err = run(capsys, "train", recipe, "--resume", "--run.out", tmp_path / "old")
+    assert code == 2 and "run.out" not in err  # data.train is missing
 
 
 def test_a_reader_that_leaves_is_no_error():
