@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from std_fast.commands.doctor_probes import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "triton", "ffcv", "nvidia-dali-cuda120", "numba", "numpy", "pillow")
 
@@ -33,7 +35,7 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
@@ -49,14 +51,6 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
 def cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

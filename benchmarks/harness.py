@@ -148,6 +148,12 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     return {name: significant(value, digits) for name, value in zip(names, ordered, strict=True)}
 
 
+def thinned(records: list, most: int) -> list:
+    """At most so many, evenly chosen, the last one among them, so that a result is small enough to keep."""
+    step = max(1, -(-len(records) // most))
+    return records[::-1][::step][::-1]
+
+
 def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 

@@ -215,7 +215,7 @@ def soak(backend: str, seconds: float, every: float) -> dict[str, Any]:
         "left_threads": progress["left_threads"],
         "more_threads": progress["more_threads"],
         "left_processes": len(left),
-        "curve": thinned(curve),
+        "curve": harness.thinned(curve, 240),
     }
     row["flat"] = row["flat"] and not row["left_threads"] and row["more_threads"] <= 0 and not left
     harness.progress(f"{backend}: {row['epochs']:.0f} epochs, memory {row['growth_mib']:+.1f} MiB, flat: {row['flat']}")
@@ -266,11 +266,6 @@ def verdict(curve: list[dict[str, float]]) -> dict[str, Any]:
     most = {f"{key}_most": max(p[key] for p in curve) for key in (*COUNTED, "zombies")}
     flat = growth < GROWTH and not any(value > 0 for value in more.values()) and not most["zombies_most"]
     return {"rss_mib": middle["rss_mib"][1], "growth_mib": round(growth, 2), "more": more, **most, "flat": flat}
-
-
-def thinned(curve: list[dict[str, float]], most: int = 240) -> list[dict[str, float]]:
-    """Every so-many-th measurement, so that a result is small enough to keep."""
-    return curve[:: -(-len(curve) // most)]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -272,7 +272,7 @@ def collect(study: Study) -> harness.Report:
                 "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
                 "predictions": json.loads((folder / "predictions.json").read_text(encoding="utf-8")),
                 "evaluations": [rounded(r) for r in records if r["kind"] == "eval"],
-                "log": thin([rounded(r) for r in records if r["kind"] == "train"], 25),
+                "log": harness.thinned([rounded(r) for r in records if r["kind"] == "train"], 25),
             }
         runs.append(run)
     costs = study.out("costs") / "costs.json"
@@ -361,9 +361,3 @@ def merged(*parts: Overrides) -> Overrides:
 
 def rounded(record: harness.Report) -> harness.Report:
     return {k: harness.significant(v, 6) if isinstance(v, float) else v for k, v in record.items() if k != "time"}
-
-
-def thin(records: list, most: int) -> list:
-    """At most so many, evenly chosen, the last one among them."""
-    step = max(1, -(-len(records) // most))
-    return records[::-1][::step][::-1]

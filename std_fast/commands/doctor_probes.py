@@ -255,7 +255,7 @@ def _cores() -> Check:
     usable = len(os.sched_getaffinity(0))
     quota = _read("/sys/fs/cgroup/cpu.max").split()
     limit = f"; the container is limited to {int(quota[0]) / int(quota[1]):.1f}" if quota and quota[0] != "max" else ""
-    return Check("CPU cores", True, str(usable), f"{_cpu_name()}, {os.cpu_count()} in the machine{limit}")
+    return Check("CPU cores", True, str(usable), f"{cpu_name()}, {os.cpu_count()} in the machine{limit}")
 
 
 def _memory() -> Check:
@@ -315,9 +315,9 @@ def _read(path: str) -> str:
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     match = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
-    return match[1] if match else platform.machine()
+    return match[1].strip() if match else platform.machine()
 
 
 def _number(text: str) -> str:

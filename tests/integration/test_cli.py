@@ -47,21 +47,8 @@ def test_convert_inspect_verify_warm(image_folder, tmp_path, capsys):
 @pytest.mark.parametrize("policy", ["randaugment", "trivial_augment", "three_augment"])
 def test_preview_draws_what_the_student_sees(image_folder, tmp_path, capsys, policy):
     png = tmp_path / "p.png"
-    code, out, _ = run(
-        capsys,
-        "preview",
-        "digits_std",
-        "--data.train",
-        image_folder,
-        "--out",
-        png,
-        "--images",
-        8,
-        "--data.backend",
-        "torch",
-        "--augment.policy",
-        policy,
-    )
+    words = ["--data.train", image_folder, "--out", png, "--data.backend", "torch", "--augment.policy", policy]
+    code, out, _ = run(capsys, "preview", "digits_std", *words, "--images", 8)
     assert code == 0 and png.read_bytes().startswith(b"\x89PNG") and str(png) in out
 
 
@@ -73,20 +60,9 @@ def test_a_sheet_of_more_images_than_there_are(image_folder, tmp_path, capsys):
 
 
 def test_info_and_recipes(capsys):
-    code, out, _ = run(
-        capsys,
-        "info",
-        "mixer",
-        "--options",
-        "{patch_size: 4, dim: 8, depth: 2, token_dim: 4, channel_dim: 8}",
-        "--image-size",
-        16,
-        "--classes",
-        3,
-        "--teachers",
-        1,
-        "--json",
-    )
+    options = "{patch_size: 4, dim: 8, depth: 2, token_dim: 4, channel_dim: 8}"
+    words = ["--options", options, "--image-size", 16, "--classes", 3, "--teachers", 1, "--json"]
+    code, out, _ = run(capsys, "info", "mixer", *words)
     assert code == 0 and json.loads(out)["taps"] == [2]
     code, out, _ = run(capsys, "recipes", "--json")
     listed = json.loads(out)
@@ -156,8 +132,6 @@ def test_mistakes_are_one_line_and_exit_code_2(words, complaint, capsys, tmp_pat
 
 
 def test_empty_class_and_unreadable_image(image_folder, tmp_path, capsys):
-    import shutil
-
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     (folder / "ant" / "99.jpg").write_bytes(b"not an image")

@@ -25,29 +25,9 @@ def forget(monkeypatch, package):
 
 def test_this_machine_is_in_order(here):
     assert doctor.exit_code(list(here.values())) == 0, [c for c in here.values() if c.required and not c.ok]
-    for name in (
-        "python",
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "ffcv",
-        "DALI",
-        "apex",
-        "triton",
-        "tensorboard",
-        "onnx",
-    ):
-        assert name in here
-    for name in (
-        "CUDA device",
-        "nvJPEG hardware decoder",
-        "C++ compiler",
-        "pkg-config",
-        "OpenCV headers",
-        "turbojpeg headers",
-    ):
-        assert name in here
+    packages = {*"python torch torchvision timm numpy ffcv DALI apex triton tensorboard onnx".split()}
+    built_with = {"C++ compiler", "pkg-config", "OpenCV headers", "turbojpeg headers"}
+    assert packages | built_with | {"CUDA device", "nvJPEG hardware decoder"} <= here.keys()
     for name in ("CPU cores", "memory", "/dev/shm", "disk"):
         assert here[name].version
     import torch

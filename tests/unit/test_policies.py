@@ -14,7 +14,7 @@ from pipelines.augment.randaugment import Op
 from pipelines.augment.spec import AugmentSpec
 from pipelines.read.batch import Batch
 from pipelines.rng import Purpose
-from tests.unit.test_randaugment import EXACT, TOLERANCE, pictures, to_pil
+from tests.unit.test_randaugment import EXACT, FILL, TOLERANCE, pictures, to_pil
 
 TORCHVISIONS = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
 NAMES = list(TORCHVISIONS._AUGMENTATION_SPACE)
@@ -107,19 +107,27 @@ def test_compiled_form_runs_all_images_and_gives_the_same_bytes(policy):
     assert torch.equal(torch.compile(policy, backend="eager", fullgraph=True)(images, u), policy(images, u))
 
 
-@pytest.mark.parametrize("name", ["trivial_augment", "three_augment"])
-def test_in_augment_a_policy_stands_between_flip_and_jitter(name):
+@pytest.mark.parametrize("policy, n, jitter", [
+    ("randaugment", 2, 0.0), ("randaugment", 3, 0.3), ("randaugment", 0, 0.3),
+    ("trivial_augment", 0, 0.3), ("three_augment", 0, 0.3),
+])  # fmt: skip
+def test_in_augment_a_policy_stands_between_flip_and_jitter(policy, n, jitter):
     images, positions = pictures(16, 16, 16), torch.arange(100, 116)
-    spec = AugmentSpec(policy=name, color_jitter=0.3, mixup=0.0, cutmix=0.0, erase=0.0)
+    spec = AugmentSpec(policy=policy, randaugment_n=n, color_jitter=jitter, mixup=0.0, cutmix=0.0, erase=0.0)
     augment = Augment(spec, 3)
 
-    def uniform(purpose):
-        return tuple(rng.uniform(3, 7, positions, purpose).double().unbind(1))
+    def uniform(purpose, draw=0):
+        return tuple(rng.uniform(3, 7, positions, purpose, draw).double().unbind(1))
 
     flipped = uniform(Purpose.FLIP)[0] < 0.5
     wanted = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    wanted = getattr(policies, name)(wanted, uniform(Purpose[name.upper()]))
-    wanted = ra.color_jitter(wanted, uniform(Purpose.JITTER), 0.3)
+    if policy == "randaugment":
+        draws = [uniform(Purpose.RANDAUGMENT, i) for i in range(n)]
+        wanted = ra.randaugment(wanted, draws, 9.0, 0.5, torch.tensor(FILL, dtype=torch.uint8))
+    else:
+        wanted = getattr(policies, policy)(wanted, uniform(Purpose[policy.upper()]))
+    if jitter:
+        wanted = ra.color_jitter(wanted, uniform(Purpose.JITTER), jitter)
     assert not torch.equal(wanted, images)
     got = augment(Batch(images, positions, positions, positions.numpy(), 7, 0)).images
     assert torch.equal(got, augment.normalise_only(wanted))

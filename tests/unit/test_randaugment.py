@@ -10,13 +10,8 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from timm.data import auto_augment
 
-from pipelines import rng
 from pipelines.augment import randaugment as ra
-from pipelines.augment.device import Augment
 from pipelines.augment.randaugment import Op
-from pipelines.augment.spec import AugmentSpec
-from pipelines.read.batch import Batch
-from pipelines.rng import Purpose
 
 FILL = (124, 116, 104)
 TIMM = auto_augment._RAND_INCREASING_TRANSFORMS
@@ -199,24 +194,3 @@ def test_compiled_form_runs_all_images_and_gives_the_same_bytes():
 
     compiled = torch.compile(both, backend="eager", fullgraph=True)
     assert torch.equal(compiled(images), both(images))
-
-
-@pytest.mark.parametrize("n, jitter", [(2, 0.0), (3, 0.3), (0, 0.3)])
-def test_in_augment_it_stands_between_flip_and_normalisation(n, jitter):
-    images = pictures(16, 16, 16)
-    positions = torch.arange(100, 116)
-    batch = Batch(images, positions, positions, positions.numpy(), 7, 0)
-    spec = AugmentSpec(randaugment_n=n, color_jitter=jitter, mixup=0.0, cutmix=0.0, erase=0.0)
-    augment = Augment(spec, 3)
-
-    def uniform(purpose, draw=0):
-        return tuple(rng.uniform(3, 7, positions, purpose, draw).double().unbind(1))
-
-    flipped = uniform(Purpose.FLIP)[0] < 0.5
-    wanted = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    fill = torch.tensor(FILL, dtype=torch.uint8)
-    wanted = ra.randaugment(wanted, [uniform(Purpose.RANDAUGMENT, i) for i in range(n)], 9.0, 0.5, fill)
-    if jitter:
-        wanted = ra.color_jitter(wanted, uniform(Purpose.JITTER), jitter)
-    assert not torch.equal(wanted, images)
-    assert torch.equal(augment(batch).images, augment.normalise_only(wanted))
