@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines.errors import UserError
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
@@ -167,13 +166,3 @@ def test_stopped_before_the_bad_step_to_the_bit(recipe, tmp_path, steps):
     steps()
     train(under(recipe, tmp_path / "run", "stop"), quiet=True, resume=True)  # the batch was to blame, and was fixed
     assert_same(final(tmp_path / "run")[0], final(tmp_path / "long")[0])
-
-
-def test_the_fields_are_checked(image_folder, tmp_path):
-    for change, complaint in (
-        ({"not_finite": "ignore"}, "run.not_finite: 'ignore' is not one of stop, skip, rollback"),
-        ({"not_finite_limit": 0}, "run.not_finite_limit"),
-        ({"rollback_every": "1 gpu-hours"}, "run.rollback_every"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            recipe_for(image_folder, tmp_path, **change)

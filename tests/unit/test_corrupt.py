@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines import open_loader
-from pipelines.errors import CorruptImage, DataError, UserError
-from pipelines.read.batch import LoaderSpec
+from pipelines.errors import CorruptImage, DataError
 from pipelines.read.crops import CropSpec
 from pipelines.read.turbojpeg import turbojpeg
 from tests.beton_tools import Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
@@ -199,15 +198,6 @@ def test_a_remark_about_the_header_hides_no_damage():
     assert np.array_equal(out, np.asarray(Image.open(io.BytesIO(GOOD))))
     with pytest.raises(BadImage, match="damaged JPEG"):
         decoder.decode(DAMAGED["unknown revision, and cut short"], decoder.header(strange), 1)
-
-
-def test_the_fields_are_checked():
-    for change, complaint in (
-        ({"on_corrupt": "ignore"}, "data.on_corrupt: 'ignore'"),
-        ({"corrupt_limit": 0}, "data.corrupt_limit: 0"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            LoaderSpec("x", 8, image_size=8, shuffle=True, drop_last=True, crop=CropSpec(), **change)
 
 
 @needs_turbojpeg

@@ -151,14 +151,6 @@ def test_sgd_is_torchs_plain_one_whatever_the_first_step_was(momentum, nesterov)
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_what_has_no_effect_on_sgd_is_refused():
-    for values in ({"betas": [0.9, 0.95]}, {"eps": 1e-6}):
-        with pytest.raises(UserError, match="optim.betas: betas and eps have no effect with optim.name sgd"):
-            recipe(name="sgd", **values)
-    with pytest.raises(UserError, match="optim.nesterov: is SGD's"):
-        recipe(name="muon", nesterov=True)
-
-
 @pytest.mark.parametrize("name", ["sgd", "muon"])
 def test_state_survives_a_checkpoint_to_the_bit(tmp_path, name):
     r = recipe("cyclemlp", name=name)
@@ -246,9 +238,3 @@ def test_adamw_is_torchs_fused_one_with_its_learning_rate_in_a_tensor():
     assert [g["lr"] for g in optimizer.param_groups] == rates and len({id(lr) for lr in rates}) == len(rates) == 3
     values = {g["name"]: g["lr"].item() for g in optimizer.param_groups}
     assert values == pytest.approx({"decay": 0.01, "no_decay": 0.01, "psi": 0.02})
-
-
-def test_momentum_is_muons_and_sgds():
-    with pytest.raises(UserError, match="optim.momentum: is Muon's and SGD's"):
-        recipe(momentum=0.9)
-    assert recipe(name="muon", momentum=0.9).optim.momentum == 0.9
