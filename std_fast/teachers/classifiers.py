@@ -188,8 +188,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
+        with open(path, "rb") as file:
+            is_torchs = file.read(1) in (b"P", b"\x80")  # of a zip, of a pickle
         with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True) if is_torchs else None
     except Exception as error:  # torch raises many kinds for a bad file, all of which mean this
         foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice is to trust the file
         other = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
@@ -237,11 +239,15 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
             f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(own[name].shape)}: "
             "another model than `name` says, or other classes, image size or options than those it was trained with"
         )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"{where}: does not fit the model: {' '.join(lines)[:300]}") from None
+    lacks, others = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if lacks or others:
+        what = [f"lacks {_some(lacks)}"] * bool(lacks) + [f"holds {_some(others)} besides"] * bool(others)
+        raise UserError(f"{where}: does not fit the model: {' and '.join(what)}; name the model that it was trained as")
+    model.load_state_dict(state)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def other_shapes(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

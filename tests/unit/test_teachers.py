@@ -362,7 +362,7 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ({"name": "resnet5", "weights": "pretrained"}, "resnet5: no such model here or in timm"),
         ({"name": "resnet50.tv_in2k", "weights": "pretrained"}, "did you mean 'resnet50.tv_in1k'"),
         ({"name": "test_resnet", "weights": "{tmp}/none.pth"}, "none.pth: no such weights file"),
-        ({"name": "test_vit", "weights": "{weights}"}, "does not fit the model: Missing key(s)"),
+        ({"name": "test_vit", "weights": "{weights}"}, "does not fit the model: lacks "),
         ({"name": "resnet18", "weights": "{weights}", "options": {"layers": [1]}}, "timm cannot build it with {{"),
         (
             {"name": "resnet18", "weights": "{weights}", "options": {"num_classes": 1}},
@@ -370,7 +370,7 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ),
         ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teacher.std: must be positive"),
         ({"name": "test_resnet", "weights": "{weights}", "options": {"deep": 1}}, "unexpected keyword argument 'deep'"),
-        ({"name": "test_mambaout", "weights": "{weights}"}, "does not fit the model"),
+        ({"name": "test_mambaout", "weights": "{weights}"}, "more besides; name the model that it was trained as"),
         ({"weights": "{tmp}"}, "holds no run (no recipe.yaml)"),
         ({"weights": "{tmp}/folder", "name": "resnet50"}, "name: resnet50 but {tmp}/folder is a test_resnet"),
         ({"weights": "{tmp}/folder", "options": {"a": 1}}, "options: have no effect"),
@@ -409,7 +409,9 @@ def test_mistakes_are_named(spec, expected, trained, weights, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "cannot be read as tensors only"),
+        (b"", "holds no state dict of tensors"),
+        (b"\x89PNG\r\n\x1a\n", "holds no state dict of tensors"),
+        (b"data: {train: x}\n", "holds no state dict of tensors"),
         (b"PK\x03\x04 cut short", "cannot be read as tensors only"),
         ({"optimizer": {"lr": torch.ones(1)}}, "holds no state dict of tensors"),
         ({"state_dict": {"a": 1}}, "holds no state dict of tensors"),
@@ -434,12 +436,6 @@ def test_numpy_objects_are_named_without_torchs_advice_to_trust_the_file(value, 
         read_weights(tmp_path / "w.pth")
     assert "w.pth: cannot be read as tensors only (it holds numpy." in str(caught.value)
     assert "save the model's state_dict() alone" in str(caught.value) and "weights_only" not in str(caught.value)
-
-
-def test_a_file_of_another_kind_is_named_without_torchs_advice_to_trust_it(tmp_path):
-    (tmp_path / "w.pth").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(UserError, match=r"as tensors only \(Unsupported operand \d+\); save the model's"):
-        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
