@@ -47,7 +47,7 @@ FRESH = "STD_FAST_CODEGEN"  # set in the process that compiles
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
-    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help="timm names")
+    workload.add_teachers(parser)
     parser.add_argument("--target", choices=sorted(CEILINGS), default="sm_90", help="compile for this [sm_90]")
     parser.add_argument("--tflops", type=float, default=0.0, help="ceiling of bfloat16's products [of the target]")
     parser.add_argument("--tbps", type=float, default=0.0, help="ceiling of memory traffic, TB/s [of the target]")

@@ -28,8 +28,7 @@ RATES = 0.1, 0.3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
-    names = " ".join(workload.PRETRAINED)
-    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help=f"timm names [{names}]")
+    workload.add_teachers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

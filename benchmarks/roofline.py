@@ -28,7 +28,7 @@ from std_fast.training.step import Trainer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
-    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help="timm names")
+    workload.add_teachers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,8 +29,7 @@ NO_MINE = "STD, targets given, no MINE"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
-    names = " ".join(workload.PRETRAINED)
-    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help=f"timm names [{names}]")
+    workload.add_teachers(parser)
     parser.add_argument(
         "--recipe", default="", help="a built-in recipe's student, sizes and teachers, e.g. cifar10_std"
     )

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_arguments(parser)
     parser.add_argument("--recipe", default="", help="whose teachers and data; by default --teachers on noise")
     parser.add_argument("--data", default="", help="instead of the recipe's data.train")
-    parser.add_argument("--teachers", nargs="+", default=list(workload.PRETRAINED), help="timm names")
+    workload.add_teachers(parser)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--batches", type=int, default=8, help="on which the labels are compared [8]")
 

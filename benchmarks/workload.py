@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", default="auto", help="as run.compile [auto: on a GPU]")
 
 
+def add_teachers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teachers", nargs="+", default=list(PRETRAINED), help=f"timm names [{' '.join(PRETRAINED)}]")
+
+
 def settle(args: argparse.Namespace) -> None:
     """Fills in what depends on the device, and the tiny sizes of --smoke. UserError: `--dim` of another model."""
     if getattr(args, "dim", 0) and args.model != "mixer":

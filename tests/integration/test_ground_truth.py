@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pipelines.augment.device import TrainBatch
-from pipelines.errors import UserError
 from std_fast.commands.export import export_run
 from std_fast.config import recipe as recipes
 from std_fast.method.losses import distillation_loss
@@ -44,20 +43,6 @@ def test_it_trains_stops_and_is_exported_without_a_teacher(image_folder, tmp_pat
     train(stopped, quiet=True, resume=True)
     assert_same_bits(final_tensors(tmp_path / "stopped"), final_tensors(tmp_path / "run"))
     assert "timm" in export_run(tmp_path / "run", tmp_path / "export", ("timm",))["differences"]
-
-
-@pytest.mark.parametrize(
-    ("distill", "complaint"),
-    [
-        ({"teachers": [{"name": "resnet50"}]}, "distill.teachers: has no effect"),
-        ({"target_cache": "targets"}, "distill.target_cache: has no effect"),
-        ({"top_k": 3}, "distill.top_k"),
-        ({"temperature": 2.0}, "distill.temperature"),
-    ],
-)
-def test_what_has_no_effect_is_refused(image_folder, tmp_path, distill, complaint):
-    with pytest.raises(UserError, match=complaint):
-        small_recipe(image_folder, tmp_path, distill={"mode": "std", "labels": "ground_truth"} | distill)
 
 
 @pytest.mark.parametrize(("tokens", "taps", "columns"), [("both", None, 2), ("both", (1, 2, 3), 3), ("deit", None, 1)])

@@ -12,6 +12,8 @@ from std_fast.config.recipe import Duration, Recipe, TeacherSpec, parse_seconds,
 from std_fast.config.schema import describe, difference, from_dict, merge, set_dotted, to_dict
 from std_fast.training.schedule import unkept_settings
 
+TRUE_LABELS = {"mode": "std", "labels": "ground_truth"}
+
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in recipe_files.RECIPES.glob("*.yaml")))
 def test_built_in_recipes_load_and_survive_being_saved(name):
@@ -56,6 +58,9 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ),
         ({"distill": {"alpha": 1.5}}, "distill.alpha: 1.5"),
         ({"distill": {"top_k": 5}}, "distill.top_k: has no effect without distill.labels: soft"),
+        ({"distill": TRUE_LABELS | {"teachers": [{"name": "resnet50"}]}}, "distill.teachers: has no effect"),
+        ({"distill": TRUE_LABELS | {"target_cache": "targets"}}, "distill.target_cache: has no effect"),
+        ({"distill": TRUE_LABELS | {"temperature": 2.0}}, "distill.temperature: has no effect"),
         ({"distill": {"class_share": -0.5}}, "distill.class_share: -0.5 must be between 0 and 1"),
         ({"distill": {"token_mlp_ratio": [0.5, 0]}}, "distill.token_mlp_ratio: must be positive"),
         ({"distill": {"module_weights": [1, -1]}}, "distill.module_weights: must be"),
