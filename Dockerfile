@@ -1,6 +1,8 @@
 # std_fast with FFCV and DALI in the tested versions, each checked by its SHA-256:
 #   docker build -t std-fast .
 #   docker run --rm --gpus all --shm-size 8g -v /data:/data std-fast train mixer_s16_std --data.train /data/imagenet-train.beton
+# Not built by us as an image. Its steps were run one by one in a chroot of Ubuntu 24.04 (debootstrap, so without the CUDA base layer) on
+# 2026-11-29: each ended with exit code 0; `std-fast doctor` found FFCV, DALI and all else but a GPU.
 # torch's wheels bring their own CUDA libraries; the base image supplies the driver hooks and nvcc's runtime for other tools.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 ENV DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1 PATH=/std_fast/.venv/bin:$PATH

@@ -22,10 +22,13 @@ OUT = "runs/{name}"
 
 
 def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name otherwise."""
+    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name, or the
+    recipe of the run that `name` is, otherwise."""
     for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
         if path.is_file() and path.suffix != ".beton":
             return path
+    if Path(name, "recipe.yaml").is_file():
+        raise UserError(f"{name}: is the folder of a run, whose recipe is {Path(name, 'recipe.yaml')}")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     hint = did_you_mean(name, names) or "; `std-fast recipes` lists them"
     if os.path.isdir(name) or name.endswith(".beton"):

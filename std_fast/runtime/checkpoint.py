@@ -39,7 +39,7 @@ def initial_meta() -> dict[str, Any]:
     """Metadata of a run that begins; for what a file lacks too."""
     return {
         "step": 0, "complete": False, "class_names": None, "content": {}, "devices": 1, "seconds": {}, "costs": {},
-        "micro_batch": 0, "best": {}, "evaluation_pending": False, "bad_steps": [], "snapshot_step": 0,
+        "micro_batch": 0, "best": {}, "result": {}, "evaluation_pending": False, "bad_steps": [], "snapshot_step": 0,
     }  # fmt: skip
 
 

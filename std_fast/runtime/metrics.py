@@ -213,7 +213,7 @@ class Progress:
             self.update(done)
             self._bar.update(self._task, note=text)
         elif not self.quiet and self._line_due(done):
-            self._print(f"{self._place(done)}  {text}")
+            self._print(f"{self._place(done)}  {text}".rstrip())
 
     def _line_due(self, done: float) -> bool:
         now = self._clock()

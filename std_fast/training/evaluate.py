@@ -21,6 +21,7 @@ from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict, set_dotted
 from std_fast.method.student import Prediction, Student, StudentOutput, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
+from std_fast.runtime.metrics import Progress
 from std_fast.teachers.classes import DataClasses
 from std_fast.teachers.teacher import autocast, build_teacher, load_weights, read_run
 from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of, teacher_dtype
@@ -38,12 +39,13 @@ def evaluate(
     autocast: Callable,
     how: Prediction = "mean",
     world: World = SINGLE_PROCESS,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[int], bool] = lambda images: False,
 ) -> dict[str, float]:
     """Evaluates `student` (left in evaluation mode) on one pass over `loader`, whose shards all ranks of `world` take.
 
     Args:
-        stop: called before each batch; True ends the evaluation. All ranks must get the same.
+        stop: called before each batch with the images that this rank has evaluated; True ends the evaluation. All ranks
+            must get the same.
 
     Returns:
         `top1`, `top5` (percent) and `loss` (cross-entropy, nats) of the prediction `how`; for a distilled student also
@@ -58,11 +60,12 @@ def evaluate(
     student.eval()
     heads: tuple[Prediction, ...] = ("class", "distill", "mean") if student.head_teacher else (how,)
     sums: dict[str, Tensor] = {}
-    corrupt = 0
+    seen = corrupt = 0
     with closing(loader.epoch(0)) as batches:
         for batch in batches:
-            if stop():
+            if stop(seen):
                 raise Abandoned
+            seen += len(batch.labels)
             with autocast():
                 out = student.outputs(normalise(batch.images))
             corrupt += int((loader.sampler.positions(batch.step) >= 0).sum() - (batch.indices >= 0).sum())  # numpy
@@ -149,7 +152,7 @@ def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, st
         student.to(device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
         cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-        return evaluate(student, loader, augment.normalise_only, cast, recipe.distill.predict)
+        return _with_progress(student, loader, augment.normalise_only, cast, recipe.distill.predict)
 
 
 def evaluate_model(model: nn.Module, loader: Loader, augment: AugmentSpec, cast: Callable) -> dict[str, float]:
@@ -160,7 +163,20 @@ def evaluate_model(model: nn.Module, loader: Loader, augment: AugmentSpec, cast:
     with loader:
         device = torch.device(loader.spec.device)
         normalise = Augment(augment, 0).to(device).normalise_only
-        return evaluate(Student(model.to(device), loader.num_classes), loader, normalise, cast, "class")
+        student = Student(model.to(device), loader.num_classes)
+        return _with_progress(student, loader, normalise, cast, "class")
+
+
+def _with_progress(
+    student: Student, loader: Loader, normalise: Callable[[Tensor], Tensor], autocast: Callable, how: Prediction
+) -> dict[str, float]:
+    with closing(Progress("evaluated", loader.source.num_samples, "images")) as progress:
+
+        def before_batch(images: int) -> bool:
+            progress.note(images, "")
+            return False
+
+        return evaluate(student, loader, normalise, autocast, how, stop=before_batch)
 
 
 def evaluate_teacher(recipe: Recipe, number: int, data: str = "") -> dict[str, float]:

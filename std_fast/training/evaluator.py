@@ -11,6 +11,7 @@ import torch
 
 from std_fast.runtime.budget import Clock
 from std_fast.runtime.distributed import World
+from std_fast.runtime.metrics import LINE_SECONDS
 from std_fast.training.build import Parts
 from std_fast.training.evaluate import Abandoned, evaluate
 from std_fast.training.run_log import RunLog
@@ -21,12 +22,13 @@ class Evaluator:
 
     Args:
         stop: called before each batch; True abandons the evaluation. All ranks must get the same.
+        deferred: whether the run begins with an evaluation.
         meta: metadata of the checkpoint that the run continues from.
 
     Attributes:
         result: metrics of the last evaluation; empty without validation data.
         best: step and accuracy of the best evaluation.
-        deferred: the last evaluation was abandoned, and is still to be made.
+        deferred: the last evaluation was abandoned, or never begun, and is still to be made.
     """
 
     def __init__(
@@ -36,23 +38,24 @@ class Evaluator:
         log: RunLog,
         stop: Callable[[], bool],
         world: World,
+        deferred: bool,
         meta: Mapping[str, Any],
     ) -> None:
         self.parts, self.clock, self.log, self.stop, self.world = parts, clock, log, stop, world
-        self.result: dict[str, float] = {}
+        self.result: dict[str, float] = meta["result"]
         self.best: dict[str, float] = meta["best"]
-        self.deferred: bool = meta["evaluation_pending"]
+        self.deferred = deferred
 
     def meta(self) -> dict[str, Any]:
         """For a checkpoint of this moment."""
-        return {"best": self.best, "evaluation_pending": self.deferred}
+        return {"result": self.result, "best": self.best, "evaluation_pending": self.deferred}
 
     def start(self, step: int, finished: bool) -> None:
-        """Before the first step: makes a deferred evaluation, and that of a run which has no step left. Else a budget
-        times one, so that its clock has the cost of the last evaluation."""
-        if self.deferred or finished:
+        """Before the first step: makes a deferred evaluation. Else a budget times one, so that its clock has the cost
+        of the last evaluation."""
+        if self.deferred:
             self(step)
-        elif self.clock.hours and "evaluate" not in self.clock.costs:
+        elif not finished and self.clock.hours and "evaluate" not in self.clock.costs:
             self(step, "start")
             if not self.deferred and self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours:
                 self(step, "start", record=False)  # the first one is slower than the last will be
@@ -75,14 +78,23 @@ class Evaluator:
             return {}
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)  # the steps under way are training
-        self.log.progress.say(f"evaluating {parts.val_loader.source.num_samples:,} images")
-        began = time.perf_counter()
+        total, began = parts.val_loader.source.num_samples, time.perf_counter()
+        self.log.progress.say(f"evaluating {total:,} images")
+        said = began
+
+        def stop(images: int) -> bool:
+            nonlocal said
+            if time.perf_counter() > said + LINE_SECONDS:
+                said = time.perf_counter()
+                self.log.progress.say(f"evaluated {min(images * self.world.size, total):,} of {total:,} images")
+            return self.stop()
+
         with self.clock.ledger.during(part):
             with ema.applied() if ema is not None else nullcontext():
                 self.world.share_buffers(student)
                 normalise, autocast = parts.augment.normalise_only, parts.trainer.autocast
                 how = parts.recipe.distill.predict
-                result = evaluate(student, parts.val_loader, normalise, autocast, how, self.world, self.stop)
+                result = evaluate(student, parts.val_loader, normalise, autocast, how, self.world, stop)
             student.train()
         self.clock.cost("evaluate", self.world.broadcast(time.perf_counter() - began))
         if record:

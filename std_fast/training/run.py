@@ -76,11 +76,12 @@ class Run:
             self.schedule = build_schedule(recipe, self.clock, epoch, world)
             self.ranks = RankSync(world)
             folder.write_recipe()
-            evaluates = self.finished or meta["evaluation_pending"]
-            self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, evaluates)
+            evaluated = self.complete and meta["result"]
+            deferred = meta["evaluation_pending"] or (self.finished and not evaluated)
+            self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, deferred)
             stack.callback(self.log.close)
             self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta)
-            self.evaluator = Evaluator(parts, self.clock, self.log, self.sync_ranks, world, meta)
+            self.evaluator = Evaluator(parts, self.clock, self.log, self.sync_ranks, world, deferred, meta)
             self.close = stack.pop_all().close
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> None:
@@ -119,10 +120,13 @@ class Run:
 
     def _start(self) -> None:
         """What comes before the first step."""
+        deferred = self.evaluator.deferred
         self.evaluator.start(self.step, self.finished)
         if self.evaluator.deferred:
             raise Stopped(f"stopped in an evaluation; continue {self.folder.path} with --resume")
-        if not self.finished:
+        if self.finished and deferred:
+            self.save(complete=True)  # with the evaluation's result
+        elif not self.finished:
             self.clock.start(self.world)
             self.stream.seek(self.step)
             self.ledger.switch("train")

@@ -186,7 +186,7 @@ class RunFolder:
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
-        """Loads `found` into the state; returns its metadata, less the best accuracy where data.val is other data.
+        """Loads `found` into the state; returns its metadata, less accuracies where data.val is other data.
         Without a checkpoint to continue from: `initial_meta`.
         """
         if val is not None:
@@ -202,7 +202,7 @@ class RunFolder:
         if before is not None and before != self.data["content"].get("data.val"):
             log.info("data.val: is other data than before; the best accuracy so far does not count")
             costs = {name: cost for name, cost in meta["costs"].items() if name != "evaluate"}
-            meta = {**meta, "best": {}, "costs": costs}
+            meta = {**meta, "best": {}, "result": {}, "costs": costs}
         return meta
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:

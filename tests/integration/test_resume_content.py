@@ -105,6 +105,7 @@ def test_moved_files_and_other_ways_to_evaluate_are_no_other_training(here, expe
     assert got.keys() == expected.keys() and meta["step"] == STEPS
     assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
     assert summary["result"]["images"] == 8 and summary["best"]["step"] == STEPS  # not of the former data
+    assert train(recipe, resume=True, quiet=True)["result"]["images"] == 24  # the finished run on the former data
 
 
 def test_an_image_folder_on_another_path(base, tmp_path):

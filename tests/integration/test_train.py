@@ -19,7 +19,7 @@ from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training import run_log
+from std_fast.training import evaluator, run_log
 from std_fast.training.evaluate import evaluate_run
 from std_fast.training.run import Stopped
 from std_fast.training.run_folder import unused_beside
@@ -97,7 +97,9 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
             train(recipe, resume=True, quiet=True)
     with contextlib.suppress(Killed):
         train(recipe, resume=True, quiet=True, on_step=kill)
-    for _ in range(2):  # the second time it is finished already
+    assert train(recipe, resume=True, quiet=True)["result"] == complete["result"]
+    with pytest.MonkeyPatch.context() as patch:  # it is finished, and not evaluated again
+        patch.setattr("std_fast.training.evaluator.evaluate", lambda *_: pytest.fail("evaluates"))
         assert train(recipe, resume=True, quiet=True)["result"] == complete["result"]
     expected, got = (weights(tmp_path / name)[0] for name in ("complete", "part"))
     assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
@@ -196,6 +198,7 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
     recipe, tmp_path, capsys, monkeypatch, length, reported
 ):
     monkeypatch.setattr(run_log, "RATE_SECONDS", 0.0)
+    monkeypatch.setattr(evaluator, "LINE_SECONDS", -1.0)
     recipe = at(recipe, tmp_path / "run", recipe.data.train)
     train(replace(recipe, run=replace(recipe.run, length=length, log_every=100)))
     lines = capsys.readouterr().err.splitlines()
@@ -204,7 +207,8 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
         re.match(r"step 2/9: [\d.]+ images/s, about \d+ s to", line) for line in rates
     )
     evaluated = [at for at, line in enumerate(lines) if re.match(r"step \d+: top-1", line)]
-    assert evaluated and all(lines[at - 1] == "evaluating 24 images" for at in evaluated)
+    shown = ["evaluating 24 images", *(f"evaluated {done} of 24 images" for done in (0, 8, 16))]
+    assert evaluated and all(lines[at - 4 : at] == shown for at in evaluated)
 
 
 def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeypatch):

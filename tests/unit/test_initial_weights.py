@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
+from std_fast.config import files
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
@@ -135,6 +136,8 @@ def test_evaluating_from_another_folder_names_the_way_on(run, tmp_path, monkeypa
     with pytest.raises(UserError) as caught:
         evaluate_run(run, "nowhere")
     assert "eval RUN" not in str(caught.value)
+    with pytest.raises(UserError, match=f"is the folder of a run, whose recipe is {run}/recipe.yaml"):
+        files.find(str(run))
 
 
 def test_a_run_that_began_with_a_new_head_is_built_without_its_first_weights(run):

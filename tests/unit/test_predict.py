@@ -95,7 +95,9 @@ def test_an_export_is_evaluated_by_the_same_command(run, val, tmp_path, capsys):
     results = []
     for model in (run, tmp_path / "export"):
         assert cli.main(["eval", str(model), *words]) == 0
-        results.append(json.loads(capsys.readouterr().out))
+        out, err = capsys.readouterr()
+        results.append(json.loads(out))
+        assert "evaluated 0/8 images\n" in err
     assert results[0]["images"] == 8 and results[0]["top1"] == results[1]["top1"]
     for words, complaint in (
         ([], f"an export names no data; name it: std-fast eval {tmp_path}/export DATA"),
