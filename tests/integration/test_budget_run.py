@@ -13,11 +13,10 @@ import pytest
 from std_fast import cli
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.runtime import budget, checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import train
+from tests.small_runs import small_recipe
 
 # Kills itself as soon as the heartbeat counts more than the newest checkpoint.
 CHILD = """
@@ -41,16 +40,8 @@ train.train(recipe.load(sys.argv[1]), quiet=True, on_step=die)
 
 @pytest.fixture
 def recipe(image_folder, tmp_path):
-    return from_dict(
-        Recipe,
-        {
-            "data": {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1},
-            "student": {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 2}},
-            "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "10 %"},
-            "run": {"batch": 8, "eval_every": "100 epochs", "log_every": 10, "save_every": "1 seconds",
-                    "device": "cpu", "out": str(tmp_path / "run")},
-        },
-    )  # fmt: skip
+    run = {"eval_every": "100 epochs", "log_every": 10, "save_every": "1 seconds"}
+    return small_recipe(image_folder, tmp_path / "run", optim={"warmup": "10 %"}, run=run)
 
 
 def of_hours(recipe, hours):

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.runtime import trackers
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.run import Stopped
 from std_fast.training.train import train
+from tests.small_runs import small_recipe
 
 TRACKIO = """
 import json, os
@@ -50,16 +49,8 @@ def recipe(image_folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     monkeypatch.setenv("TRACKIO_FILE", str(tmp_path / "trackio.jsonl"))
-    return from_dict(
-        Recipe,
-        {
-            "name": "small",
-            "data": {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1},
-            "student": {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 2}},
-            "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps"},
-            "run": {"batch": 8, "length": "3 epochs", "log_every": 2, "device": "cpu", "out": str(tmp_path / "run")},
-        },
-    )
+    run = {"length": "3 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
+    return replace(small_recipe(image_folder, tmp_path / "run", run=run), name="small")
 
 
 def of(recipe, *names):
