@@ -166,9 +166,8 @@ class _File:
             self._file = open_regular(path)
         except (OSError, ValueError) as error:  # ValueError: the path has a null byte
             reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(
-                f"{printable(path)}: cannot be opened ({reason}); give a beton or an image folder"
-            ) from error
+            fix = "give a .beton" if os.path.isdir(path) else "give a beton or an image folder"
+            raise UserError(f"{printable(path)}: cannot be opened ({reason}); {fix}") from error
         weakref.finalize(self, self._file.close)
         self.size = os.fstat(self._file.fileno()).st_size
         if self.size < HEADER_TYPE.itemsize:

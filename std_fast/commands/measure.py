@@ -94,7 +94,6 @@ def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, A
     """
     if not 0 < seconds < math.inf:
         raise UserError("--seconds: must be more than nothing")
-    log.info("measures for about %.0f s, after the start: an evaluation, and each way of training", seconds)
     on_gpu = pick_device(recipe.run.device).type == "cuda"
     here = torch.cuda.device_count() if on_gpu else 1
     if gpus < 0:
@@ -103,6 +102,7 @@ def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, A
     home = Path(resolved(recipe).run.out)
     home = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())  # saves go to the same disk
     share = share_of(recipe, gpus, min(gpus, here) if on_gpu else gpus)
+    log.info("measures for about %.0f s, after the start: an evaluation, and each way of training", seconds)
     try:
         with tempfile.TemporaryDirectory(prefix=".plan-", dir=home) as scratch:
             measured = _measure(share, seconds, Path(scratch))

@@ -180,7 +180,7 @@ class Distill:
             "all probabilities are too many to be stored; keep some, e.g. 10, or leave distill.target_cache out",
         )
         useful = not self.target_cache or self.mode == "std"
-        require(useful, "distill.target_cache", "has no effect with mode: none; leave it out")
+        require(useful, "distill.target_cache", "has no effect with distill.mode none; leave it out")
         if self.mode == "std":
             if self.labels == "ground_truth":
                 fix = "has no effect with distill.labels: ground_truth; leave it out"

@@ -83,6 +83,8 @@ def test_info_and_recipes(capsys):
         (["train", "digits_mixer", "extra"], "unrecognized arguments: extra"),
         (["inspect", "/nothing.beton"], "/nothing.beton"),
         (["inspect", __file__], "test_cli.py"),
+        (["inspect", "/"], "/: cannot be opened (Is a directory); give a .beton"),
+        (["teach", "digits_mixer", "--distill.target_cache", "x"], "no effect with distill.mode none"),
         (["convert", "/nothing", "x.beton"], "/nothing"),
         (["convert", ".", "x.beton", "--shard", "2"], "--shard"),
         (["convert", ".", "x.beton", "--quality", "high"], "quality"),
