@@ -181,10 +181,8 @@ def recommend(recipe: Recipe, rows: dict[str, Row], views: int) -> tuple[str, li
     running, stored = rows["running"], rows["stored"]
     slowdown = stored.images_per_second / running.images_per_second
     if slowdown < WORTH:
-        return (
-            f"teachers running: they cost {100 * (1 - 1 / slowdown):.0f} % of the speed, less than storing is worth",
-            [],
-        )
+        cost = max(0.0, 100 * (1 - 1 / slowdown))  # below 0 by noise
+        return f"teachers running: they cost {cost:.0f} % of the speed, less than storing is worth", []
     targets = recipe.distill.target_cache or f"targets/{recipe.name or 'run'}"
     options = ["--distill.target-cache", targets]
     gain = f"an epoch from stored targets is {slowdown:.2f} times as fast"
