@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 
+from pipelines.convert.listing import in_order
 from pipelines.errors import UserError, printable
 from pipelines.untrusted import Refused, confined, open_regular, read_bytes
 
@@ -31,7 +32,7 @@ def devkit_labels(path: str, names: list[str]) -> tuple[dict[str, str], list[str
         raise UserError(
             f"--labels {printable(path)}: {len(labels)} labels for {len(names)} images; use the tar of the same year"
         )
-    return dict(zip(sorted(names), labels, strict=True)), wnids
+    return dict(zip(in_order(names, f"--labels {printable(path)}"), labels, strict=True)), wnids
 
 
 def read_devkit(path: str) -> tuple[list[str], list[str]]:

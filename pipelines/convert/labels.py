@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from pipelines.convert.devkit import devkit_labels, is_devkit
-from pipelines.convert.listing import has_image_ending, read_text
+from pipelines.convert.listing import has_image_ending, in_order, read_text
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.manifest import printable_names
@@ -304,5 +304,5 @@ def _labels_in_order(lines: list[str], names: list[str], where: str) -> list[tup
     images = [name for name in names if has_image_ending(name)]
     for candidates in (names, images):
         if len(lines) == len(candidates):
-            return list(zip(sorted(candidates), lines, strict=True))
+            return list(zip(in_order(candidates, where), lines, strict=True))
     raise UserError(f"{where}: {len(lines)} lines for {len(images) or len(names)} images; give one each")

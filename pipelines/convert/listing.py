@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 
@@ -159,6 +160,20 @@ def has_image_ending(name: str) -> bool:
 def is_clutter(name: str) -> bool:
     """Hidden files and what file managers leave."""
     return name.startswith(".") or name.lower() in CLUTTER
+
+
+def in_order(names: list[str], where: str) -> list[str]:
+    """Images in the order of their names, for labels that stand without names. Raises UserError where i10 may come
+    before i2 or after it."""
+    as_text = sorted(names)
+    as_numbers = sorted(as_text, key=lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(64), name))
+    if as_text != as_numbers:
+        text, number = next(pair for pair in zip(as_text, as_numbers, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{where}: the order of the names is not certain ({printable(text)} comes before {printable(number)} as "
+            "text, after it by number); write NAME and LABEL on each line"
+        )
+    return as_text
 
 
 def scan(path: str) -> list[os.DirEntry[str]]:

@@ -58,6 +58,17 @@ def test_lines_of_class_names_of_several_words(tmp_path: Path) -> None:
     }
 
 
+def test_lines_of_labels_need_names_of_a_certain_order(tmp_path: Path) -> None:
+    """As text, i10 comes before i2; padded with zeros, both orders are one."""
+    lines = "".join(f"{i}\n" for i in range(12))
+    with pytest.raises(
+        UserError, match=r"order of the names is not certain \(i10.png comes before i2.png as text.*NAME"
+    ):
+        labels_of(lines, TWELVE, tmp_path)
+    padded = [f"v2_{i:08}.JPEG" for i in range(12)]
+    assert labels_of(lines, padded[::-1], tmp_path) == {name: i for i, name in enumerate(padded)}
+
+
 def test_a_header_above_lines_of_labels(tmp_path: Path) -> None:
     assert labels_of("label\n1\n0\n", ["a.jpg", "b.jpg"], tmp_path) == {"a.jpg": 1, "b.jpg": 0}
 
