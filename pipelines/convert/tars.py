@@ -49,6 +49,8 @@ class Tar:
     """what else it holds, in its order, under names within it"""
     texts: dict[int, str] = field(default_factory=dict)
     """labels in .cls and .json files, by the file's offset"""
+    several: dict[int, dict[str, str]] = field(default_factory=dict)
+    """labels by key of .json files that hold several, by the file's offset"""
 
 
 def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
@@ -132,9 +134,11 @@ def _keep_text(reader: Reader, member: Member, tar: Tar, label_key: str | None) 
     if name.endswith(".cls") and member.size <= MAX_CLS:
         tar.texts[member.offset] = reader.pread(member.size, member.offset).decode("utf-8-sig", "replace").strip()
     elif name.endswith(".json") and member.size <= MAX_JSON:
-        label = _json_label(reader.pread(member.size, member.offset), label_key)
-        if label:
-            tar.texts[member.offset] = label
+        labels = _json_labels(reader.pread(member.size, member.offset), label_key)
+        if len(labels) > 1:
+            tar.several[member.offset] = labels
+        else:
+            tar.texts.update((member.offset, label) for label in labels.values() if label)
 
 
 def _split(path: str, at_last_dot: bool) -> tuple[str, str]:
@@ -189,8 +193,14 @@ class _Images:
             self.found.append((tar, member, key))
 
     def label(self, tar: Tar, key: str, ending: str) -> str | None:
-        """Label in the file with this ending beside an image; None where there is no such file, "" where no label."""
+        """Label in the file with this ending beside an image; None where there is no such file, "" where no label.
+        Raises UserError where it holds several."""
         found = self.beside.get((tar.number, key, ending))
+        if found is not None and (several := tar.several.get(found[1].offset)):
+            raise UserError(
+                f"{printable(f'{tar.name}/{key}')}: its .{ending} holds {' and '.join(several)}; choose with "
+                "--label-key, or with --label-from where the label is elsewhere"
+            )
         return None if found is None else tar.texts.get(found[1].offset, "")
 
 
@@ -300,12 +310,15 @@ def _without_names(labelled: list[tuple[Tar, Member, str]], builder: Builder) ->
     return numbers
 
 
-def _json_label(raw: bytes, key: str | None) -> str:
-    """The label in a JSON object, "" where it holds none or several."""
+def _json_labels(raw: bytes, key: str | None) -> dict[str, str]:
+    """The labels in a JSON object by their keys."""
     try:
         found = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return ""
-    known = [found.get(name) for name in ([key] if key else LABEL_COLUMNS)] if isinstance(found, dict) else []
-    values = [value for value in known if isinstance(value, (int, str, float)) and not isinstance(value, bool)]
-    return str(values[0]) if len(values) == 1 else ""
+        return {}
+    known = {name: found.get(name) for name in ([key] if key else LABEL_COLUMNS)} if isinstance(found, dict) else {}
+    return {
+        name: str(value)
+        for name, value in known.items()
+        if isinstance(value, (int, str, float)) and not isinstance(value, bool)
+    }

@@ -99,6 +99,17 @@ def test_shards_with_json(values: tuple, classes: list[str], tmp_path: Path) -> 
     assert listed(tmp_path / "src", tmp_path, label_key="w").labels.tolist() == [3] * 4
 
 
+def test_json_with_two_labels(tmp_path: Path) -> None:
+    files = {"1.jpg": IMAGE, "1.json": b'{"label": 0, "class_name": "cat"}'}
+    tar(tmp_path / "a.tar", files)
+    for label_from in ("auto", "json"):
+        with pytest.raises(UserError, match=r"a.tar/1: its .json holds label and class_name; choose with --label-key"):
+            listed(tmp_path / "a.tar", tmp_path, label_from=label_from)
+    assert listed(tmp_path / "a.tar", tmp_path, label_key="class_name").classes == ["cat"]
+    tar(tmp_path / "b.tar", files | {"1.cls": b"0"})
+    assert listed(tmp_path / "b.tar", tmp_path).labels.tolist() == [0]
+
+
 def test_names_in_cls(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.cls": b"wire fox\n", "2.jpg": IMAGE, "2.cls": b"ant"})
     assert classes_of(listed(tmp_path / "a.tar", tmp_path)) == {"a.tar/1.jpg": "wire fox", "a.tar/2.jpg": "ant"}
