@@ -203,6 +203,14 @@ class _Images:
             )
         return None if found is None else tar.texts.get(found[1].offset, "")
 
+    def differs(self, tar: Tar, key: str, cls: str) -> str | None:
+        """A label in the .json that contradicts that of the .cls; a number and a name may both be right."""
+        offset = self.beside[tar.number, key, "json"][1].offset if (tar.number, key, "json") in self.beside else -1
+        labels = tar.several.get(offset) or {"": tar.texts.get(offset, cls)}
+        alike = [label.strip() for label in labels.values() if is_number(label) == is_number(cls)]
+        same = any(label == cls or (is_number(cls) and float(label) == float(cls)) for label in alike)
+        return alike[0] if alike and not same else None
+
 
 def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: Builder) -> Listing:
     assert settings.labels is not None
@@ -287,6 +295,11 @@ def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Bu
             fault = f"its .{choice} holds no label" if text == "" else f"has no .{choice} of the same key"
             if text and len(text.splitlines()) > 1:
                 text, fault = "", f"its .{choice} holds several lines, not one label"
+            if text and choice == "cls" and settings.label_from == "auto" and (other := images.differs(tar, key, text)):
+                raise UserError(
+                    f"{printable(f'{tar.name}/{key}')}: its .cls holds label {printable(text)} and its .json "
+                    f"{printable(other)}; choose with --label-from"
+                )
         elif choice == "folder":
             text = member.name.rpartition("/")[0].rpartition("/")[2]
             fault = "lies in no folder of its tar"

@@ -110,6 +110,17 @@ def test_json_with_two_labels(tmp_path: Path) -> None:
     assert listed(tmp_path / "b.tar", tmp_path).labels.tolist() == [0]
 
 
+def test_cls_and_json_that_contradict(tmp_path: Path) -> None:
+    files = {f"{i}.{ending}": data for i in range(2) for ending, data in (("jpg", IMAGE), ("cls", b"%d" % i))}
+    tar(tmp_path / "a.tar", files | {"0.json": b'{"label": 0.0}', "1.json": b'{"label": 0}'})
+    with pytest.raises(UserError, match=r"^a.tar/1: its .cls holds label 1 and its .json 0; choose with --label-from"):
+        listed(tmp_path / "a.tar", tmp_path)
+    assert listed(tmp_path / "a.tar", tmp_path, label_from="cls").labels.tolist() == [0, 1]
+    assert listed(tmp_path / "a.tar", tmp_path, label_from="json").labels.tolist() == [0, 0]
+    tar(tmp_path / "b.tar", files | {"0.json": b'{"label": 0}', "1.json": b'{"label": "cat"}'})
+    assert listed(tmp_path / "b.tar", tmp_path).labels.tolist() == [0, 1]
+
+
 def test_names_in_cls(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.cls": b"wire fox\n", "2.jpg": IMAGE, "2.cls": b"ant"})
     assert classes_of(listed(tmp_path / "a.tar", tmp_path)) == {"a.tar/1.jpg": "wire fox", "a.tar/2.jpg": "ant"}
