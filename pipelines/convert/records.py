@@ -108,7 +108,7 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
                 too_long = f"{offsets[i, 1]} bytes are more than {settings.max_bytes} (max_bytes)"
                 builder.fault(name, too_long if offsets[i, 1] else "the row has no image bytes")
             elif value in (None, "", -1):
-                builder.fault(name, "the row has no label")
+                builder.fault(name, "label -1 (an unlabelled test split?)" if value == -1 else "the row has no label")
             else:
                 rows.append((name, value, number, int(offsets[i, 0]), int(offsets[i, 1]), entry.stamp))
     values = [row[1] for row in rows]
@@ -195,7 +195,7 @@ def unpack_parquet(
 
 
 def _label(value: Any, path: str) -> int | str | None:
-    """A row's label. Raises UserError for a number that is none of a class."""
+    """A row's label. Raises UserError for a value that is none of one class."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, float):
@@ -204,7 +204,10 @@ def _label(value: Any, path: str) -> int | str | None:
         if not value.is_integer():
             raise UserError(f"{path}: label {value} is no class number; name the right column by --label-key")
         return int(value)
-    return value if isinstance(value, (int, str)) else None
+    if value is not None and not isinstance(value, (int, str)):
+        kind = type(value).__name__
+        raise UserError(f"{path}: label is a {kind}, not one class; name the right column by --label-key")
+    return value
 
 
 def _copy_images(file: Any, column: str, path: str, base: str, max_bytes: int, count: int) -> None:

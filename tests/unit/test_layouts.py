@@ -315,7 +315,10 @@ def test_parquet_labels_of_text(tmp_path: Path) -> None:
 
 def test_parquet_rows_without_a_label(tmp_path: Path) -> None:
     """The hub's test splits hold -1."""
-    assert [name for name, _ in listed(parquet(tmp_path / "x.parquet", [0, -1]), tmp_path).faults] == ["x.parquet/1"]
+    faults = listed(parquet(tmp_path / "x.parquet", [0, -1, None]), tmp_path).faults
+    assert faults == [("x.parquet/1", "label -1 (an unlabelled test split?)"), ("x.parquet/2", "the row has no label")]
+    with pytest.raises(UserError, match=r"y.parquet: label is a list, not one class; .* --label-key"):
+        listed(parquet(tmp_path / "y.parquet", [[0], [1]]), tmp_path)
 
 
 def test_parquet_label_key(tmp_path: Path) -> None:
