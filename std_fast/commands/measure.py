@@ -149,16 +149,19 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     try:
         parts = run.parts
         data = parts.train_loader
+        began = time.perf_counter()
+        evaluation_seconds = time_evaluation(run, seconds / 6)
+        evaluated_for = time.perf_counter() - began
         measured: dict[str, Any] = {
             "samples": data.source.num_samples,
             "val_images": parts.val_loader.source.num_samples if parts.val_loader is not None else 0,
-            "evaluation_seconds": time_evaluation(run, seconds / 6),
+            "evaluation_seconds": evaluation_seconds,
             "gradient_bytes": 4 * sum(p.numel() for p in parts.trainer.student.parameters() if p.requires_grad),
         }
         share = seconds / 2 if parts.teachers is None else seconds / 4
         modes["none" if parts.teachers is None else "running"] = time_steps(run, share)
         run.folder.writer.wait()
-        measured["start_seconds"] = round(run.ledger.read()["start"] - measured["evaluation_seconds"], 3)
+        measured["start_seconds"] = round(run.ledger.read()["start"] - evaluated_for, 3)
         measured["save_seconds"] = {
             "stall": round(run.folder.copy_seconds, 3),
             "write": round(run.folder.writer.seconds, 3),

@@ -31,7 +31,7 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = recipes.load(args.recipe, args.overrides)
     if args.resume and not any(key == "run.out" for key, _ in args.overrides):
-        refuse_moved(Path(args.recipe), recipe)
+        refuse_moved(args.recipe, recipe)
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
@@ -60,11 +60,11 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_moved(file: Path, recipe: Recipe) -> None:
+def refuse_moved(name: str, recipe: Recipe) -> None:
     """UserError where a recipe lies in a run's folder, but `run.out` is still another: the run was moved or copied."""
-    from std_fast.config.files import filled_in
+    from std_fast.config.files import filled_in, find
 
-    out = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    file, out = find(name), filled_in(recipe.run.out, recipe.name, recipe.run.seed)
     if (file.parent / "checkpoints").is_dir() and out.resolve() != file.parent.resolve():
         raise UserError(
             f"run.out: is {out} in {file}, which lies in the folder of another run, as moved or copied; add --run.out "

@@ -22,19 +22,15 @@ OUT = "runs/{name}"
 
 
 def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path, or the name of a built-in one. UserError with the nearest name, or the
-    recipe of the run that `name` is, otherwise."""
-    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml"):
+    """The file of a recipe: a path, the folder of a run, or the name of a built-in one. UserError with the nearest name
+    otherwise."""
+    for path in (Path(name), (beside or Path(".")) / name, RECIPES / f"{name}.yaml", Path(name) / "recipe.yaml"):
         if path.is_file() and path.suffix != ".beton":
             return path
-    if Path(name, "recipe.yaml").is_file():
-        raise UserError(f"{name}: is the folder of a run, whose recipe is {Path(name, 'recipe.yaml')}")
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     hint = did_you_mean(name, names) or "; `std-fast recipes` lists them"
     if os.path.isdir(name) or name.endswith(".beton"):
-        raise UserError(
-            f"{name}: is no recipe; give it as --data.train {name}, or name a run's recipe, FOLDER/recipe.yaml"
-        )
+        raise UserError(f"{name}: is no recipe; give it as --data.train {name}, or name the folder of a run")
     raise UserError(f"{name}: no such recipe file, nor a built-in recipe{hint}")
 
 

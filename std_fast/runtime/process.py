@@ -49,6 +49,7 @@ def leave_on_signal(code: int) -> Iterator[None]:
     def leave(_signum: int, _frame: object) -> NoReturn:
         with contextlib.suppress(Exception):  # a reader that has left, or the signal came in the middle of a write
             sys.stdout.flush()
+        _write_at_once("\nstd-fast: stopped; no step was under way\n")
         os._exit(code)
 
     with handled(leave):

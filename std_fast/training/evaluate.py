@@ -117,7 +117,7 @@ def for_evaluation(recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> Reci
         if name not in EVAL_FIELDS:
             raise UserError(
                 f"--{name}: a trained model is evaluated as its recipe says; it takes {', '.join(EVAL_FIELDS)}, and "
-                "with --teacher all fields"
+                "with --teacher all fields; other data is a word of its own: std-fast eval RUN DATA"
             )
         set_dotted(changes, name, text)
     return from_dict(Recipe, changes, base=recipe)

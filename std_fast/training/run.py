@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 
-from pipelines.errors import UserError
+from pipelines.errors import CorruptImage, DataError, UserError
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.compiling import compile_time
@@ -91,7 +91,8 @@ class Run:
             while not self.finished:
                 now = self.schedule.at(self.step + 1)
                 self.log.begin_step(now.step)
-                batch = next(self.stream)
+                with self._saved_if_data_fails():
+                    batch = next(self.stream)
                 self.trainer.step(batch, now)
                 self.step = now.step
                 self.clock.limit_steps_ahead(self.parts.device)
@@ -106,7 +107,8 @@ class Run:
                 if now.snapshot:
                     self.monitor.take_snapshot(self.step)
                 if now.evaluate:
-                    self.evaluator(self.step)
+                    with self._saved_if_data_fails():
+                        self.evaluator(self.step)
                 if on_step is not None:
                     on_step(self)
 
@@ -118,6 +120,22 @@ class Run:
                 if stop and (self.evaluator.deferred or not now.last):
                     raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
 
+    @contextmanager
+    def _saved_if_data_fails(self) -> Iterator[None]:
+        """Around what reads data. Where it cannot be read, what has been trained is saved, and the error says so."""
+        try:
+            yield
+        except DataError as error:
+            if not self.step or not self.world.main:
+                raise
+            if self.step != self.folder.saved_step:
+                self._check_finite()
+                self.save()
+            way = " --data.on_corrupt skip, the file as it is" if isinstance(error, CorruptImage) else ""
+            raise DataError(
+                f"{error}; step {self.step} is saved, from which the run continues with --resume{way}"
+            ) from error
+
     def _start(self) -> None:
         """What comes before the first step."""
         deferred = self.evaluator.deferred
@@ -126,7 +144,9 @@ class Run:
             raise Stopped(f"stopped in an evaluation; continue {self.folder.path} with --resume")
         if self.finished and deferred:
             self.save(complete=True)  # with the evaluation's result
-        elif not self.finished:
+        elif self.finished:
+            self.log.progress.say(f"{self.folder.path} is complete; a longer training is a new run")
+        else:
             self.clock.start(self.world)
             self.stream.seek(self.step)
             self.ledger.switch("train")

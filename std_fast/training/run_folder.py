@@ -99,7 +99,7 @@ class RunFolder:
         if not resume and checkpoint.listed(self.path / "checkpoints"):
             raise UserError(f"{self.path}: already holds a run; {self._way_on()}")
         self.found = self._newest() if resume else None
-        self._saved_step, self.copy_seconds = 0, 0.0
+        self.saved_step, self.copy_seconds = 0, 0.0
         self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
         if world.main:
@@ -195,8 +195,8 @@ class RunFolder:
             return checkpoint.initial_meta()
         path, tensors, meta = self.found
         state.load(tensors)
-        self._saved_step = meta["step"]
-        log.info("resumed %s at step %d", path, self._saved_step)
+        self.saved_step = meta["step"]
+        log.info("resumed %s at step %d", path, self.saved_step)
         self.found = None  # frees its tensors
         before = meta["content"].get("data.val")
         if before is not None and before != self.data["content"].get("data.val"):
@@ -220,7 +220,7 @@ class RunFolder:
                 "versions": versions(),
             }
             self.writer.save(step, state.tensors(), own | self.data | meta)
-            self.copy_seconds, self._saved_step = time.perf_counter() - began, step
+            self.copy_seconds, self.saved_step = time.perf_counter() - began, step
 
     @property
     def save_seconds(self) -> float | None:
@@ -234,7 +234,7 @@ class RunFolder:
             step: steps done; if they are saved, no second counts as lost.
         """
         if self._heartbeat is not None:
-            self._heartbeat.stop(step if step == self._saved_step else None)
+            self._heartbeat.stop(step if step == self.saved_step else None)
             if refused and not self._held_before:
                 (self.path / HELD).unlink(missing_ok=True)
 

@@ -102,7 +102,7 @@ def test_info_and_recipes(capsys):
         (["train", "digits_mixer", "--run.out", "~/runs"], "run.out: '~/runs': ~ is not expanded here"),
         (["train", "digits_mixer", "--data.train=~/x"], "data.train: '~/x': ~ is not expanded here"),
         (["train", "digits_mixer", "run.batch=64"], "run.batch=64: write --run.batch 64"),
-        (["train", "/"], "/: is no recipe; give it as --data.train /, or name a run's recipe"),
+        (["train", "/"], "/: is no recipe; give it as --data.train /, or name the folder of a run"),
         (
             ["train", "digits_mixer", "--run.out", __file__],
             "run.out: " + __file__ + " is a file, or lies below one; name",

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from std_fast import cli
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
@@ -66,6 +67,28 @@ def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_pat
             assert torch.equal(got[name].nan_to_num(), tensor.nan_to_num()), (stop_at, name)
         steps = [r["step"] for r in read_jsonl(tmp_path / f"part{stop_at}" / "metrics.jsonl") if r["kind"] == "train"]
         assert steps == sorted(set(steps)) and steps[-1] == 9  # nothing is logged twice
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_data_that_cannot_be_read_any_more_ends_a_run_with_its_steps_saved(recipe, tmp_path, where):
+    expected = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)["result"]
+    shutil.copytree(recipe.data.train, tmp_path / "images")
+    recipe = at(recipe, tmp_path / "run", recipe.data.train)
+    recipe = replace(recipe, data=replace(recipe.data, backend="torch", **{where: str(tmp_path / "images")}))
+    image = min((tmp_path / "images").rglob("*.*"))
+    content = image.read_bytes()
+
+    def break_image(run):
+        if run.step == 2:
+            image.write_bytes(b"no image") if where == "train" else image.unlink()
+
+    with pytest.raises(DataError) as caught:
+        train(recipe, quiet=True, on_step=break_image)
+    step = weights(tmp_path / "run")[1]["step"]
+    assert step >= 2 and f"step {step} is saved, from which the run continues with --resume" in str(caught.value)
+    assert ("--data.on_corrupt skip" in str(caught.value)) is (where == "train")
+    image.write_bytes(content)
+    assert train(recipe, resume=True, quiet=True)["result"] == expected
 
 
 @pytest.mark.parametrize("where", [3, 9])  # in the middle of the training, and in its last evaluation
