@@ -49,7 +49,7 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
         status = os.stat(src)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        if glob.has_magic(src):
+        if glob.has_magic(src) or "{" in src:
             reason = f"{reason}: only a URL may be a pattern, for files on a disk name their folder"
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
     if stat.S_ISDIR(status.st_mode):

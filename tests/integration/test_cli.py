@@ -90,6 +90,7 @@ def test_info_and_recipes(capsys):
         (["convert", ".", "x.beton", "--quality", "high"], "quality"),
         (["convert", ".", "x.beton", "--label-from", "name"], "--label-from 'name' is unknown"),
         (["convert", "x-*.tar", "x.beton"], "only a URL may be a pattern, for files on a disk name their folder"),
+        (["convert", "x-{0..1}.tar", "x.beton"], "only a URL may be a pattern, for files on a disk name their folder"),
         (["predict"], "std-fast: predict: the following arguments are required"),
         (["eval", "/nothing"], "/nothing"),
         (["info", "mixer_s17"], "did you mean 'mixer_s16'"),
