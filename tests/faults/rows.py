@@ -262,8 +262,8 @@ def cut_off(backend: str) -> None:
     @fault(f"train, {backend}: the beton is cut off while in use", "exit 2, one line with the file's name; no SIGBUS")
     def _(ground: Ground) -> Seen:
         with changes_while_in_use(ground, backend, "cut") as child:
-            seconds, line = ends(child, 2, r"own\.beton: became shorter while it was in use")
-        return Seen(line[10:].split("/")[-1], notice=seconds, lost=SINCE_THE_SAVE)
+            seconds, line = ends(child, 2, r"own\.beton: became shorter while it was in use.*; step \d+ is saved")
+        return Seen(line[10:].split("/")[-1], notice=seconds)
 
 
 for _backend in ("ffcv", "dali", "torch"):
@@ -290,8 +290,8 @@ def _(ground: Ground) -> Seen:
     with ground.train(recipe) as child:
         child.until(lambda: logged(ground.folder / "run") >= 2)
         (folder / "bee" / "003.jpg").unlink()
-        seconds, line = ends(child, 2, r"bee/003\.jpg: not a readable image .*No such file")
-    return Seen(line[10:].split("/")[-1], notice=seconds, lost=SINCE_THE_SAVE)
+        seconds, line = ends(child, 2, r"bee/003\.jpg: not a readable image .*No such file.*; step \d+ is saved")
+    return Seen(line[10:].split("/")[-1], notice=seconds)
 
 
 @fault(
