@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from pipelines.convert.devkit import devkit_labels, is_devkit
-from pipelines.convert.listing import has_image_ending, in_order, read_text
+from pipelines.convert.listing import has_image_ending, in_order, read_text, refuse_without_zero
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.manifest import printable_names
@@ -150,13 +150,8 @@ def read_labels(
     if pairs and not used:
         raise UserError(f"{where}: its lines name images, and no labels; write NAME and LABEL on each")
     parsed = parse_labels(list(used.values()), classes, where)
-    numbers = [label for label in parsed if isinstance(label, int)]
-    if numbers and min(numbers) > 0 and classes is None:
-        raise UserError(
-            f"{where}: numbers begin at {min(numbers)}; if it is ImageNet's ground truth, give the devkit "
-            "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; otherwise number from 0, or give "
-            "--classes, whose first line names number 0"
-        )
+    if classes is None:
+        refuse_without_zero([label for label in parsed if isinstance(label, int)], where)
     return dict(zip(used, parsed, strict=True)), None
 
 

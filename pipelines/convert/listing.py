@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,6 +118,7 @@ class Builder:
                     f"0..{MAX_CLASSES - 1}; fix it"
                 )
             if classes is None:
+                refuse_without_zero(listing.labels.tolist(), printable(src))
                 classes = [str(i) for i in range(highest + 1)]
             if highest >= len(classes):
                 raise too_few(src, highest, classes)
@@ -144,6 +146,16 @@ class Builder:
                 "classes given; fix the list of classes or the source"
             )
         return np.array([number[name] for name in names], np.int64), classes
+
+
+def refuse_without_zero(labels: Sequence[int], where: str) -> None:
+    """Raises UserError for numbers of classes without names that begin at another than 0."""
+    if min(labels, default=0) > 0:
+        raise UserError(
+            f"{where}: numbers begin at {min(labels)}; if it is ImageNet's ground truth, give the devkit "
+            "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; otherwise number from 0, or give "
+            "--classes, whose first line names number 0"
+        )
 
 
 def too_few(src: str, highest: int, classes: list[str]) -> UserError:

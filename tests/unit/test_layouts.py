@@ -56,10 +56,10 @@ def test_dotted_names_in_class_tars(tmp_path: Path) -> None:
 
 def test_dotted_names_in_shards(tmp_path: Path) -> None:
     """KEY ends at the first dot, as in WebDataset, unless the .cls files have more dots."""
-    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.seg.png": IMAGE, "1.cls": b"3"})
+    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.seg.png": IMAGE, "1.cls": b"0"})
     listing = listed(tmp_path / "a.tar", tmp_path)
     assert (
-        listing.names == ["a.tar/1.jpg"] and listing.ignored == ["a.tar/1.seg.png"] and listing.labels.tolist() == [3]
+        listing.names == ["a.tar/1.jpg"] and listing.ignored == ["a.tar/1.seg.png"] and listing.labels.tolist() == [0]
     )
     tar(tmp_path / "b.tar", {"2021.05.png": IMAGE, "2021.05.cls": b"1", "2021.06.png": IMAGE, "2021.06.cls": b"0"})
     listing = listed(tmp_path / "b.tar", tmp_path)
@@ -87,16 +87,16 @@ def test_shards_of_class_folders(tmp_path: Path) -> None:
     assert listed(tmp_path / "src", tmp_path, label_from="tar").classes == ["shard-0", "shard-1"]
 
 
-@pytest.mark.parametrize(("values", "classes"), [(("b", "a"), ["a", "b"]), ((2, 10), [str(i) for i in range(11)])])
+@pytest.mark.parametrize(("values", "classes"), [(("b", "a"), ["a", "b"]), ((0, 10), [str(i) for i in range(11)])])
 def test_shards_with_json(values: tuple, classes: list[str], tmp_path: Path) -> None:
     for shard in range(2):
         files = {f"{shard}{i}.jpg": IMAGE for i in range(2)}
-        files |= {f"{shard}{i}.json": json.dumps({"label": values[i], "w": 3}).encode() for i in range(2)}
+        files |= {f"{shard}{i}.json": json.dumps({"label": values[i], "w": 0}).encode() for i in range(2)}
         tar(tmp_path / "src" / f"shard-{shard}.tar", files)
     listing = listed(tmp_path / "src", tmp_path)
     assert list(classes_of(listing).values()) == [str(value) for value in values] * 2
     assert listing.classes == classes
-    assert listed(tmp_path / "src", tmp_path, label_key="w").labels.tolist() == [3] * 4
+    assert listed(tmp_path / "src", tmp_path, label_key="w").labels.tolist() == [0] * 4
 
 
 def test_json_with_two_labels(tmp_path: Path) -> None:
@@ -108,6 +108,18 @@ def test_json_with_two_labels(tmp_path: Path) -> None:
     assert listed(tmp_path / "a.tar", tmp_path, label_key="class_name").classes == ["cat"]
     tar(tmp_path / "b.tar", files | {"1.cls": b"0"})
     assert listed(tmp_path / "b.tar", tmp_path).labels.tolist() == [0]
+
+
+def test_numbers_that_begin_at_one(tmp_path: Path) -> None:
+    """Wherever they are: class 0 would be empty, and each class one too far."""
+    tar(tmp_path / "a.tar", {"1.jpg": IMAGE, "1.cls": b"1", "2.jpg": IMAGE, "2.cls": b"2"})
+    tar(tmp_path / "b.tar", {"1.jpg": IMAGE, "1.json": b'{"label": 1}', "2.jpg": IMAGE, "2.json": b'{"label": 2}'})
+    (tmp_path / "classes").write_text("none\nant\nbee\n")
+    for src in (tmp_path / "a.tar", tmp_path / "b.tar", parquet(tmp_path / "c.parquet", [1, 2])):
+        with pytest.raises(UserError, match=f"{src}: numbers begin at 1; .* number from 0, or give --classes"):
+            listed(src, tmp_path)
+        assert listed(src, tmp_path, classes=str(tmp_path / "classes")).labels.tolist() == [1, 2]
+    assert listed(parquet(tmp_path / "d.parquet", [1], names=["ant", "bee"]), tmp_path).labels.tolist() == [1]
 
 
 def test_cls_and_json_that_contradict(tmp_path: Path) -> None:
@@ -127,10 +139,10 @@ def test_names_in_cls(tmp_path: Path) -> None:
 
 
 def test_a_label_of_several_lines_is_a_fault(tmp_path: Path) -> None:
-    files = {"1.jpg": IMAGE, "1.cls": b"3\n4\n", "2.jpg": IMAGE, "2.cls": b"ant\nbee", "3.jpg": IMAGE, "3.cls": b"1"}
+    files = {"1.jpg": IMAGE, "1.cls": b"3\n4\n", "2.jpg": IMAGE, "2.cls": b"ant\nbee", "3.jpg": IMAGE, "3.cls": b"0"}
     tar(tmp_path / "a.tar", files)
     listing = listed(tmp_path / "a.tar", tmp_path)
-    assert listing.names == ["a.tar/3.jpg"] and listing.labels.tolist() == [1]
+    assert listing.names == ["a.tar/3.jpg"] and listing.labels.tolist() == [0]
     assert listing.faults == [(f"a.tar/{i}.jpg", "its .cls holds several lines, not one label") for i in (1, 2)]
 
 
@@ -143,11 +155,11 @@ def test_tars_that_may_be_classes_or_shards(tmp_path: Path) -> None:
 
 
 def test_labels_from_two_places(tmp_path: Path) -> None:
-    files = {"a/1.jpg": IMAGE, "a/1.json": b'{"label": 5}', "b/2.jpg": IMAGE, "b/2.json": b'{"label": 6}'}
+    files = {"a/1.jpg": IMAGE, "a/1.json": b'{"label": 0}', "b/2.jpg": IMAGE, "b/2.json": b'{"label": 6}'}
     tar(tmp_path / "x.tar", files)
     with pytest.raises(UserError, match=r"x.tar: labels may be from json or folder; choose with --label-from"):
         listed(tmp_path / "x.tar", tmp_path)
-    assert listed(tmp_path / "x.tar", tmp_path, label_from="json").labels.tolist() == [5, 6]
+    assert listed(tmp_path / "x.tar", tmp_path, label_from="json").labels.tolist() == [0, 6]
     assert listed(tmp_path / "x.tar", tmp_path, label_from="folder").classes == ["a", "b"]
 
 
@@ -257,10 +269,10 @@ def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
     flat = folder(tmp_path / "flat", "1.jpg")
     with pytest.raises(UserError, match="labels.txt: no table with a header .*; leave --label-key out"):
         listed(flat, tmp_path, labels=str(tmp_path / "labels.txt"), label_key="label")
-    tar(tmp_path / "x.tar", {"1.jpg": IMAGE, "1.cls": b"0", "1.json": b'{"breed": 7}'})
+    tar(tmp_path / "x.tar", {"1.jpg": IMAGE, "1.cls": b"7", "1.json": b'{"breed": 0}'})
     with pytest.raises(UserError, match="--label-key: .* the labels of .*x.tar are from cls; .* --label-from json"):
         listed(tmp_path / "x.tar", tmp_path, label_key="breed")
-    assert listed(tmp_path / "x.tar", tmp_path, label_from="json", label_key="breed").labels.tolist() == [7]
+    assert listed(tmp_path / "x.tar", tmp_path, label_from="json", label_key="breed").labels.tolist() == [0]
     for options in ({"raw_share": 0.3}, {"side": "longest"}, {"quality": 80, "mode": "raw"}):
         with pytest.raises(UserError, match=r"--(raw-share|side|quality): needs --.*, or leave it out"):
             ConvertSettings(**options)
