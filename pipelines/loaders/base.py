@@ -34,7 +34,8 @@ def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecuto
     """
     if device.type == "cpu":
         return ThreadPoolExecutor(count, name)
-    return ThreadPoolExecutor(count, name, torch.cuda.set_device, (device,))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(count, name, torch.cuda.set_device, (index,))
 
 
 class LoaderBase(ABC):

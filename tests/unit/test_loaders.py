@@ -249,16 +249,18 @@ def test_an_epoch_left_early_stops_the_work(beton, backend, monkeypatch):
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "cuda"])
 @pytest.mark.parametrize("backend", THREADED)
-def test_the_threads_that_copy_work_on_the_process_s_own_gpu(beton, backend, monkeypatch):
+def test_the_threads_that_copy_work_on_the_process_s_own_gpu(beton, backend, device, monkeypatch):
     """A new thread's CUDA device is 0: each process of the other GPUs would take memory there for a context."""
     seen = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda at: seen.append((threading.current_thread().name, str(at))))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: seen.append((threading.current_thread().name, at)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    with open_loader(training(beton, threads=1, device="cuda:1", hw_decoder_load=0.5), backend) as loader:
+    with open_loader(training(beton, threads=1, device=device, hw_decoder_load=0.5), backend) as loader:
         thread, submit = ("dali", loader._driver.submit) if backend == "dali" else ("loader", loader._pool.submit)
         submit(int).result()
-    assert seen == [(f"std_fast-{thread}_0", "cuda:1")]
+    assert seen == [(f"std_fast-{thread}_0", 1)]
 
 
 @pytest.mark.parametrize("backend", THREADED)
