@@ -92,7 +92,7 @@ def test_data_that_cannot_be_read_any_more_ends_a_run_with_its_steps_saved(recip
 
 
 @pytest.mark.parametrize("where", [3, 9])  # in the middle of the training, and in its last evaluation
-def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
+def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, capsys, where):
     """Which a scheduler's grace may be too short for; it is made up for when the run goes on."""
     recipe = at(recipe, tmp_path / "part", recipe.data.train, eval_batch=8)
     complete = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)
@@ -123,7 +123,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, where):
     assert train(recipe, resume=True, quiet=True)["result"] == complete["result"]
     with pytest.MonkeyPatch.context() as patch:  # it is finished, and not evaluated again
         patch.setattr("std_fast.training.evaluator.evaluate", lambda *_: pytest.fail("evaluates"))
-        assert train(recipe, resume=True, quiet=True)["result"] == complete["result"]
+        assert train(recipe, resume=True)["result"] == complete["result"]
+    assert f"{tmp_path}/part is complete" in capsys.readouterr().err
     expected, got = (weights(tmp_path / name)[0] for name in ("complete", "part"))
     assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
     kept = ("step", "top1", "loss")

@@ -69,6 +69,18 @@ def test_a_second_ctrl_c_leaves_at_once():
         assert process.returncode == 130
 
 
+def test_a_signal_outside_of_a_training_says_that_no_step_was_under_way():
+    code = (
+        "import time\nfrom std_fast.runtime.process import leave_on_signal\nwith leave_on_signal(3):\n"
+        "    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    with start(code, preexec_fn=heed) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "\nstd-fast: stopped; no step was under way\n"
+        assert process.returncode == 3
+
+
 def with_limit(process):
     try:
         process.wait(0.1)
