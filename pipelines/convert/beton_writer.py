@@ -95,13 +95,4 @@ def finish(
     header = np.array([(VERSION, len(fields), page_size, len(samples), table_start)], HEADER_TYPE)
     os.ftruncate(fd, end)
     _write(fd, table.tobytes(), table_start)
-    # Padding between a row's fields is whatever numpy leaves there, so it is written as zeros of its own.
-    _write(fd, _packed(header) + fields.tobytes() + _packed(rows), 0)
-
-
-def _packed(array: npt.NDArray[Any]) -> bytes:
-    """Bytes of a structured array, padding as zeros."""
-    clean = np.zeros(len(array), array.dtype)
-    for name in array.dtype.names or ():
-        clean[name] = array[name]
-    return clean.tobytes()
+    _write(fd, header.tobytes() + fields.tobytes() + rows.tobytes(), 0)

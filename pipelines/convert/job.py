@@ -30,8 +30,8 @@ from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
 from pipelines.convert.manifest import MANIFEST_VERSION, make_manifest, shown_settings, write_manifest
 from pipelines.convert.progress import ConvertMeter, ConvertProgress
-from pipelines.convert.remote_tree import Fetcher, refuse_replaced
-from pipelines.convert.sources import list_source, ordered_as_text
+from pipelines.convert.remote_tree import Fetcher
+from pipelines.convert.sources import list_source, ordered_as_text, refuse_replaced
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError, printable
 from pipelines.files import sync

@@ -53,6 +53,8 @@ class Listing:
     sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     stamps: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """modification time, ns, of the file that holds the image"""
+    archives: dict[str, int] = field(default_factory=dict)
+    """stamps of the files whose parts are read while the images are converted, by their names in the source"""
 
     def __len__(self) -> int:
         return len(self.names)

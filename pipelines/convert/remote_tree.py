@@ -16,9 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-
-from pipelines.convert.listing import SOURCES, Listing, regular
+from pipelines.convert.listing import SOURCES, Listing
 from pipelines.convert.tar_index import FileReader, Reader
 from pipelines.convert.trees import Entry
 from pipelines.convert.workers import ConvertTask
@@ -111,18 +109,6 @@ def remote_tree(src: str, work: str) -> RemoteTree:
 
     The URL is a folder's or a file's, and may hold {000..012} and {a,b}, and * where files can be listed.
     """
-    files, listed = _named_files(src)
-    if not listed:
-        by_name = {remote.file_name(file.url): file for file in files}
-        if len(by_name) < len(files):
-            raise UserError(f"{remote.shown(src)}: two of the files have one name; rename one, or give their folder")
-        return RemoteTree(src, by_name, work, named=True)
-    root = _root_of(src, files)
-    return RemoteTree(root, {file.url[len(root) + 1 :]: file for file in files}, work, named=False)
-
-
-def _named_files(src: str) -> tuple[list[RemoteFile], bool]:
-    """The files that a URL means, and whether it is a folder. Raises UserError."""
     urls = remote.expand_braces(src)
     files: list[RemoteFile] = []
     listed = False
@@ -134,7 +120,13 @@ def _named_files(src: str) -> tuple[list[RemoteFile], bool]:
             files += remote.find(url)
     if listed and len(urls) > 1:
         raise UserError(f"{remote.shown(src)}: several folders; give one folder, or several files")
-    return files, listed
+    if not listed:
+        by_name = {remote.file_name(file.url): file for file in files}
+        if len(by_name) < len(files):
+            raise UserError(f"{remote.shown(src)}: two of the files have one name; rename one, or give their folder")
+        return RemoteTree(src, by_name, work, named=True)
+    root = _root_of(src, files)
+    return RemoteTree(root, {file.url[len(root) + 1 :]: file for file in files}, work, named=False)
 
 
 def _root_of(base: str, files: list[RemoteFile]) -> str:
@@ -152,23 +144,6 @@ def local_copy(url: str, work: str) -> str:
     name = remote.file_name(url)
     tree = RemoteTree(url, {name: remote.info(url)}, work, named=True)
     return tree.local(tree.children()[0], name)
-
-
-def refuse_replaced(listing: Listing, src: str, work: str) -> None:
-    """UserError where a file of which parts were read, a tar say, is another than the one that was listed. Copies in
-    `work` were compared when they were made."""
-    parts, copies = listing.offsets >= 0, os.path.join(os.path.realpath(work), "")
-    numbers, first = np.unique(listing.file_numbers[parts], return_index=True)
-    stamps = {listing.files[n]: int(listing.stamps[parts][i]) for n, i in zip(numbers, first, strict=True)}
-    now: dict[str, int] = {}
-    if any(map(is_url, stamps)):  # listed as before: some file systems' calls differ in the times that they give
-        now = {file.url: file.stamp for file in _named_files(src)[0]}
-    for file, stamp in stamps.items():
-        if not os.path.realpath(file).startswith(copies):
-            status = None if is_url(file) else regular(file)
-            found = now.get(file) if status is None else isinstance(status, os.stat_result) and status.st_mtime_ns
-            if found != stamp:
-                raise remote.replaced(file)
 
 
 class Fetcher:

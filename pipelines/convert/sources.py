@@ -22,7 +22,7 @@ from pipelines.convert.tars import SPLIT_NAMES, list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
-from pipelines.read.remote import is_url
+from pipelines.read.remote import is_url, replaced
 
 COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+|zip|7z|rar)", re.IGNORECASE)
 NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipynb_checkpoints", ".cache")
@@ -42,9 +42,13 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
     for option, given in (("--labels", labels), ("--classes", classes)):
         if given is not None and not os.path.exists(given):
             raise UserError(f"{option} {printable(given)}: no such file; correct the path")
-    settings = replace(settings, labels=labels, classes=classes)
+    return list_tree(open_tree(src, work), replace(settings, labels=labels, classes=classes), work)
+
+
+def open_tree(src: str, work: str) -> Tree:
+    """The files of a source by path or URL. Raises UserError where it is none."""
     if is_url(src):
-        return list_tree(remote_tree(src, work), settings, work)
+        return remote_tree(src, work)
     try:
         status = os.stat(src)
     except (OSError, ValueError) as error:
@@ -52,9 +56,17 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
         if glob.has_magic(src) or "{" in src:
             reason = f"{reason}: only a URL may be a pattern, for files on a disk name their folder"
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
-    if stat.S_ISDIR(status.st_mode):
-        return list_tree(LocalTree(src), settings, work)
-    return list_tree(LocalTree(*named_file(src)), settings, work)
+    return LocalTree(src) if stat.S_ISDIR(status.st_mode) else LocalTree(*named_file(src))
+
+
+def refuse_replaced(listing: Listing, src: str, work: str) -> None:
+    """UserError where one of the listing's archives is no longer the file that was listed."""
+    if listing.archives:
+        tree = open_tree(src, work)
+        now = {entry.name: entry.stamp for entry in tree.children()}
+        for name, stamp in listing.archives.items():
+            if now.get(name) != stamp:
+                raise replaced(tree.place(name))
 
 
 def named_file(src: str) -> tuple[str, list[str]]:
@@ -90,6 +102,8 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
         if entry not in used:
             _unused(entry, builder)
     lists: dict[str, Callable[..., Listing]] = {"tar": list_tars, "parquet": list_parquet, "cifar": list_cifar}
+    if kind != "parquet":  # whose images are copied when they are listed
+        builder.listing.archives = {entry.name: entry.stamp for entry in used}
     return lists[kind](tree, used, settings, builder, work)
 
 

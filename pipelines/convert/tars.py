@@ -47,10 +47,10 @@ class Tar:
     """tars that lie in it: name without .tar, and what they hold, under full names"""
     files: list[Member] = field(default_factory=list)
     """what else it holds, in its order, under names within it"""
-    texts: dict[int, str] = field(default_factory=dict)
-    """labels in .cls and .json files, by the file's offset"""
-    several: dict[int, dict[str, str]] = field(default_factory=dict)
-    """labels by key of .json files that hold several, by the file's offset"""
+    cls: dict[int, str] = field(default_factory=dict)
+    """labels in .cls files, by the file's offset"""
+    json: dict[int, dict[str, str]] = field(default_factory=dict)
+    """labels by their keys in .json files, by the file's offset"""
 
 
 def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
@@ -132,13 +132,9 @@ def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
 def _keep_text(reader: Reader, member: Member, tar: Tar, label_key: str | None) -> None:
     name = member.name.lower()
     if name.endswith(".cls") and member.size <= MAX_CLS:
-        tar.texts[member.offset] = reader.pread(member.size, member.offset).decode("utf-8-sig", "replace").strip()
+        tar.cls[member.offset] = reader.pread(member.size, member.offset).decode("utf-8-sig", "replace").strip()
     elif name.endswith(".json") and member.size <= MAX_JSON:
-        labels = _json_labels(reader.pread(member.size, member.offset), label_key)
-        if len(labels) > 1:
-            tar.several[member.offset] = labels
-        else:
-            tar.texts.update((member.offset, label) for label in labels.values() if label)
+        tar.json[member.offset] = _json_labels(reader.pread(member.size, member.offset), label_key)
 
 
 def _split(path: str, at_last_dot: bool) -> tuple[str, str]:
@@ -155,7 +151,7 @@ class _Images:
         cls = [member.name.rpartition("/")[2] for _, member in flat if member.name.lower().endswith(".cls")]
         self.has_cls = bool(cls)
         at_last_dot = any(name.count(".") > 1 for name in cls) or not cls
-        self.beside: dict[tuple[int, str, str], tuple[Tar, Member]] = {}
+        self.beside: dict[tuple[int, str, str], int] = {}  # offsets by tar, key and ending, that of an image as "image"
         self.found: list[tuple[Tar, Member, str]] = []  # with the key
         self.json: list[str] = []  # beside images
         rest = []
@@ -166,9 +162,9 @@ class _Images:
                     builder.fault(f"{tar.name}/{member.name}", "a second image of the same key: not read")
                     continue
                 self.found.append((tar, member, key))
-                self.beside[tar.number, key, "image"] = tar, member
+                self.beside[tar.number, key, "image"] = member.offset
             else:
-                self.beside[tar.number, key, ending] = tar, member
+                self.beside[tar.number, key, ending] = member.offset
                 rest.append((tar, member, key, ending))
         for tar, member, key, ending in rest:
             self._other(tar, member, key, ending, builder)
@@ -195,21 +191,23 @@ class _Images:
     def label(self, tar: Tar, key: str, ending: str) -> str | None:
         """Label in the file with this ending beside an image; None where there is no such file, "" where no label.
         Raises UserError where it holds several."""
-        found = self.beside.get((tar.number, key, ending))
-        if found is not None and (several := tar.several.get(found[1].offset)):
+        offset = self.beside.get((tar.number, key, ending))
+        if offset is None or ending == "cls":
+            return None if offset is None else tar.cls.get(offset, "")
+        labels = tar.json.get(offset, {})
+        if len(labels) > 1:
             raise UserError(
-                f"{printable(f'{tar.name}/{key}')}: its .{ending} holds {' and '.join(several)}; choose with "
+                f"{printable(f'{tar.name}/{key}')}: its .{ending} holds {' and '.join(labels)}; choose with "
                 "--label-key, or with --label-from where the label is elsewhere"
             )
-        return None if found is None else tar.texts.get(found[1].offset, "")
+        return next(iter(labels.values()), "")
 
-    def differs(self, tar: Tar, key: str, cls: str) -> str | None:
-        """A label in the .json that contradicts that of the .cls; a number and a name may both be right."""
-        offset = self.beside[tar.number, key, "json"][1].offset if (tar.number, key, "json") in self.beside else -1
-        labels = tar.several.get(offset) or {"": tar.texts.get(offset, cls)}
-        alike = [label.strip() for label in labels.values() if is_number(label) == is_number(cls)]
-        same = any(label == cls or (is_number(cls) and float(label) == float(cls)) for label in alike)
-        return alike[0] if alike and not same else None
+    def conflict(self, tar: Tar, key: str, cls: str) -> str | None:
+        """A label in the .json that conflicts with that of the .cls; a number and a name may both be right."""
+        held = tar.json.get(self.beside.get((tar.number, key, "json"), -1), {}).values()
+        labels = [label.strip() for label in held if label and is_number(label) == is_number(cls)]
+        same = cls in labels or (is_number(cls) and float(cls) in map(float, labels))
+        return labels[0] if labels and not same else None
 
 
 def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: Builder) -> Listing:
@@ -287,6 +285,7 @@ def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Bu
     """Images with the text of their labels; those without one become faults."""
     if choice != "json":
         builder.listing.ignored += map(printable, images.json)
+    compared = choice == "cls" and settings.label_from == "auto"
     labelled: list[tuple[Tar, Member, str]] = []
     for tar, member, key in images.found:
         fault = ""
@@ -295,7 +294,7 @@ def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Bu
             fault = f"its .{choice} holds no label" if text == "" else f"has no .{choice} of the same key"
             if text and len(text.splitlines()) > 1:
                 text, fault = "", f"its .{choice} holds several lines, not one label"
-            if text and choice == "cls" and settings.label_from == "auto" and (other := images.differs(tar, key, text)):
+            if text and compared and (other := images.conflict(tar, key, text)):
                 raise UserError(
                     f"{printable(f'{tar.name}/{key}')}: its .cls holds label {printable(text)} and its .json "
                     f"{printable(other)}; choose with --label-from"

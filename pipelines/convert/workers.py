@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings, prepare, prepare_cifar
 from pipelines.read.turbojpeg import BadImage
 
@@ -173,8 +173,6 @@ class Workers:
                 )
 
     def _at(self, index: int) -> str:
-        from pipelines.errors import printable
-
         beat = self._beat(index)
         return printable(self._names[beat - 1]) if beat else "its start"
 
