@@ -9,6 +9,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import versions
 
 FORMAT = 1
+LEAST_STEPS = 5
+"""of each way of training, that a recommendation rests on"""
 log = logging.getLogger("std_fast")
 
 # A measurement of a recipe that differs in these is still one of the same work.
@@ -83,6 +86,9 @@ class TruncatedLoader:
 
 def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, Any]:
     """Runs the recipe for about `seconds`, each way; returns the numbers as they are stored (see `read`).
+
+    Of a slow recipe one batch is evaluated and one step done, with the teachers where there are any; the other ways are
+    then left out.
 
     Rates, memory and evaluation are of one process with its share of the batch, `run.batch / gpus`.
 
@@ -146,11 +152,17 @@ def time_all_reduce(gradient_bytes: int, gpus: int, on_gpu: bool) -> float | Non
 def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     modes: dict[str, Any] = {}
     run = start(recipe, scratch / "one", process_seconds())
+    began = time.perf_counter()
+
+    def worthwhile() -> bool:
+        """Whether another way of training is measured."""
+        enough = all(mode["steps"] >= LEAST_STEPS for mode in modes.values())
+        return enough or time.perf_counter() < began + seconds
+
     try:
         parts = run.parts
         data = parts.train_loader
-        began = time.perf_counter()
-        evaluation_seconds = time_evaluation(run, seconds / 6)
+        evaluation_seconds = time_evaluation(run, seconds)
         evaluated_for = time.perf_counter() - began
         measured: dict[str, Any] = {
             "samples": data.source.num_samples,
@@ -167,7 +179,7 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
             "write": round(run.folder.writer.seconds, 3),
         }
         measured["checkpoint_bytes"] = max(file.stat().st_size for file in (scratch / "one").glob("checkpoints/*"))
-        if parts.teachers is not None:
+        if parts.teachers is not None and worthwhile():
             with torch.no_grad(), parts.trainer.autocast():
                 targets = parts.teachers(parts.augment(next(data.epoch(0))).images)
             parts.stream.source = ConstantTargets(targets)
@@ -175,7 +187,7 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
     finally:
         run.close()
     del run, parts, data
-    if recipe.distill.mode != "none":
+    if recipe.distill.mode != "none" and worthwhile():
         plain = start(replace(recipe, distill=Distill(mode="none")), scratch / "two")
         try:
             modes["none"] = time_steps(plain, seconds / 4)
@@ -205,7 +217,7 @@ def start(recipe: Recipe, out: Path, already: float = 0.0) -> Run:
 
 
 def time_evaluation(run: Run, seconds: float) -> float:
-    """Seconds of one evaluation; of a large data set only as much is evaluated as fits into `seconds`."""
+    """Seconds of one evaluation; of a large data set only as much is evaluated as fits into a sixth of `seconds`."""
     loader = run.parts.val_loader
     if loader is None:
         return 0.0
@@ -216,11 +228,17 @@ def time_evaluation(run: Run, seconds: float) -> float:
         run.evaluator(run.step, "start", record=False)
         return time.perf_counter() - began
 
+    with closing(loader.epoch(0)) as batches_read:  # compiles FFCV's decoding
+        next(batches_read)
     try:
-        take(1)
         one = take(1)
-        batches = max(1, min(loader.steps_per_epoch, int(seconds / one)))
-        took = take(batches)
+        least = one * (1 + 4 * run.recipe.run.batch / loader.spec.global_batch)  # a step: forward, backward, teachers
+        if least > seconds:
+            log.warning("a batch is evaluated in %.1f s here: measuring takes about %.0f s", one, least)
+        elif one < seconds / 6:
+            one = take(1)  # the first one is slower
+        batches = max(1, min(loader.steps_per_epoch, int(seconds / 6 / one)))
+        took = take(batches) if batches > 1 else one
     finally:
         run.parts.val_loader = loader
     return round(took * loader.steps_per_epoch / batches, 3)
@@ -245,18 +263,22 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
     # until compiled, and until it is decided whether teachers work beside the student
     warm = 70 if run.stream.overlap.trial is not None and run.stream.source.runs_teachers else 4
     marks: list[tuple[int, dict[str, float]]] = []
-    began = first_at = time.perf_counter()
-    first = run.step
+    before = run.step, run.ledger.read()
+
+    def since(mark: tuple[int, dict[str, float]]) -> float:
+        """Seconds, without those of compilation."""
+        return productive_seconds(run.ledger.read()) - productive_seconds(mark[1])
 
     def on_step(_: Run) -> None:
-        nonlocal first_at
-        now = time.perf_counter()
-        if not marks and (run.step - first >= warm or now - began > seconds / 2):
-            mark()
-            first_at = time.perf_counter()
-        elif marks and now - first_at > seconds / 2:
-            mark()
+        if marks:
+            run.stop_wanted = since(marks[0]) > seconds / 2
+        elif since(before) > seconds:
+            marks.append(before)  # no time for a step after the first
             run.stop_wanted = True
+        elif run.step - before[0] >= warm or since(before) > seconds / 2:
+            mark()
+        if run.stop_wanted:
+            mark()
 
     def mark() -> None:
         if on_gpu:
@@ -265,7 +287,6 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    before = run.ledger.read()
     try:
         run.loop(on_step)
     except Stopped:
@@ -277,7 +298,7 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
         "images_per_second": round(images / busy, 1),
         "steps": step_2 - step_1,
         "waiting_share": round((now["data"] - then["data"]) / busy, 3),
-        "compile_seconds": round(now["compile"] - before["compile"], 3),
+        "compile_seconds": round(now["compile"] - before[1]["compile"], 3),
         "memory_gib": round(torch.cuda.max_memory_reserved(device) / 2**30, 2) if on_gpu else None,
     }
 

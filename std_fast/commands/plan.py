@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from std_fast.commands.measure import early, measure, read
+from std_fast.commands.measure import LEAST_STEPS, early, measure, read
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import CLOSING
 from std_fast.teachers.target_format import bytes_per_epoch
@@ -142,6 +142,19 @@ class Costs:
             targets_bytes=kept * bytes_per_epoch(self.measured["samples"], len(distill.teachers), distill.top_k),
         )
 
+    def too_few_steps(self) -> str:
+        """Why nothing can be recommended; empty where enough steps were measured."""
+        steps = min(mode["steps"] for mode in self.modes.values())
+        if steps >= LEAST_STEPS:
+            return ""
+        slowest = max(self.batch / self.gpus / early(mode) for mode in self.modes.values())
+        parts = 8 if self.recipe.distill.mode != "none" else 4  # of the seconds, one is timed; see `measure.time_some`
+        seconds = parts * LEAST_STEPS * slowest * (2 if self.recipe.student.early_size else 1)
+        return (
+            f"nothing: measured {steps} step{'s' * (steps != 1)} only, and a recommendation takes {LEAST_STEPS}; give "
+            f"--seconds {10 * math.ceil(seconds / 10)}"
+        )
+
 
 def buy(measured: dict[str, Any], recipe: Recipe, now: datetime | None = None) -> Plan:
     """From a measurement to what `run.length` of the recipe buys (gpu-hours) or costs (anything else)."""
@@ -151,9 +164,12 @@ def buy(measured: dict[str, Any], recipe: Recipe, now: datetime | None = None) -
     if "stored" in costs.modes and views < costs.row("views", views).epochs:
         rows.insert(1, costs.row("views", views))
     by_mode = {r.mode: r for r in rows}
-    recommended, options = recommend(recipe, by_mode, views)
     main = by_mode.get("running", rows[0])
-    options += fewer_evaluations(main, costs.gpus * costs.evaluation, costs.eval_every)
+    recommended = costs.too_few_steps()
+    options: list[str] = []
+    if not recommended:
+        recommended, options = recommend(recipe, by_mode, views)
+        options += fewer_evaluations(main, costs.gpus * costs.evaluation, costs.eval_every)
     end = (now or datetime.now()).astimezone() + timedelta(hours=main.gpu_hours / costs.gpus)
     return Plan(
         device=measured["device"],
@@ -213,9 +229,6 @@ def notes(measured: dict[str, Any], row: Row, hours: float | None) -> Iterator[s
         yield f"{100 * waiting:.0f} % of the time is waiting for data: more data.threads or a smaller beton would help"
     if hours is not None and row.epochs < 10:
         yield f"{row.epochs:.1f} epochs are few: a smaller student or data.image_size, or more hours, would give more"
-    few = [mode for mode, found in measured["modes"].items() if found["steps"] < 5]
-    if few:
-        yield f"measured on fewer than 5 steps ({', '.join(few)}): a rough estimate; give more --seconds"
 
 
 def notes_on_gpus(measured: dict[str, Any]) -> Iterator[str]:

@@ -147,9 +147,12 @@ def test_what_is_recommended(measured):
     assert few.options[:2] == ("--distill.target-cache", "targets/run") and "few" in few.notes[0]
     short = plan.buy(measured, recipe_of(length="8 gpu-hours", eval_every="1 epoch"))
     assert short.options[-2:] == ("--run.eval-every", "4 epochs")  # 10 s after each 100 s
-    measured["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2}
-    notes = " ".join(plan.buy(measured, recipe_of(length="8 gpu-hours")).notes)
-    assert "40 % of the time is waiting" in notes and "fewer than 5 steps" in notes
+    measured["modes"]["running"] |= {"waiting_share": 0.4, "steps": 2, "images_per_second": 0.5}
+    slow = plan.buy(measured, recipe_of(length="8 gpu-hours"))
+    assert "40 % of the time is waiting" in " ".join(slow.notes)
+    # 5 steps of 16 s in an eighth of the time
+    few = "nothing: measured 2 steps only, and a recommendation takes 5; give --seconds 640"
+    assert (slow.recommended, slow.options) == (few, ())
     measured["modes"] = {"none": mode(100.0)}
     assert plan.buy(measured, recipe_of(PLAIN)).recommended.startswith("a plain training")
 
@@ -197,19 +200,37 @@ def test_a_damaged_measurement(measured, tmp_path, text, complaint):
         plan.read(path, recipe_of())
 
 
-def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys, monkeypatch):
-    timed = measure.time_evaluation  # of a large data set a part, so that it takes less than it says
-    monkeypatch.setattr(measure, "time_evaluation", lambda run, seconds: 60.0 + timed(run, seconds))
-    recipe, weights = tmp_path / "tiny.yaml", tmp_path / "teacher.safetensors"
+def write_tiny(folder, images):
+    """A recipe with a teacher, on the CPU, in a file; its path."""
+    recipe, weights = folder / "tiny.yaml", folder / "teacher.safetensors"
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), weights)
-    data = {"train": str(image_folder), "val": str(image_folder), "image_size": 16, "threads": 1}
+    data = {"train": str(images), "val": str(images), "image_size": 16, "threads": 1}
     data = {
         **STD,
         "data": data,
         "distill": {"mode": "std", "teachers": [{"name": "test_resnet", "weights": str(weights)}]},
     }
-    data["run"] = {**STD["run"], "out": str(tmp_path / "runs" / "tiny")}
+    data["run"] = {**STD["run"], "out": str(folder / "runs" / "tiny")}
     recipe.write_text(recipes.dump(from_dict(Recipe, data)))
+    return recipe
+
+
+def test_a_slow_recipe_takes_one_batch_and_one_step(image_folder, tmp_path, capsys, caplog):
+    """Where no step fits into the time, more would only take longer: it ends, and recommends nothing."""
+    recipe, saved = write_tiny(tmp_path, image_folder), tmp_path / "bench.json"
+    command = ["plan", str(recipe), "--budget.gpu-hours", "0.5", "--json", "--seconds", "0.0001", "--save", str(saved)]
+    assert cli.main(command) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["recommended"].startswith("nothing: measured 1 step only") and made["options"] == []
+    assert {name: mode["steps"] for name, mode in json.loads(saved.read_text())["modes"].items()} == {"running": 1}
+    assert "measuring takes about" in caplog.text
+
+
+def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys, monkeypatch):
+    timed = measure.time_evaluation  # of a large data set a part, so that it takes less than it says
+    monkeypatch.setattr(measure, "time_evaluation", lambda run, seconds: 60.0 + timed(run, seconds))
+    monkeypatch.setattr(measure, "LEAST_STEPS", 1)  # all ways, on a busy machine too
+    recipe = write_tiny(tmp_path, image_folder)
     saved = tmp_path / "bench.json"
     command = ["plan", str(recipe), "--budget.gpu-hours", "0.5", "--json"]
     assert cli.main([*command, "--seconds", "0.6", "--save", str(saved), "--gpus", "2"]) == 0
