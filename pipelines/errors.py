@@ -56,3 +56,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'NEAR'?` to end a message with, or nothing where no known name is near."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def quantity(number: int, unit: str) -> str:
+    """`1 epoch`, `2,000 images`, `3 classes`."""
+    return f"{number:,} {unit}{'' if number == 1 else 'es' if unit.endswith('s') else 's'}"

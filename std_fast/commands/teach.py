@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from pipelines.augment.device import Augment
-from pipelines.errors import UserError
+from pipelines.errors import UserError, quantity
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Duration, Recipe, parse_seconds
+from std_fast.runtime.budget import duration_in_words
 from std_fast.runtime.distributed import RankSync, World, init_distributed
 from std_fast.runtime.metrics import Progress, three_digits
 from std_fast.runtime.process import stop_on_signal
@@ -96,10 +97,11 @@ def fill_cache(
     cache = open_target_cache(recipe.distill, values, even, run.batch, world)
     stream = teacher_stream(recipe, loader, device, precision)
     if world.main:
-        what = f"{even:,} images in each of {epochs:,} epochs"
-        log.info("%s: the teachers run on %s (all of the last, where run.length ends in it)", cache.folder, what)
-    bar = Progress("epoch", epochs, "epochs", quiet or not world.main)
+        what = f"{quantity(even, 'image')} in {'each of ' * (epochs > 1)}{quantity(epochs, 'epoch')}"
+        log.info("%s: the teachers run on %s, also where run.length ends within the last", cache.folder, what)
+    bar = Progress("epoch", epochs, "", quiet or not world.main)
     began, images, steps = time.perf_counter(), 0, loader.steps_per_epoch
+    warm: tuple[float, int] | None = None  # when the first batch, which is slower, was done, and its images
     ranks = RankSync(world)
     try:
         for epoch in range(epochs):
@@ -110,12 +112,15 @@ def fill_cache(
             writer = cache.writer(epoch)
             first = world.broadcast(writer.filled()) // run.batch
             stream.seek(epoch * steps + first)
+            later = even * sum(e > epoch for e in cache.missing(epochs))
             for step in range(first, steps):
                 check_signals(ranks, signals, epoch, cache)
                 batch = next(stream)
                 writer.add(step, pack(batch.targets))
                 images += min(run.batch, even - step * run.batch)
-                bar.note(epoch + (step + 1) / steps, f"{three_digits(images / (time.perf_counter() - began))} images/s")
+                warm = warm or (time.perf_counter(), images)
+                left = later + max(0, even - (step + 1) * run.batch)
+                bar.note(epoch + (step + 1) / steps, rate_in_words(images - warm[1], warm[0], left))
             writer.end()
     finally:
         stream.close()
@@ -124,6 +129,14 @@ def fill_cache(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images, time.perf_counter() - began
+
+
+def rate_in_words(images: int, since: float, left: int) -> str:
+    """`41.2 images/s, about 3 minutes left`, from the images that were done `since`; empty where there are none."""
+    if images <= 0:
+        return ""
+    rate = images / (time.perf_counter() - since)
+    return f"{three_digits(rate)} images/s, about {duration_in_words(left / rate)} left"
 
 
 def teacher_stream(recipe: Recipe, loader: Loader, device: torch.device, precision: str) -> BatchStream:

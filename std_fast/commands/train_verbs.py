@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, quantity
 from std_fast.commands.arguments import NOT_FINITE, PEER_LOST, STOPPED, Parser, Verb, add_json, add_recipe, show
 from std_fast.runtime.process import say
 
@@ -54,7 +54,7 @@ def train(args: argparse.Namespace) -> int:
         return 0
     where = resolved(recipe).run.out
     accuracy = result_in_words(summary["result"]) or "no validation data"
-    lines = [accuracy, f"{summary['steps']} steps, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
+    lines = [accuracy, f"{quantity(summary['steps'], 'step')}, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
     text = "\n".join([*lines, in_words(summary["seconds"])])
     show(args, summary, text, kept=f"{where}/summary.json")
     return 0
@@ -125,8 +125,8 @@ def teach(args: argparse.Namespace) -> int:
         say(f"std-fast: {error}")
         return PEER_LOST
     if rank() == 0:
-        size = f"{data['epochs']} epochs, {data['bytes'] / 1e6:.1f} MB"
-        text = f"{data['targets']}: {size}, {data['images']} images seen by the teachers"
+        size = f"{quantity(data['epochs'], 'epoch')}, {data['bytes'] / 1e6:.1f} MB"
+        text = f"{data['targets']}: {size}, {quantity(data['images'], 'image')} seen by the teachers"
         with_views = f" --distill.views {data['views']}" if data["views"] else ""
         show(args, data, f"{text}\ntrain with --distill.target-cache {data['targets']}{with_views}")
     return 0

@@ -15,7 +15,7 @@ from torch import nn
 
 import pipelines
 from pipelines.augment.device import Augment
-from pipelines.errors import UserError
+from pipelines.errors import UserError, quantity
 from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.remote import is_url
 from pipelines.read.source import open_source
@@ -218,7 +218,9 @@ def needed_teachers(
     try:
         return build_teachers(*what)
     except UserError as error:
-        lacks = f"lacks {len(missing)} of {epochs} epochs" if missing else "may hold too few epochs for run.length"
+        lacks = "may hold too few epochs for run.length"
+        if missing and epochs:
+            lacks = f"lacks {len(missing)} of {quantity(epochs, 'epoch')}"
         raise UserError(f"{error} (needed because distill.target_cache {lacks})") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipelines.errors import quantity
 from std_fast.runtime.budget import Clock
 from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import LINE_SECONDS
@@ -79,7 +80,7 @@ class Evaluator:
         if parts.device.type == "cuda":
             torch.cuda.synchronize(parts.device)  # the steps under way are training
         total, began = parts.val_loader.source.num_samples, time.perf_counter()
-        self.log.progress.say(f"evaluating {total:,} images")
+        self.log.progress.say(f"evaluating {quantity(total, 'image')}")
         said = began
 
         def stop(images: int) -> bool:

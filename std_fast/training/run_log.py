@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipelines.errors import quantity
 from pipelines.files import write_atomic
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import to_dict
@@ -75,9 +76,8 @@ class RunLog:
     def begin(self, step: int) -> None:
         """Before the first step, which may take minutes."""
         source, compiles = self.parts.train_loader.source, self.parts.backend is not None
-        text = (
-            f"{source.num_samples:,} images of {source.num_classes:,} classes, {self.steps_per_epoch:,} steps an epoch"
-        )
+        images, classes = quantity(source.num_samples, "image"), quantity(source.num_classes, "class")
+        text = f"{images} of {classes}, {quantity(self.steps_per_epoch, 'step')} an epoch"
         self.progress.say(f"{text}; step {step + 1}{' compiles, which takes minutes' * compiles}")
         self.start()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -288,10 +289,12 @@ def test_teach_on_the_command_line(recipe, tmp_path, capsys, caplog):
     store = str(tmp_path / "store")
     assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert "the teachers run on 24 images in each of 1 epochs" in caplog.text and "epoch 1/1 epochs" in err
+    assert "the teachers run on 24 images in 1 epoch, also where run.length ends within the last" in caplog.text
+    assert re.search(r"epoch 0.6667/1  [\d.]+ images/s, about \d+ s left\nepoch 1/1  .* about 0 s left\n", err)
     data = json.loads(out)
     assert data["epochs"] == data["views"] == 1 and data["images"] == 24 and data["bytes"] == bytes_per_epoch(24, 2)
     assert cli.main(["teach", str(path), "--distill.target-cache", store, "--distill.views", "1", "--quiet"]) == 0
-    assert "--distill.views 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--distill.views 1" in out and ": 1 epoch, " in out
     assert cli.main(["teach", str(path), "--quiet"]) == 2
     assert "distill.target_cache: is empty" in capsys.readouterr().err
