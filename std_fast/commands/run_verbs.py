@@ -1,4 +1,7 @@
-"""Verbs that use finished runs: eval, predict, report, export."""
+"""Verbs that use finished runs: eval, predict, report, export.
+
+Each begins with a line of what it does: importing torch and loading a model may take a minute.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import json
 import sys
 from pathlib import Path
 
+from pipelines.errors import printable, quantity
 from std_fast.commands.arguments import Parser, Verb, add_json, printing, show
+from std_fast.runtime.process import say
 
 
 def add_eval(parser: Parser) -> None:
@@ -27,6 +32,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
     recipe = None if args.teacher is None else recipes.load(args.run, overrides)
+    say(f"evaluating {printable(args.run)}{'' if recipe is None else f', teacher {args.teacher}'}")
 
     from std_fast.commands.predict import evaluate_export
     from std_fast.teachers.hub_folder import is_hub_folder
@@ -52,7 +58,7 @@ def add_predict(parser: Parser) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     """Exit code 2 where a file was no image; the others are predicted."""
-    from pipelines.errors import printable
+    say(f"loading the model of {printable(args.model)}")
     from std_fast.commands.predict import predict_images
 
     images: list[dict] = []
@@ -88,6 +94,8 @@ def add_report(parser: Parser) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    predicted = f", then predicting {quantity(args.images, 'image')} of each" * (args.images > 0)
+    say(f"reading {quantity(len(args.runs), 'run')}{predicted}")
     from std_fast.commands.report import write_report
 
     data = write_report([Path(run) for run in args.runs], Path(args.out), args.images)
@@ -105,6 +113,7 @@ def add_export(parser: Parser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    say(f"exporting {printable(args.run)}: each format is written, read back and compared")
     from std_fast.commands.export import export_run
 
     done = export_run(args.run, args.out, tuple(args.formats), args.predict)

@@ -128,6 +128,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 FIRST_LINES, LINE_SECONDS, LINE_SHARE, LINE_GAP = 2, 10.0, 0.05, 1.0
+SILENT_SECONDS = 20.0
 STDERR = "standard error"
 
 
@@ -160,7 +161,8 @@ class Progress:
     """A progress bar on a terminal, plain lines elsewhere, on standard error; what cannot be written there is counted.
 
     Away from a terminal the first FIRST_LINES and the last are printed, and between them a line when LINE_SECONDS have
-    passed since the last one, or LINE_SHARE of the total is done since then and LINE_GAP seconds have passed.
+    passed since the last one, or LINE_SHARE of the total is done since then and LINE_GAP seconds have passed. Where
+    nothing was printed for SILENT_SECONDS, `update` prints how much is done.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class Progress:
         self._clock, self._faults = clock, faults or WriteFaults()
         self._printed = (0.0, 0.0)  # when the last line was printed, and how much was done
         self._lines = 0
+        self._quiet_since = clock()
         self._bar = None
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -199,10 +202,12 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(self._place(0), total=total, note="")
 
-    def update(self, done: float) -> None:
-        """Moves the bar; nothing elsewhere."""
+    def update(self, done: float, text: str = "") -> None:
+        """Moves the bar; elsewhere a line, with this text, after SILENT_SECONDS without one."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=self._place(done))
+        elif not self.quiet and self._clock() - self._quiet_since > SILENT_SECONDS:
+            self._print(f"{self._place(done)}  {text}".rstrip())
 
     def _place(self, done: float) -> str:
         return f"{self.what} {round(done, 4):,.10g}/{self.total:,.10g} {self.unit}".rstrip()
@@ -232,6 +237,7 @@ class Progress:
             self._print(text)
 
     def _print(self, line: str) -> None:
+        self._quiet_since = self._clock()
         with self._faults.counted(STDERR):
             print(line, file=sys.stderr, flush=True)
 

@@ -87,7 +87,7 @@ class RunLog:
 
     def update(self, step: int) -> None:
         """After every step: moves the progress bar. Waits for nothing."""
-        self.progress.update(self._done(step))
+        self.progress.update(self._done(step), "" if self.clock.steps else f"step {step:,}")
         self._report_rate(self.parts.speed.watch.finished())
 
     def _report_rate(self, finished: int) -> None:

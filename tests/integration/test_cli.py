@@ -134,6 +134,21 @@ def test_mistakes_are_one_line_and_exit_code_2(words, complaint, capsys, tmp_pat
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["eval", "no\nrun"], r"evaluating no\nrun"),
+        (["predict", "none", "x.jpg"], "loading the model of none"),
+        (["report", "none"], "reading 1 run, then predicting 12 images of each"),
+        (["export", "none", "out"], "exporting none: each format is written, read back and compared"),
+    ],
+)
+def test_a_verb_that_takes_a_minute_begins_with_what_it_does(words, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, err = run(capsys, *words)
+    assert err.splitlines()[0] == line
+
+
 def test_empty_class_and_unreadable_image(image_folder, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)

@@ -18,7 +18,7 @@ from pipelines.errors import DataError, UserError
 from std_fast import cli
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
-from std_fast.runtime import checkpoint
+from std_fast.runtime import checkpoint, metrics
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import evaluator, run_log
 from std_fast.training.evaluate import evaluate_run
@@ -223,6 +223,7 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
 ):
     monkeypatch.setattr(run_log, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(evaluator, "LINE_SECONDS", -1.0)
+    monkeypatch.setattr(metrics, "SILENT_SECONDS", -1.0)
     recipe = at(recipe, tmp_path / "run", recipe.data.train)
     train(replace(recipe, run=replace(recipe.run, length=length, log_every=100)))
     lines = capsys.readouterr().err.splitlines()
@@ -230,6 +231,7 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
     assert bool(rates) is reported and all(
         re.match(r"step 2/9: [\d.]+ images/s, about \d+ s to", line) for line in rates
     )
+    assert any(re.fullmatch("step 1/9" if reported else r"hour [\d.]+/0.001 GPU-h  step 1", line) for line in lines)
     evaluated = [at for at, line in enumerate(lines) if re.match(r"step \d+: top-1", line)]
     shown = ["evaluating 24 images", *(f"evaluated {done} of 24 images" for done in (0, 8, 16))]
     assert evaluated and all(lines[at - 4 : at] == shown for at in evaluated)

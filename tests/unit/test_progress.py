@@ -32,6 +32,18 @@ def test_lines_printed(total: int, seconds: float, printed: list[int], capsys: p
     assert lines[0] == f"converted 1/{total:,} images  converting"
 
 
+def test_a_line_after_a_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    progress = Progress("hour", 0.5, "GPU-h", clock=lambda: now[0])
+    for step in range(1, 12):
+        now[0] = 5.0 * step
+        progress.update(step / 100, f"step {step}")
+        if step == 2:
+            progress.note(step / 100, "loss 1.0")  # at 10 s
+    shown = ["hour 0.02/0.5 GPU-h  loss 1.0", "hour 0.07/0.5 GPU-h  step 7"]  # more than 20 s later
+    assert capsys.readouterr().err.splitlines() == shown
+
+
 def test_in_80_columns_the_note_is_cut_and_the_step_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = pty.openpty()
     monkeypatch.setenv("COLUMNS", "80")
