@@ -5,6 +5,7 @@ Shapes: B batch, K classes, M teachers, H distillation heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -50,7 +51,8 @@ def create_student(
 
     Args:
         name: mixer_s16, resmlp_s24, cyclemlp_b1, ...: `std_fast.models.list_backbones()` has them all.
-        num_classes, image_size: classes K; side of the square images in pixels.
+        num_classes, image_size: classes K (0, for pooled features, goes with teachers=0); side of the square images in
+            pixels.
         teachers: M, number of teachers; 0 for the plain model.
         drop_path: stochastic depth rate.
         tokens, mine_width, mine_ema, token_mlp_ratio: see `Student`.
@@ -70,16 +72,23 @@ def create_student(
 
     Source: Li et al., ICML 2022 (docs/METHOD.md, sections 2 and 3).
     """
-    check_kinds(
-        name=(name, str), num_classes=(num_classes, Integral), image_size=(image_size, Integral),
-        teachers=(teachers, Integral), drop_path=(drop_path, Real), mine_weight=(mine_weight, Real),
-        mine_width=(mine_width, Integral), mine_ema=(mine_ema, Real),
-    )  # fmt: skip
-    _check_lists(taps, assign, token_mlp_ratio)
+    check_number("teachers", teachers, Integral)
+    check_number("num_classes", num_classes, Integral, min(teachers, 1))  # 0: pooled features
+    check_number("image_size", image_size, Integral, 1)
+    check_number("drop_path", drop_path)
+    check_number("mine_weight", mine_weight)
+    check_number("mine_width", mine_width, Integral, 1)
+    check_number("mine_ema", mine_ema, below=1)
+    check_list("taps", () if taps is None else taps)
+    check_list("assign", assign or ())
+    for i, group in enumerate(assign or ()):
+        check_list(f"assign.{i}", group)
+    check_list("token_mlp_ratio", token_mlp_ratio)
+    if len(token_mlp_ratio) != 2 or min(token_mlp_ratio) <= 0:
+        raise UserError(f"token_mlp_ratio: {token_mlp_ratio} must be two positive numbers")
     for field, value, known in (("tokens", tokens, TOKENS), ("predict", predict, PREDICTIONS)):
         if value not in known:
             raise UserError(f"{field}: {value!r} is unknown; take one of {', '.join(known)}")
-    _check_ranges(num_classes, teachers, mine_weight, mine_width, mine_ema, token_mlp_ratio)
     backbone, modules = backbone_and_modules(
         name, num_classes, image_size, teachers, drop_path, tokens, taps, assign, options
     )
@@ -87,43 +96,17 @@ def create_student(
     return Student(backbone, num_classes, modules, tokens, *mine, predict, token_mlp_ratio)
 
 
-_KINDS: dict[Any, str] = {str: "text", Integral: "a whole number", Real: "a number", Sequence: "a list"}
+def check_number(field: str, value: Any, kind: type[Any] = Real, least: float = 0, below: float = math.inf) -> None:
+    """UserError for an argument that is no number of this kind from `least` to less than `below`."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < below:
+        wanted = "a whole number" if kind is Integral else "a number"
+        less = f", less than {below}" if below < math.inf else ""
+        raise UserError(f"{field}: {value!r} must be {wanted}, {least} or more{less}")
 
 
-def check_kinds(**arguments: tuple[object, type]) -> None:
-    """UserError for the first argument, given as (value, kind), that is not of its kind, one of _KINDS."""
-    for field, (value, kind) in arguments.items():
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is Sequence and isinstance(value, str)):
-            raise UserError(f"{field}: {value!r} must be {_KINDS[kind]}")
-
-
-def _check_lists(taps: TapNumbers, assign: Assignment, token_mlp_ratio: Sequence[float]) -> None:
-    lists = {"taps": [] if taps is None else taps, "assign": assign or [], "token_mlp_ratio": token_mlp_ratio}
-    check_kinds(**{field: (value, Sequence) for field, value in lists.items()})
-    check_kinds(**{f"assign.{i}": (group, Sequence) for i, group in enumerate(assign or ())})
-    if len(token_mlp_ratio) != 2:
-        raise UserError(f"token_mlp_ratio: {token_mlp_ratio} must be two numbers")
-
-
-def _check_ranges(
-    num_classes: int,
-    teachers: int,
-    mine_weight: float,
-    mine_width: int,
-    mine_ema: float,
-    token_mlp_ratio: tuple[float, float],
-) -> None:
-    pooled = "1 or more; 0, for pooled features, goes with teachers=0"
-    for field, number, fits, wanted in (
-        ("teachers", teachers, teachers >= 0, "0 (the plain model) or more"),
-        ("num_classes", num_classes, num_classes >= min(teachers, 1), pooled),
-        ("mine_weight", mine_weight, mine_weight >= 0, "0 (no MINE) or more"),
-        ("mine_width", mine_width, mine_width >= 1, "1 or more"),
-        ("mine_ema", mine_ema, 0 <= mine_ema < 1, "from 0 to less than 1"),
-        ("token_mlp_ratio", token_mlp_ratio, min(token_mlp_ratio) > 0, "positive"),
-    ):
-        if not fits:
-            raise UserError(f"{field}: {number} must be {wanted}")
+def check_list(field: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{field}: {value!r} must be a list")
 
 
 def create_teachers(
@@ -163,10 +146,10 @@ def create_teachers(
 
     if not teachers or isinstance(teachers, str):
         raise UserError("teachers: is empty; name at least one" if not teachers else "teachers: give a list, [NAME]")
-    check_kinds(num_classes=(num_classes, Integral), image_size=(image_size, Integral))
-    check_kinds(temperature=(1.0 if temperature is None else temperature, Real))
-    if temperature is not None and not temperature > 0:
-        raise UserError(f"temperature: {temperature} must be above 0")
+    check_number("num_classes", num_classes, Integral, 1)
+    check_number("image_size", image_size, Integral, 1)
+    if temperature is not None and not (isinstance(temperature, Real) and temperature > 0):
+        raise UserError(f"temperature: {temperature!r} must be a number above 0")
     built = []
     for i, teacher in enumerate(teachers):
         if not isinstance(teacher, (str, Path, TeacherSpec, nn.Module)):

@@ -49,7 +49,7 @@ def build_backbone(name: str, num_classes: int, image_size: int, drop_path: floa
     """
     if name not in BACKBONES:
         raise UserError(
-            f"unknown backbone {name!r}{did_you_mean(name, BACKBONES)} (known: {', '.join(list_backbones())})"
+            f"unknown backbone {name!r}{did_you_mean(str(name), BACKBONES)} (known: {', '.join(list_backbones())})"
         )
     builder = BACKBONES[name]
     known = set(inspect.signature(builder).parameters) - {"num_classes", "image_size", "drop_path"}

@@ -156,13 +156,13 @@ def remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Renames checkpoints of later steps than this: damaged ones, of which `keep` would take good ones' places. For the
-    folder's only writer."""
+def quarantine(folder: Path, step: int) -> None:
+    """Renames checkpoints of later steps than this, which could not be read: `Writer` would keep them in place of good
+    ones. For the folder's only writer."""
     for path in listed(folder):
         if int(path.stem.removeprefix("step-")) > step:
-            path.rename(path.with_name(f"{path.name}.not-read"))
-            log.warning("%s: renamed to %s.not-read", path, path.name)
+            path.rename(path.with_name(f"{path.name}.quarantined"))
+            log.warning("%s: renamed to %s.quarantined", path, path.name)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:

@@ -106,7 +106,7 @@ class RunFolder:
             checkpoint.remove_drafts(self.path / "checkpoints")
             if resume:
                 if self.found is not None:
-                    checkpoint.set_aside(self.path / "checkpoints", self.found.meta["step"])
+                    checkpoint.quarantine(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
             self._held_before = (self.path / HELD).exists()
