@@ -86,13 +86,13 @@ class Run:
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> None:
         """Trains to the end. `on_step` is called after each step. Raises Stopped and NotFinite, see `train`."""
-        with compile_time(self.ledger) if self.parts.backend else nullcontext(), closing(self.stream):
+        compiling = compile_time(self.ledger) if self.parts.backend else nullcontext()
+        with compiling, closing(self.stream), self._saved_if_data_fails():
             self._start()
             while not self.finished:
                 now = self.schedule.at(self.step + 1)
                 self.log.begin_step(now.step)
-                with self._saved_if_data_fails():
-                    batch = next(self.stream)
+                batch = next(self.stream)
                 self.trainer.step(batch, now)
                 self.step = now.step
                 self.clock.limit_steps_ahead(self.parts.device)
@@ -107,8 +107,7 @@ class Run:
                 if now.snapshot:
                     self.monitor.take_snapshot(self.step)
                 if now.evaluate:
-                    with self._saved_if_data_fails():
-                        self.evaluator(self.step)
+                    self.evaluator(self.step)
                 if on_step is not None:
                     on_step(self)
 
@@ -122,7 +121,7 @@ class Run:
 
     @contextmanager
     def _saved_if_data_fails(self) -> Iterator[None]:
-        """Around what reads data. Where it cannot be read, what has been trained is saved, and the error says so."""
+        """Inside, where data cannot be read, what has been trained is saved, and the error says so."""
         try:
             yield
         except DataError as error:

@@ -67,11 +67,7 @@ class RunLog:
         self._closing.callback(self.progress.close)
         self._first: tuple[int, float] | None = None  # step that was seen finished first, productive seconds then
         self._rate_is_known = bool(clock.hours)  # or of no use: a budget has no time to the end that depends on it
-        self.start()
-
-    def start(self) -> None:
-        """The next line of the log is about what follows this call."""
-        self._before = self.ledger.read()
+        self._before = self.ledger.read()  # when the steps of the next line of the log began
 
     def begin(self, step: int) -> None:
         """Before the first step, which may take minutes."""
@@ -79,7 +75,7 @@ class RunLog:
         images, classes = quantity(source.num_samples, "image"), quantity(source.num_classes, "class")
         text = f"{images} of {classes}, {quantity(self.steps_per_epoch, 'step')} an epoch"
         self.progress.say(f"{text}; step {step + 1}{' compiles, which takes minutes' * compiles}")
-        self.start()
+        self._before = self.ledger.read()
 
     def begin_step(self, step: int) -> None:
         """Before every step."""

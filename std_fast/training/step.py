@@ -53,34 +53,17 @@ class Objective:
         if batch.targets is None or out.dist_logits is None:
             return Losses(classes, classes, None, None)
         d = self.distill
-        distilled = self.distilled(out.dist_logits, batch, self.head_teacher, self.head_weights)
+        temperature = d.temperature if d.labels == "soft" else None
+        loss = functools.partial(distillation_loss, targets=batch.targets, reweight=d.reweight, temperature=temperature)
+        distilled = loss(out.dist_logits, head_teacher=self.head_teacher, head_weights=self.head_weights)
         if d.class_share:  # the class head learns from every teacher
             every = out.class_logits[:, None].expand(-1, batch.targets.labels.shape[1], -1)
-            distilled = (1 - d.class_share) * distilled + d.class_share * self.distilled(every, batch)
+            distilled = (1 - d.class_share) * distilled + d.class_share * loss(every)
         total = (1 - d.alpha) * classes + d.alpha * distilled
         if not out.information:
             return Losses(total, classes, distilled, None)
         information = torch.stack(out.information).sum()
         return Losses(total - information, classes, distilled, information)
-
-    def distilled(
-        self,
-        logits_BHK: Tensor,
-        batch: TrainBatch,
-        head_teacher: tuple[int, ...] | None = None,
-        head_weights: tuple[float, ...] | None = None,
-    ) -> Tensor:
-        """`distillation_loss` with the settings of `distill`."""
-        d = self.distill
-        temperature = d.temperature if d.labels == "soft" else None
-        return distillation_loss(
-            logits_BHK,
-            batch.targets,
-            head_teacher,
-            reweight=d.reweight,
-            temperature=temperature,
-            head_weights=head_weights,
-        )
 
     @property
     def head_weights(self) -> tuple[float, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def train(
 def _train(
     recipe: Recipe, resume: bool, quiet: bool, world: World, on_step: Callable[[Run], None] | None, already: float
 ) -> dict[str, Any]:
-    with stop_on_signal() as signals:  # to the end: a second signal must not cut the save short
-        run = Run(recipe, resume, quiet, world, signals, already)
+    # signals to the end: a second one must not cut the save short
+    with stop_on_signal() as signals, closing(Run(recipe, resume, quiet, world, signals, already)) as run:
         try:
             run.loop(on_step)
             with run.ledger.during("checkpoint"):
@@ -69,7 +70,4 @@ def _train(
             world.wait_for_all()
             raise
         finally:
-            try:
-                run.folder.writer.wait()
-            finally:
-                run.close()
+            run.folder.writer.wait()
