@@ -51,8 +51,7 @@ def create_student(
 
     Args:
         name: mixer_s16, resmlp_s24, cyclemlp_b1, ...: `std_fast.models.list_backbones()` has them all.
-        num_classes, image_size: classes K (0, for pooled features, goes with teachers=0); side of the square images in
-            pixels.
+        num_classes, image_size: classes K, 0 (pooled features) only without teachers; side of the square images in px.
         teachers: M, number of teachers; 0 for the plain model.
         drop_path: stochastic depth rate.
         tokens, mine_width, mine_ema, token_mlp_ratio: see `Student`.
@@ -79,11 +78,8 @@ def create_student(
     check_number("mine_weight", mine_weight)
     check_number("mine_width", mine_width, Integral, 1)
     check_number("mine_ema", mine_ema, below=1)
-    check_list("taps", () if taps is None else taps)
-    check_list("assign", assign or ())
-    for i, group in enumerate(assign or ()):
-        check_list(f"assign.{i}", group)
-    check_list("token_mlp_ratio", token_mlp_ratio)
+    check_lists(taps=() if taps is None else taps, assign=assign or (), token_mlp_ratio=token_mlp_ratio)
+    check_lists(**{f"assign.{i}": group for i, group in enumerate(assign or ())})
     if len(token_mlp_ratio) != 2 or min(token_mlp_ratio) <= 0:
         raise UserError(f"token_mlp_ratio: {token_mlp_ratio} must be two positive numbers")
     for field, value, known in (("tokens", tokens, TOKENS), ("predict", predict, PREDICTIONS)):
@@ -104,9 +100,10 @@ def check_number(field: str, value: Any, kind: type[Any] = Real, least: float = 
         raise UserError(f"{field}: {value!r} must be {wanted}, {least} or more{less}")
 
 
-def check_list(field: str, value: Any) -> None:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{field}: {value!r} must be a list")
+def check_lists(**arguments: Any) -> None:
+    for field, value in arguments.items():
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{field}: {value!r} must be a list")
 
 
 def create_teachers(
