@@ -50,10 +50,16 @@ class AppendFile:
     """A file that records are appended to, each of them complete or not at all."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)
+        self._path, self._file = path, open(path, "ab", buffering=0)
 
     def append(self, record: bytes) -> None:
-        """Raises OSError where the record cannot be written; nothing of it then stays in the file."""
+        """Raises OSError where the record cannot be written; nothing of it then stays in the file.
+
+        A file that was removed begins anew.
+        """
+        if not os.fstat(self._file.fileno()).st_nlink:
+            self._file, removed = open(self._path, "ab", buffering=0), self._file
+            removed.close()
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(record) != len(record):  # the last bytes of a disk

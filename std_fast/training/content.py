@@ -5,6 +5,8 @@ So the same bytes on another path are the same training, and other bytes on the 
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
+from pipelines.read.remote import is_url
 from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
 from std_fast.teachers.classes import normal
 from std_fast.teachers.fingerprint import names_digest, weights_digest
@@ -37,6 +40,26 @@ def content_of(student: StudentSpec, teachers: Sequence[TeacherSpec], train: Loa
         found[f"distill.teachers.{i}.weights"] = weights_digest(teacher.weights, teacher.name)
         found[f"distill.teachers.{i}.classes"] = names_digest(teacher.classes)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_paths(recipe: Recipe, saved: Recipe) -> None:
+    """UserError where nothing is at the path of data that a resumed run needs.
+
+    Args:
+        saved: the recipe of the checkpoint.
+    """
+    paths = {"--data.train": recipe.data.train, "--data.val": recipe.data.val}
+    gone = {
+        option: os.path.abspath(path)
+        for option, path in paths.items()
+        if path and not is_url(path) and not os.path.exists(path) and not glob.glob(path)
+    }
+    if gone:
+        read = " and ".join(filter(None, (saved.data.train, saved.data.val)))
+        raise UserError(
+            f"{', '.join(f'{option[2:]}: {path}' for option, path in gone.items())}: not there; this run read {read}; "
+            f"where the same data is elsewhere now, resume with {' '.join(f'{option} PATH' for option in gone)}"
+        )
 
 
 def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) -> None:

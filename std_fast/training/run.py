@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 
-from pipelines.errors import CorruptImage, DataError, UserError
+from pipelines.errors import CorruptImage, DataError
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.compiling import compile_time
@@ -15,7 +15,7 @@ from std_fast.runtime.trackers import check_trackers
 from std_fast.training.build import build, resolved
 from std_fast.training.evaluator import Evaluator
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
-from std_fast.training.run_folder import RunFolder
+from std_fast.training.run_folder import Complete, RunFolder
 from std_fast.training.run_log import RunLog
 from std_fast.training.schedule import build_schedule
 
@@ -58,14 +58,14 @@ class Run:
         signals: Sequence[int] = (),
         already: float = 0.0,
     ) -> None:
-        """signals: received so far; the caller appends to it. already: see `train`."""
+        """signals: received so far; the caller appends to it. already: see `train`. Raises Complete."""
         self.recipe = recipe = resolved(recipe)
         check_trackers(recipe.run.trackers)
         self.world, self.signals, self.step, self.stop_wanted = world, signals, 0, False
         self.ledger = ledger = Ledger(world.size, already=already)
         self.folder = folder = RunFolder(recipe, world, ledger, resume)
         with ExitStack() as stack:
-            stack.push(lambda kind, error, _: folder.close(self.step, isinstance(error, UserError)))
+            stack.push(lambda kind, error, _: folder.close(self.step, error))
             self.parts = parts = build(folder.pinned(recipe), world, ledger, folder.check_data)
             stack.callback(parts.close)
             self.trainer, self.stream, epoch = parts.trainer, parts.stream, parts.train_loader.steps_per_epoch
@@ -75,9 +75,11 @@ class Run:
             self.clock = Clock(Duration.parse(recipe.run.length), epoch, recipe.run.batch, ledger, meta["costs"])
             self.schedule = build_schedule(recipe, self.clock, epoch, world)
             self.ranks = RankSync(world)
-            folder.write_recipe()
-            evaluated = self.complete and meta["result"]
+            evaluated = parts.val_loader is None or (self.complete and meta["result"])
             deferred = meta["evaluation_pending"] or (self.finished and not evaluated)
+            if self.finished and not deferred and (summary := folder.stored_summary()) is not None:
+                raise Complete(summary)
+            folder.write_recipe()
             self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, deferred)
             stack.callback(self.log.close)
             self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta)

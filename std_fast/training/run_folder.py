@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.files import write_atomic
+from pipelines.files import replacing, write_atomic
 from pipelines.read.batch import Loader
+from pipelines.untrusted import read_json
 from std_fast import __version__
 from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
 from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import HELD, Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import World
-from std_fast.training.content import at_stored_paths, check_classes, check_content, content_of
+from std_fast.training.content import at_stored_paths, check_classes, check_content, check_paths, content_of
 from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
@@ -70,6 +71,18 @@ def unused_beside(folder: Path) -> Path:
     return next(path for i in itertools.count(2) if not (path := Path(f"{folder}-{i}")).exists())
 
 
+class Complete(Exception):
+    """A run that is resumed was complete: nothing of it changes.
+
+    Attributes:
+        summary: what it wrote at its end.
+    """
+
+    def __init__(self, summary: dict[str, Any]) -> None:
+        super().__init__("the run is complete")
+        self.summary = summary
+
+
 class Saved(NamedTuple):
     """A complete checkpoint."""
 
@@ -109,7 +122,7 @@ class RunFolder:
                     checkpoint.quarantine(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._held_before = (self.path / HELD).exists()
+            self._held_before = held.read_bytes() if (held := self.path / HELD).exists() else None
             self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
 
     def _way_on(self) -> str:
@@ -152,9 +165,12 @@ class RunFolder:
         return min(5.0, max(0.05, 0.001 * 3600 * length.amount)) if length.unit == "gpu-hours" else 5.0
 
     def pinned(self, recipe: Recipe) -> Recipe:
-        """The recipe as a resumed run builds it: without initial weights, and reading with the backend that it had."""
+        """The recipe as a resumed run builds it: without initial weights, and reading with the backend that it had.
+        UserError where the data is gone.
+        """
         if self.found is None:
             return recipe
+        check_paths(recipe, loads(self.found.meta["recipe"], str(self.found.path)))
         backend = self.found.meta["content"].get("data.backend", "auto")
         if recipe.data.backend == "auto" and backend != "resident":  # which `auto` takes for the same data again
             recipe = replace(recipe, data=replace(recipe.data, backend=backend))
@@ -176,6 +192,7 @@ class RunFolder:
         check_content(self.recipe, meta["content"], content)
         if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):
             fields = f"{', '.join(other)} differ{'s' * (len(other) == 1)}"
+            self._restore_recipe(meta["recipe"])
             raise UserError(
                 f"{path}: was written by another recipe ({fields}); resume with {self.path}/recipe.yaml, or start a "
                 f"new run with --run.out {unused_beside(self.path)}"
@@ -184,6 +201,22 @@ class RunFolder:
     def write_recipe(self) -> None:
         if self.world.main:
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
+
+    def _restore_recipe(self, text: str) -> None:
+        """Writes `recipe.yaml` anew where it is gone."""
+        if self.world.main and not (path := self.path / "recipe.yaml").exists():
+            log.warning("%s: is gone, as by clearing the folder; written anew", path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+
+    def stored_summary(self) -> dict[str, Any] | None:
+        """What the run wrote at its end, for all ranks; None where it has not, or it cannot be read."""
+        found = None
+        if self.world.main:
+            with suppress(OSError, ValueError):
+                found = read_json(self.path / "summary.json")
+        complete = isinstance(found, dict) and {"result", "steps", "gpu_hours", "seconds"} <= found.keys()
+        return self.world.broadcast(found if complete else None)
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
         """Loads `found` into the state; returns its metadata, less accuracies where data.val is other data.
@@ -212,6 +245,7 @@ class RunFolder:
         with self.ledger.during("checkpoint"):
             self.writer.wait()
             began = time.perf_counter()
+            self._restore_recipe(dump(self.recipe))
             own = {
                 "step": step,
                 "recipe": dump(self.recipe),
@@ -227,16 +261,21 @@ class RunFolder:
         """What the last save took, copy and file; None before the first."""
         return self.copy_seconds + self.writer.seconds if self.writer.seconds else None
 
-    def close(self, step: int, refused: bool = False) -> None:
-        """Records how long the run was held; not for one that was `refused` before it began, in a fresh folder.
+    def close(self, step: int, error: BaseException | None = None) -> None:
+        """Records how long the run was held; not for one that is complete, or refused before it began in a new folder.
 
         Args:
             step: steps done; if they are saved, no second counts as lost.
+            error: which ended the run before it began.
         """
-        if self._heartbeat is not None:
-            self._heartbeat.stop(step if step == self.saved_step else None)
-            if refused and not self._held_before:
-                (self.path / HELD).unlink(missing_ok=True)
+        if self._heartbeat is None:
+            return
+        self._heartbeat.stop(step if step == self.saved_step else None)
+        if isinstance(error, UserError) and self._held_before is None:
+            (self.path / HELD).unlink(missing_ok=True)
+        elif isinstance(error, Complete) and self._held_before is not None:
+            with replacing(self.path / HELD) as draft:
+                draft.write_bytes(self._held_before)
 
 
 @contextmanager

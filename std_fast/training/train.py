@@ -12,11 +12,11 @@ from pipelines.errors import UserError
 from std_fast.config.recipe import Recipe, parse_seconds
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
-from std_fast.runtime.process import stop_on_signal
+from std_fast.runtime.process import say, stop_on_signal
 from std_fast.training.build import resolved, uses_gpu
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Run, Stopped
-from std_fast.training.run_folder import locked
+from std_fast.training.run_folder import Complete, locked
 
 
 def train(
@@ -45,6 +45,10 @@ def train(
     with init_distributed(uses_gpu(recipe.run.device), limit) as world, locked(out, world):
         try:
             return _train(recipe, resume, quiet, world, on_step, already)
+        except Complete as end:
+            if world.main and not quiet:
+                say(f"{out} is complete; a longer training is a new run")
+            return end.summary
         except OSError as error:  # those of data and target cache are UserErrors already
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
             raise UserError(f"{out}: the run cannot be written ({what}); fix that and resume") from error

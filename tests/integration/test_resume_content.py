@@ -146,6 +146,15 @@ def test_other_data_on_the_same_path(here, base):
     assert newest(here / "run")[1] == before  # nothing was written
 
 
+def test_data_that_is_gone(here, base):
+    (here / "train.beton").unlink()
+    shutil.rmtree(here / "val")
+    assert refusal(make_recipe(here, here / "run")) == (
+        f"data.train: {here}/train.beton, data.val: {here}/val: not there; this run read {base}/train.beton and "
+        f"{base}/val; where the same data is elsewhere now, resume with --data.train PATH --data.val PATH"
+    )
+
+
 def test_another_backend_and_other_weights_of_a_teacher(here, base):
     recipe = make_recipe(here, here / "run")
     resident = replace(recipe, data=replace(recipe.data, backend="resident"))

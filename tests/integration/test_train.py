@@ -135,6 +135,43 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, capsys, where)
     assert evaluations[0] == evaluations[1]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, capsys):
+    recipe = replace(recipe, run=replace(recipe.run, length="1 steps"))
+    recipe = recipe if validates else replace(recipe, data=replace(recipe.data, val=""))
+    summary, folder = train(recipe, quiet=True), Path(recipe.run.out)
+    before = contents(folder)
+    assert train(recipe, resume=True) == json.loads(json.dumps(summary))
+    assert contents(folder) == before
+    assert f"{folder} is complete; a longer training is a new run" in capsys.readouterr().err
+    (folder / "summary.json").write_text("[]")
+    assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_folder_that_is_cleared_while_its_run_goes_on(recipe, caplog):
+    folder = Path(recipe.run.out)
+    recipe = replace(recipe, run=replace(recipe.run, length="6 steps", eval_every="0 steps", log_every=1))
+
+    def clear(run):
+        if run.step == 3:
+            run.folder.writer.wait()
+            shutil.rmtree(folder)
+            folder.mkdir()
+
+    train(recipe, quiet=True, on_step=clear)
+    assert recipes.read_saved(folder) == recipe and "recipe.yaml: is gone" in caplog.text
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "train"] == [4, 5, 6]
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\); resume with .*/recipe.yaml"):
+        train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
+    assert recipes.read_saved(folder) == recipe
+
+
 class Killed(Exception):
     """Nothing is saved."""
 

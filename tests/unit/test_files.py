@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from pipelines.files import replacing, write_atomic
+from pipelines.files import AppendFile, replacing, write_atomic
+
+
+def test_records_after_a_file_was_removed_go_into_a_new_one(tmp_path):
+    file = AppendFile(tmp_path / "x.jsonl")
+    for record in (b"1\n", b"2\n"):
+        (tmp_path / "x.jsonl").unlink()
+        file.append(record)
+        assert (tmp_path / "x.jsonl").read_bytes() == record
+    file.close()
 
 
 def test_a_text_replaces_a_file(tmp_path):
