@@ -295,7 +295,7 @@ def time_some(run: Run, seconds: float) -> dict[str, Any]:
     busy = productive_seconds(now) - productive_seconds(then)
     images = (step_2 - step_1) * run.recipe.run.batch
     return {
-        "images_per_second": round(images / busy, 1),
+        "images_per_second": round(images / busy, 4),
         "steps": step_2 - step_1,
         "waiting_share": round((now["data"] - then["data"]) / busy, 3),
         "compile_seconds": round(now["compile"] - before[1]["compile"], 3),

@@ -19,10 +19,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, quantity
 from std_fast.commands.measure import LEAST_STEPS, early, measure, read
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import CLOSING
+from std_fast.runtime.metrics import three_digits
 from std_fast.teachers.target_format import bytes_per_epoch
 
 log = logging.getLogger("std_fast")
@@ -250,7 +251,9 @@ def notes_on_gpus(measured: dict[str, Any]) -> Iterator[str]:
 
 def as_text(plan: Plan) -> str:
     """The plan as it is printed."""
-    held = f"{plan.gpu_hours:g} GPU-hours" if plan.gpu_hours is not None else "the recipe's length"
+    on_cpu = plan.device.startswith("cpu")
+    hours, memory_of = ("hours", "") if on_cpu else ("GPU-hours", "GPU memory")
+    held = f"{plan.gpu_hours:g} {hours}" if plan.gpu_hours is not None else "the recipe's length"
     lines = [
         f"{held} on {f'{plan.gpus} x ' if plan.gpus > 1 else ''}{plan.device} (measured {plan.measured})",
         f"start {plan.start_seconds:.0f} s, each evaluation {plan.evaluation_seconds:.1f} s, "
@@ -259,19 +262,20 @@ def as_text(plan: Plan) -> str:
         "",
     ]
     width = max(len(row.label) for row in plan.rows)
-    lines.append(f"{'':<{width}}  images/s    epochs     steps  GPU-hours  GPU memory  stored targets")
+    lines.append(f"{'':<{width}}  images/s    epochs     steps{hours:>11}{memory_of:>12}  stored targets")
     for row in plan.rows:
-        memory = f"{row.memory_gib:.1f} GiB" if row.memory_gib is not None else "-"
+        memory = f"{row.memory_gib:.1f} GiB" if row.memory_gib is not None else "-" * (not on_cpu)
         stored = f"{row.targets_bytes / 1e6:,.1f} MB" if row.targets_bytes else "-"
         lines.append(
-            f"{row.label:<{width}}{row.images_per_second:>10,.0f}{row.epochs:>10.1f}{row.steps:>10,}"
+            f"{row.label:<{width}}{three_digits(row.images_per_second):>10}{row.epochs:>10.1f}{row.steps:>10,}"
             f"{row.gpu_hours:>11.4g}{memory:>12}{stored:>16}"
         )
-    lines += ["", f"recommended: {plan.recommended}"]
+    lines += ["", f"recommended: {plan.recommended.replace('GPU-hours', hours)}"]
     if plan.options:
         lines.append(f"    {shlex.join(plan.options)}")
     lines += [f"note: {note}" for note in plan.notes]
-    lines.append(f"started now on {f'{plan.gpus} GPUs' if plan.gpus > 1 else 'one GPU'} it ends at {plan.ends}")
+    devices = "" if on_cpu else f" on {quantity(plan.gpus, 'GPU')}"
+    lines.append(f"started now{devices} it ends at {plan.ends}")
     return "\n".join(lines)
 
 

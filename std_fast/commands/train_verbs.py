@@ -54,7 +54,8 @@ def train(args: argparse.Namespace) -> int:
         return 0
     where = resolved(recipe).run.out
     accuracy = result_in_words(summary["result"]) or "no validation data"
-    lines = [accuracy, f"{quantity(summary['steps'], 'step')}, {summary['gpu_hours']:.4f} GPU-hours, {where}"]
+    hours = f"{summary['gpu_hours']:.4f} {'hours' if summary['device'].startswith('cpu') else 'GPU-hours'}"
+    lines = [accuracy, f"{quantity(summary['steps'], 'step')}, {hours}, {where}"]
     text = "\n".join([*lines, in_words(summary["seconds"])])
     show(args, summary, text, kept=f"{where}/summary.json")
     return 0

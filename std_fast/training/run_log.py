@@ -62,8 +62,9 @@ class RunLog:
             trackers = open_trackers(recipe.run.trackers, folder, to_dict(recipe), step, self._write_faults)
             self._journal = Journal(folder, step, trackers, self._write_faults, evaluates)
             self._closing.callback(self._journal.close)
-        what, total, unit = ("hour", clock.hours, "GPU-h") if clock.hours else ("step", clock.steps, "")
-        self.progress = Progress(what, total or 0, unit, quiet or not world.main, faults=self._write_faults)
+        hour = "GPU-hour" if parts.device.type == "cuda" else "hour"
+        what, total = (hour, clock.hours) if clock.hours else ("step", clock.steps)
+        self.progress = Progress(what, total or 0, "", quiet or not world.main, faults=self._write_faults)
         self._closing.callback(self.progress.close)
         self._first: tuple[int, float] | None = None  # step that was seen finished first, productive seconds then
         self._rate_is_known = bool(clock.hours)  # or of no use: a budget has no time to the end that depends on it

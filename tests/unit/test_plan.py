@@ -105,6 +105,8 @@ def test_eight_gpus_take_an_eighth_of_the_time(measured):
     assert [row.epochs for row in many.rows] == [row.epochs for row in one.rows]
     assert many.ends == one.ends and many.options == one.options and many.rows[0].gpu_hours == 64
     assert "64 GPU-hours on 8 x GPU" in plan.as_text(many) and "on 8 GPUs it ends at" in plan.as_text(many)
+    cpu = plan.as_text(plan.buy(measured | {"device": "cpu, 2 threads"}, recipe_of(length="300 epochs"), now))
+    assert "GPU" not in cpu and "recommended: store the targets" in cpu and "\nstarted now it ends at 2026-" in cpu
     priced = [plan.buy(m, recipe_of(length="300 epochs"), now) for m in (measured, eight)]
     assert priced[1].rows[0].gpu_hours == pytest.approx(8 * priced[0].rows[0].gpu_hours, rel=1e-4)
     assert priced[1].ends == priced[0].ends

@@ -34,13 +34,13 @@ def test_lines_printed(total: int, seconds: float, printed: list[int], capsys: p
 
 def test_a_line_after_a_silence(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    progress = Progress("hour", 0.5, "GPU-h", clock=lambda: now[0])
+    progress = Progress("hour", 0.5, "", clock=lambda: now[0])
     for step in range(1, 12):
         now[0] = 5.0 * step
         progress.update(step / 100, f"step {step}")
         if step == 2:
             progress.note(step / 100, "loss 1.0")  # at 10 s
-    shown = ["hour 0.02/0.5 GPU-h  loss 1.0", "hour 0.07/0.5 GPU-h  step 7"]  # more than 20 s later
+    shown = ["hour 0.02/0.5  loss 1.0", "hour 0.07/0.5  step 7"]  # more than 20 s later
     assert capsys.readouterr().err.splitlines() == shown
 
 
