@@ -12,6 +12,7 @@ Shapes: B batch, S image size.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 
@@ -89,7 +90,9 @@ class TorchLoader(ThreadedLoader):
 
     def __init__(self, spec: LoaderSpec, source: Source, together: bool | None = None) -> None:
         super().__init__(spec, source)
-        self.together = _nvjpeg_works(self._stream) if together is None else together
+        if together is None:
+            together = self._stream is not None and _nvjpeg_works(self._stream.device)
+        self.together = together
         self._decoding = threading.Lock()
         self._refused: set[int] = set()
 
@@ -137,15 +140,14 @@ class TorchLoader(ThreadedLoader):
                     self._stream.synchronize()
 
 
-def _nvjpeg_works(stream: torch.cuda.Stream | None) -> bool:
-    """Whether torchvision decodes a JPEG on the stream's GPU. False without a stream, on a CPU."""
+@functools.cache
+def _nvjpeg_works(device: torch.device) -> bool:
+    """Whether torchvision decodes a JPEG on the GPU."""
     from torchvision.io import encode_jpeg
 
-    if stream is None:
-        return False
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         tiny = encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
-        works = decode_together([tiny], stream.device)[0] is not None
+        works = decode_together([tiny], device)[0] is not None
     if not works:
-        log.info("torch backend: torchvision has no nvJPEG on %s; the host decodes", stream.device)
+        log.info("torch backend: torchvision has no nvJPEG on %s; the host decodes", device)
     return works

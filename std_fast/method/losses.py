@@ -129,8 +129,11 @@ def distillation_loss(
         head_weights: factors of the heads' losses; by default 1.
 
     Raises:
-        ValueError: heads that do not fit `head_teacher` or the teachers; soft labels without a distribution.
+        ValueError: targets of another batch; heads that do not fit `head_teacher` or the teachers; soft labels without
+            a distribution.
     """
+    if len(targets.labels) != len(logits_BHK):
+        raise ValueError(f"targets: are of {len(targets.labels)} images, the logits of {len(logits_BHK)}")
     M = targets.labels.shape[1]
     head_teacher = tuple(range(M)) if head_teacher is None else head_teacher
     if len(head_teacher) != logits_BHK.shape[1] or max(head_teacher) >= M:

@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 from std_fast.method.mine import MutualInformation
 from std_fast.method.tokens import STDModule, TokenKind, at_least_float32
 from std_fast.models import Backbone, build_backbone
-from std_fast.models.common import DropPathMask, check_images
+from std_fast.models.common import DropPathMask, check_images, check_type
 
 Prediction = Literal["mean", "class", "distill"]
 PREDICTIONS = get_args(Prediction)
@@ -102,11 +102,13 @@ class Student(nn.Module):
         """Images `[B, 3, H, W]` -> `StudentOutput`. `keep` is the backbone's stochastic depth.
 
         Raises:
-            ValueError: images of another kind, such as uint8.
+            ValueError: images of another kind, such as uint8, or of another type than the weights, without autocast.
         """
         check_images(images, 3)
         if not hasattr(self.backbone, "forward_taps"):  # a plain classifier from timm
             return StudentOutput(self.backbone(images), None, [])
+        if not torch.compiler.is_compiling():
+            check_type(images, next(self.parameters()).dtype)
         taps = self.backbone.forward_taps(images, self.taps, keep)
         if not self.head_teacher or not self.num_classes:
             return StudentOutput(taps.logits, None, [])
@@ -223,7 +225,8 @@ def plan_modules(
     """The block that each STD module reads, and the teachers that it serves.
 
     By default (METHOD.md sections 2 and 3) as many modules as teachers up to two: one teacher learns at the last
-    block; two at two thirds of the depth and at the last, in the given order (put the small teacher first).
+    block; two at two thirds of the depth and at the last, in the given order (put the small teacher first). More
+    teachers share both modules, as two do the one module of a backbone with a single block.
 
     Args:
         taps: block numbers, counting from 1, instead of the default.

@@ -47,6 +47,12 @@ def check_images(images: Tensor, channels: int = 0) -> None:
         raise ValueError(f"images: must be normalised float [B, {channels or 'channels'}, H, W], not {found}")
 
 
+def check_type(images: Tensor, dtype: torch.dtype) -> None:
+    """ValueError unless images have the type of the weights, or autocast converts them."""
+    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(f"images: are {images.dtype}, the weights {dtype}; convert them, or use torch.autocast")
+
+
 def spread(parameter: Tensor, batch: int) -> Tensor:
     """`parameter` [1, ...], which is about to be broadcast over a batch: compiled, as a view [B, ...].
 
@@ -132,9 +138,10 @@ class Backbone(nn.Module):
         # on the device from the start, so that drawing makes no host copy; not part of the weights
         self.register_buffer("_drop_rates", torch.tensor(self.drop_rates)[:, None], persistent=False)
 
-    def default_taps(self) -> tuple[int, int]:
-        """Blocks that feed the STD modules, counted from 1: at two thirds of the depth, and the last (METHOD.md 2)."""
-        return max(1, 2 * self.depth // 3), self.depth
+    def default_taps(self) -> tuple[int, ...]:
+        """Blocks that feed the STD modules, counted from 1: at two thirds of the depth, and the last (METHOD.md 2); of
+        a single block, that one."""
+        return (2 * self.depth // 3, self.depth) if self.depth > 1 else (1,)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, besides biases and everything one-dimensional."""

@@ -130,15 +130,20 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         UserError: the environment is incomplete, or there are fewer GPUs than processes on this machine.
         PeerLost: another process has died or hangs.
     """
-    there = dist.is_initialized()
-    if not there and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    there, size = dist.is_initialized(), os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise UserError(f"WORLD_SIZE: {size!r} in the environment is no number of processes; unset it")
+    if not there and int(size) == 1:
         yield SINGLE_PROCESS
         return
     limit = timedelta(seconds=timeout)
     if not there:
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise UserError(f"{missing[0]}: is not set, but WORLD_SIZE is; start many processes with torchrun")
+            raise UserError(
+                f"WORLD_SIZE: is {size} in the environment, without {', '.join(missing)}; start many processes with "
+                "torchrun, and for one unset it"
+            )
         device = None
         if on_gpu:
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -342,7 +342,11 @@ def test_a_rank_that_hangs_is_an_error_on_the_others(recipe, tmp_path):
 
 def test_what_a_user_gets_wrong(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start many processes with torchrun"), init_distributed(False, 1.0):
+    complaint = "WORLD_SIZE: is 2 in the environment, without RANK, .* for one unset it"
+    with pytest.raises(UserError, match=complaint), init_distributed(False, 1.0):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE: 'two' .* unset it"), init_distributed(False, 1.0):
         pass
     monkeypatch.undo()
     with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):

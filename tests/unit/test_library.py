@@ -105,6 +105,14 @@ def test_images_of_another_kind_are_named(wrong):
             model(wrong)
 
 
+def test_images_of_another_type_than_the_weights():
+    student, wrong = create_student("mixer", K, **TINY), images().bfloat16()
+    with pytest.raises(ValueError, match="images: are torch.bfloat16, the weights torch.float32; convert them, or use"):
+        student(wrong)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert student(wrong).class_logits.isfinite().all()
+
+
 def test_arguments_that_neither_mine_nor_targets_have():
     for wrong in ({"weight": -1}, {"ema": 1.0}, {"width": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):

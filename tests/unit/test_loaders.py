@@ -1,5 +1,6 @@
 """Every backend: the plan's batches, whatever the threads; clean ends, early or by an error; bounded memory."""
 
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -261,6 +262,19 @@ def test_the_threads_that_copy_work_on_the_process_s_own_gpu(beton, backend, dev
         thread, submit = ("dali", loader._driver.submit) if backend == "dali" else ("loader", loader._pool.submit)
         submit(int).result()
     assert seen == [(f"std_fast-{thread}_0", 1)]
+
+
+def test_that_nvjpeg_lacks_is_said_once(monkeypatch, caplog):
+    from pipelines.loaders import torch as module
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(module, "decode_together", lambda images, device: [None])
+    with caplog.at_level(logging.INFO, "std_fast"):
+        assert not any(module._nvjpeg_works(torch.device("cuda", 7)) for _ in range(2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch backend: torchvision has no nvJPEG on cuda:7; the host decodes"
+    ]
 
 
 @pytest.mark.parametrize("backend", THREADED)

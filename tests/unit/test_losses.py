@@ -77,6 +77,8 @@ def test_heads_of_one_teacher_share_its_weight():
     torch.testing.assert_close(got, (one + two) / 2)
     with pytest.raises(ValueError, match="do not fit"):
         distillation_loss(logits, targets)
+    with pytest.raises(ValueError, match="targets: are of 4 images, the logits of 3"):
+        distillation_loss(logits[:3, :2], targets)
 
 
 def test_a_perfect_student_of_a_certain_teacher_has_no_loss():

@@ -138,6 +138,12 @@ def test_impossible_placements_are_named(teachers, taps, assign, complaint):
     assert plan_modules(backbone, 3) == (ModulePlan(2, (0, 1, 2)), ModulePlan(3, (0, 1, 2)))
 
 
+def test_one_block_has_one_module_for_all_teachers():
+    flat = {**CYCLE, "options": {**CYCLE["options"], "layers": [1, 1, 2, 1]}}
+    backbone = build_student(recipe_of(flat, {}), K).backbone
+    assert plan_modules(backbone, 2) == (ModulePlan(1, (0, 1)),) and plan_modules(backbone, 1) == (ModulePlan(1, (0,)),)
+
+
 def test_predictions():
     out = StudentOutput(torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 4.0], [0.0, 0.0]]]), [])
     assert predict(out, "class").tolist() == [[1.0, 0.0]]
