@@ -123,19 +123,23 @@ class Run:
 
     @contextmanager
     def _saved_if_data_fails(self) -> Iterator[None]:
-        """Inside, where data cannot be read, what has been trained is saved, and the error says so."""
+        """Inside, where data cannot be read, what has been trained is saved, and the error says so.
+
+        Rank 0 saves, and the others cannot ask it to: it already waits for their gradients of the next step.
+        """
         try:
             yield
         except DataError as error:
-            if not self.step or not self.world.main:
+            if not self.step:
                 raise
-            if self.step != self.folder.saved_step:
+            saved = f"step {self.step} is saved, from which the run"
+            if not self.world.main:
+                saved = f"steps since the newest checkpoint (run.save_every {self.recipe.run.save_every}) are lost: it"
+            elif self.step != self.folder.saved_step:
                 self._check_finite()
                 self.save()
             way = " --data.on_corrupt skip, the file as it is" if isinstance(error, CorruptImage) else ""
-            raise DataError(
-                f"{error}; step {self.step} is saved, from which the run continues with --resume{way}"
-            ) from error
+            raise DataError(f"{error}; {saved} continues with --resume{way}") from error
 
     def _start(self) -> None:
         """What comes before the first step."""

@@ -10,6 +10,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from std_fast import cli
 from std_fast.commands.arguments import STOPPED
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint, metrics
+from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import evaluator, run_log
 from std_fast.training.evaluate import evaluate_run
-from std_fast.training.run import Stopped
+from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import unused_beside
 from std_fast.training.train import train
 from tests.small_runs import small_recipe
@@ -89,6 +91,14 @@ def test_data_that_cannot_be_read_any_more_ends_a_run_with_its_steps_saved(recip
     assert ("--data.on_corrupt skip" in str(caught.value)) is (where == "train")
     image.write_bytes(content)
     assert train(recipe, resume=True, quiet=True)["result"] == expected
+
+
+def test_data_that_another_rank_cannot_read(recipe):
+    """Only rank 0 writes, and it waits in the next step: the message says what is lost."""
+    run = SimpleNamespace(step=2, world=World(1, 2), recipe=recipe)
+    lost = r"^a.jpg: gone; steps since the newest checkpoint \(run.save_every 10 minutes\) are lost: it continues"
+    with pytest.raises(DataError, match=lost), Run._saved_if_data_fails(run):
+        raise DataError("a.jpg: gone")
 
 
 @pytest.mark.parametrize("where", [3, 9])  # in the middle of the training, and in its last evaluation
