@@ -4,7 +4,7 @@
 #     examples/spot.sh RECIPE --budget.gpu-hours 8 --run.out /mnt/shared/runs/mine [--section.key value ...]
 #
 # --run.out must outlive the machine (a network disk, a mounted bucket). Start this script at boot (cron @reboot, a
-# systemd unit, cloud-init): a run that is complete is only evaluated and ends with 0. Clouds send SIGTERM when the
+# systemd unit, cloud-init): a run that is complete is left as it is and ends with 0. Clouds send SIGTERM when the
 # machine shuts down, which reaches the run; if it is cut off without notice, it continues from its last checkpoint, and
 # the time in between counts as lost in its ledger. Exit codes: 0 done; 3 saved, start again; anything else needs you.
 # For several GPUs put torchrun in place of std-fast below; it ends with 1 for 3: look for summary.json in the folder.
