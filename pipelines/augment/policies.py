@@ -17,21 +17,9 @@ from torch import Tensor
 from pipelines.augment.randaugment import ENHANCED, NO_OP, Op, apply_pair, grayscale, on_rows, select
 
 TRIVIAL_OPS = (
-    NO_OP,
-    Op.SHEAR_X,
-    Op.SHEAR_Y,
-    Op.TRANSLATE_X,
-    Op.TRANSLATE_Y,
-    Op.ROTATE,
-    Op.BRIGHTNESS,
-    Op.COLOR,
-    Op.CONTRAST,
-    Op.SHARPNESS,
-    Op.POSTERIZE,
-    Op.SOLARIZE,
-    Op.AUTO_CONTRAST,
-    Op.EQUALIZE,
-)
+    NO_OP, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST,
+    Op.SHARPNESS, Op.POSTERIZE, Op.SOLARIZE, Op.AUTO_CONTRAST, Op.EQUALIZE,
+)  # fmt: skip
 """of torchvision's TrivialAugmentWide, in its order, which never changes: stored targets depend on it"""
 TRIVIAL_STEPS = 30  # its strengths are 0 to 30, of which 30 is the largest
 BLUR_RADIUS = (0.1, 2.0)  # smallest and largest of 3-Augment, in pixels

@@ -190,15 +190,6 @@ def in_order(names: list[str], where: str) -> list[str]:
     return as_text
 
 
-def scan(path: str) -> list[os.DirEntry[str]]:
-    """Entries of a folder, by name. Raises UserError."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be listed ({error.strerror}); fix its permissions") from None
-
-
 def regular(path: str) -> os.stat_result | str:
     """The status of a regular file, links followed, or why there is none."""
     try:

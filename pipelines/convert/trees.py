@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from pipelines.convert.listing import Builder, regular, scan
+from pipelines.convert.listing import Builder, regular
 from pipelines.convert.tar_index import FileReader, Reader
 from pipelines.errors import UserError, printable
+from pipelines.read.folder import scan
 
 MAX_PARTS = 100_000
 

@@ -24,13 +24,8 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     from PIL.Image import Transpose as T
 
     turns = {
-        2: T.FLIP_LEFT_RIGHT,
-        3: T.ROTATE_180,
-        4: T.FLIP_TOP_BOTTOM,
-        5: T.TRANSPOSE,
-        6: T.ROTATE_270,
-        7: T.TRANSVERSE,
+        2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
         8: T.ROTATE_90,
-    }
+    }  # fmt: skip
     turn = turns.get(orientation(image))
     return image if turn is None else image.transpose(turn)

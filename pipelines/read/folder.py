@@ -120,12 +120,12 @@ class FolderSource(FileSource):
         files: list[str] = []
         counts: list[int] = []
         ignored: list[str] = []
-        for entry in _visible(path):
+        for entry in scan(path, hidden=False):
             if not _is_folder(entry):
                 ignored.append(entry.path)
                 continue
             images = []
-            for inner in _visible(entry.path):
+            for inner in scan(entry.path, hidden=False):
                 if _is_folder(inner) or not inner.name.lower().endswith(EXTENSIONS):
                     ignored.append(inner.path)
                 else:
@@ -149,15 +149,15 @@ class FolderSource(FileSource):
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
 
-def _visible(path: str) -> list[os.DirEntry[str]]:
-    """Entries of a folder by name, without hidden ones. Raises UserError when it cannot be listed."""
+def scan(path: str, hidden: bool = True) -> list[os.DirEntry[str]]:
+    """Entries of a folder by name, with or without hidden ones. Raises UserError when it cannot be listed."""
     try:
         with os.scandir(path) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted((e for e in entries if hidden or not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
             f"{printable(path)}: cannot be listed ({error.strerror}); change its permissions or remove it"
-        ) from error
+        ) from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

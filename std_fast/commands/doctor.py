@@ -35,16 +35,14 @@ def exit_code(results: list[Check]) -> int:
     return int(any(check.required and not check.ok for check in results))
 
 
-def as_json(results: list[Check] | None = None) -> str:
+def as_json(results: list[Check]) -> str:
     """One JSON document: `{"ok": bool, "checks": [{name, status, ok, required, version, detail, fix}, ...]}`."""
-    results = checks() if results is None else results
     rows = [{"status": check.status, **asdict(check)} for check in results]
     return json.dumps({"ok": exit_code(results) == 0, "checks": rows}, indent=2)
 
 
-def report(results: list[Check] | None = None) -> int:
+def report(results: list[Check]) -> int:
     """Prints the report as a table, then the commands that fix what is not in order. Returns `exit_code`."""
-    results = checks() if results is None else results
     try:
         from rich.console import Console
         from rich.table import Table

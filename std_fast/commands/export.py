@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +33,8 @@ from std_fast.commands.export_formats import (
     write_onnx,
     write_pt2,
 )
-from std_fast.config.recipe import Recipe
-from std_fast.method.student import TRAINING_ONLY, Student
-from std_fast.teachers.classifiers import load_weights, read_run
-from std_fast.training.build import build_student
+from std_fast.method.student import Student
+from std_fast.training.evaluate import trained_student
 
 FORMATS = ("timm", "class-head", "onnx", "pt2")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -128,33 +124,6 @@ def write_programs(draft: Path, chosen: list[str], model: Deployed, images: Tens
         write_pt2(program, draft / "model.pt2")
         differences["pt2"] = compare("pt2", torch.export.load(draft / "model.pt2").module(), model, images)
     return differences
-
-
-class LoadedStudent(NamedTuple):
-    """A run's student and what is stored with it."""
-
-    recipe: Recipe
-    student: Student  # without statistics networks, in evaluation mode, on the CPU
-    step: int
-    class_names: list[str] | None
-
-
-def trained_student(run: Path, predict: str) -> LoadedStudent:
-    """From the newest complete checkpoint of a run, the moving average where it has one."""
-    recipe, state, num_classes, names, step = read_run(run)
-    bare = replace(
-        recipe,
-        student=replace(recipe.student, weights="", drop_path=0.0),
-        distill=replace(recipe.distill, mine=replace(recipe.distill.mine, weight=0.0)),
-    )
-    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and at once replaced
-        student = build_student(bare, num_classes)
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
-    load_weights(student, kept, str(run))
-    if predict:
-        student.predict = predict  # type: ignore[assignment]
-    names = names if names and len(names) == num_classes else None
-    return LoadedStudent(recipe, student.eval().requires_grad_(False), step, names)
 
 
 def reasons(complete: TimmModel | None, head: TimmModel | None, student: Student) -> dict[str, str]:

@@ -27,14 +27,13 @@ from pipelines.errors import DataError, UserError, printable
 from pipelines.read.batch import Loader, LoaderSpec
 from pipelines.read.folder import EXTENSIONS, FileSource
 from pipelines.read.remote import is_url
-from std_fast.commands.export import trained_student
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
 from std_fast.teachers.classes import DataClasses, wordnet_words
 from std_fast.teachers.hub_folder import is_hub_folder, read_hub_folder
 from std_fast.teachers.teacher import autocast, from_folder
 from std_fast.training.build import open_val_loader, pick_device, precision_of
-from std_fast.training.evaluate import evaluate_model, for_evaluation
+from std_fast.training.evaluate import evaluate_model, for_evaluation, trained_student
 
 log = logging.getLogger("std_fast")
 
@@ -178,7 +177,7 @@ def readable(paths: list[str]) -> tuple[list[str], list[str]]:
 def open_classifier(folder: Path) -> Classifier:
     """The model of a run or of an exported folder. UserError where there is none."""
     if (folder / "recipe.yaml").is_file():
-        recipe, student, _, names = trained_student(folder, "")
+        recipe, student, _, names = trained_student(folder)
         if recipe.run.device == "cuda":  # images can be predicted on another machine
             recipe = replace(recipe, run=replace(recipe.run, device="auto"))
         return Classifier(recipe, student, names)

@@ -19,8 +19,9 @@ from std_fast.config.recipe import Recipe, read_saved
 from std_fast.method.student import predict
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.teachers.classes import DataClasses, class_in_words
-from std_fast.teachers.teacher import autocast, load_weights, read_run
-from std_fast.training.build import build_student, open_val_loader, pick_device, precision_of
+from std_fast.teachers.teacher import autocast
+from std_fast.training.build import open_val_loader, pick_device, precision_of
+from std_fast.training.evaluate import trained_student
 
 Record = dict[str, Any]
 
@@ -101,22 +102,19 @@ def predictions(run: RunData, count: int) -> list[Sample]:
     """
     from PIL import Image
 
-    stored = read_run(run.folder)
-    recipe = stored.recipe
+    recipe, student, _, class_names = trained_student(run.folder)
     if not recipe.data.val:
         raise UserError("its recipe names no data.val")
     data = replace(recipe.data, threads=1)
     recipe = replace(recipe, data=data, run=replace(recipe.run, eval_batch=max(4, min(64, recipe.run.batch))))
     device = pick_device(recipe.run.device)
-    loader = open_val_loader(recipe, device, classes=DataClasses.named(stored.num_classes, stored.class_names))
+    loader = open_val_loader(recipe, device, classes=DataClasses.named(student.num_classes, class_names))
     assert loader is not None
     with loader:
-        student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
-        load_weights(student, stored.state, str(run.folder))
-        student.to(device).eval()
+        student.to(device)
         normalise = Augment(recipe.augment, recipe.run.seed).to(device).normalise_only
         cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-        known = loader.source.class_names or [str(i) for i in range(stored.num_classes)]
+        known = loader.source.class_names or [str(i) for i in range(student.num_classes)]
         names = [class_in_words(name) for name in known]
         total, batch = loader.source.num_samples, loader.spec.global_batch
         wanted = sorted({i * total // count for i in range(min(count, total))})

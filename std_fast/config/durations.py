@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,10 @@ class Duration:
         """`"300 epochs"`, `"1 epoch"`, `"5e6 samples"`, `"8 gpu-hours"` -> Duration. UserError otherwise."""
         if isinstance(text, Duration):
             return text
-        words = str(text).split()
-        unit = words[1].rstrip("s") + "s" if len(words) == 2 else ""
-        try:
-            amount = float(words[0])
-        except (ValueError, IndexError):
-            amount = -1.0
-        if unit not in cls.UNITS or not 0 <= amount <= LONGEST:
+        amount, unit = _number_and_unit(text)
+        if f"{unit}s" not in cls.UNITS or not 0 <= amount <= LONGEST:
             raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
-        return cls(amount, unit)
+        return cls(amount, f"{unit}s")
 
     def steps(self, steps_per_epoch: int, global_batch: int) -> int:
         """Steps, rounded to the nearest, at least one of what is more than nothing. Not defined for gpu-hours."""
@@ -49,17 +45,21 @@ class Duration:
         return f"{self.amount:g} {self.unit}"
 
 
+def _number_and_unit(text: str) -> tuple[float, str]:
+    """`"5e6 samples"` -> (5e6, "sample"), `"5%"` -> (5.0, "%"); (-1.0, "") for anything else."""
+    words = str(text).replace("%", " %").split()
+    try:
+        return float(words[0]), words[1].rstrip("s") if len(words) == 2 else ""
+    except (ValueError, IndexError):
+        return -1.0, ""
+
+
 def parse_seconds(text: str, where: str) -> float:
     """`"10 minutes"` -> 600.0. UserError for anything but a number and seconds, minutes or hours."""
-    words = str(text).split()
-    scale = {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(words[1].rstrip("s")) if len(words) == 2 else None
-    try:
-        seconds = float(words[0]) * scale  # type: ignore[operator]
-        if 0 <= seconds <= LONGEST:
-            return seconds
-    except (TypeError, ValueError, IndexError):
-        pass
-    raise UserError(f"{where}: {text!r} is no time; write a number and seconds, minutes or hours")
+    amount, unit = _number_and_unit(text)
+    seconds = amount * {"second": 1.0, "minute": 60.0, "hour": 3600.0}.get(unit, math.nan)
+    require(0 <= seconds <= LONGEST, where, f"{text!r} is no time; write a number and seconds, minutes or hours")
+    return seconds
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
@@ -76,14 +76,10 @@ def parse_steps(text: str) -> tuple[int, int] | None:
 
 def parse_warmup(text: str) -> Duration | float:
     """A duration, or a share such as `"5 %"` as a float in [0, 1)."""
-    words = str(text).replace("%", " %").split()
-    if len(words) == 2 and words[1] == "%":
-        try:
-            share = float(words[0]) / 100
-        except ValueError:
-            share = -1.0
-        require(0 <= share < 1, "optim.warmup", f"{text!r} must be from 0 % to under 100 %")
-        return share
+    amount, unit = _number_and_unit(text)
+    if unit == "%":
+        require(0 <= amount < 100, "optim.warmup", f"{text!r} must be from 0 % to under 100 %")
+        return amount / 100
     duration = Duration.parse(text, "optim.warmup")
     require(duration.unit != "gpu-hours", "optim.warmup", "write a share of the training such as `5 %` instead")
     return duration

@@ -43,7 +43,7 @@ def initial_meta() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def digest(tensors: dict[str, Tensor], meta: dict) -> str:
+def digest(tensors: dict[str, Tensor], meta: Any) -> str:
     """BLAKE2b over the metadata and over names, types, shapes and bytes of the tensors, in the order of their names."""
     h = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):

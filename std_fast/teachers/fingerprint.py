@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
@@ -15,6 +12,7 @@ from pipelines.read.batch import Loader
 from std_fast.config.legacy import CACHE_DEFAULTS
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import to_dict
+from std_fast.runtime.checkpoint import digest
 from std_fast.teachers.classes import class_names
 from std_fast.teachers.classifiers import read_run, timm_config
 from std_fast.teachers.target_format import DIGEST_BYTES
@@ -78,16 +76,12 @@ def weights_digest(weights: str, name: str) -> str | None:
         config = timm_config(name)
         return f"timm {config.hf_hub_id or config.url}"
     path = Path(weights.removeprefix("local-dir:"))
-    h = hashlib.blake2b(digest_size=DIGEST_BYTES)
     if (path / "recipe.yaml").is_file():
         run = read_run(path)
         r = run.recipe
         about = [to_dict(r.student), list(r.augment.mean), list(r.augment.std), r.data.image_size]
-        h.update(json.dumps(about, sort_keys=True).encode())
-        for key in sorted(run.state):
-            h.update(f"{key} {run.state[key].dtype} {tuple(run.state[key].shape)};".encode())
-            h.update(run.state[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return h.hexdigest()
+        return digest(run.state, about)
+    h = hashlib.blake2b(digest_size=DIGEST_BYTES)
     kinds = (".json", ".safetensors", ".bin", ".pth", ".pt")
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in kinds and f.is_file())
     for file in files:

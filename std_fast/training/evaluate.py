@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from pipelines.errors import UserError
 from pipelines.read.batch import Loader
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict, set_dotted
-from std_fast.method.student import Prediction, Student, StudentOutput, predict
+from std_fast.method.student import TRAINING_ONLY, Prediction, Student, StudentOutput, predict
 from std_fast.runtime.distributed import SINGLE_PROCESS, World
 from std_fast.runtime.metrics import Progress
 from std_fast.teachers.classes import DataClasses
@@ -123,6 +124,37 @@ def for_evaluation(recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> Reci
     return from_dict(Recipe, changes, base=recipe)
 
 
+class TrainedStudent(NamedTuple):
+    """A run's student and what is stored with it."""
+
+    recipe: Recipe
+    student: Student  # without statistics networks, in evaluation mode, on the CPU
+    step: int
+    class_names: list[str] | None
+
+
+def trained_student(run: Path, predict: str = "") -> TrainedStudent:
+    """From the newest complete checkpoint of a run, the moving average where it has one.
+
+    Args:
+        predict: which heads predict; by default what the recipe says.
+
+    Raises:
+        UserError: the folder holds no run, or no complete checkpoint.
+    """
+    recipe, state, num_classes, names, step = read_run(run)
+    distill = replace(recipe.distill, mine=replace(recipe.distill.mine, weight=0.0))
+    bare = replace(recipe, student=replace(recipe.student, weights=""), distill=distill)
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and at once replaced
+        student = build_student(bare, num_classes)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
+    load_weights(student, kept, str(run))
+    if predict:
+        student.predict = predict  # type: ignore[assignment]
+    names = names if names and len(names) == num_classes else None
+    return TrainedStudent(recipe, student.eval().requires_grad_(False), step, names)
+
+
 def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, str]] = ()) -> dict[str, float]:
     """Accuracy of a run's newest weights (the moving average where there is one) on `data`, by default its `data.val`.
 
@@ -134,11 +166,11 @@ def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, st
     Raises:
         UserError: the folder holds no run, the data cannot be read, or has a class that the run lacks.
     """
-    stored = read_run(folder)
-    recipe = for_evaluation(stored.recipe, overrides)
+    recipe, student, _, names = trained_student(folder)
+    recipe = for_evaluation(recipe, overrides)
     device = pick_device(recipe.run.device)
     try:
-        classes = DataClasses.named(stored.num_classes, stored.class_names)
+        classes = DataClasses.named(student.num_classes, names)
         loader = open_val_loader(recipe, device, data, classes=classes)
     except UserError as error:
         if data:
@@ -147,12 +179,9 @@ def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, st
     if loader is None:
         raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
     with loader:
-        student = build_student(replace(recipe, student=replace(recipe.student, weights="")), stored.num_classes)
-        load_weights(student, stored.state, str(folder))
-        student.to(device)
         augment = Augment(recipe.augment, recipe.run.seed).to(device)
         cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-        return _with_progress(student, loader, augment.normalise_only, cast, recipe.distill.predict)
+        return _with_progress(student.to(device), loader, augment.normalise_only, cast, recipe.distill.predict)
 
 
 def evaluate_model(model: nn.Module, loader: Loader, augment: AugmentSpec, cast: Callable) -> dict[str, float]:

@@ -34,30 +34,11 @@ log = logging.getLogger("std_fast")
 # fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
 # becomes of a run that would otherwise end
 RESUMABLE_CHANGES = (
-    "run.out",
-    "run.log_every",
-    "run.save_every",
-    "run.keep_checkpoints",
-    "run.timeout",
-    "run.trackers",
-    "data.on_corrupt",
-    "data.corrupt_limit",
-    "run.not_finite",
-    "run.not_finite_limit",
-    "run.rollback_every",
-    "data.one_part",
-    "data.threads",
-    "data.ahead",
-    "data.hw_decoder_load",
-    "data.val",
-    "run.eval_batch",
-    "distill.target_cache",
-    "summary",
-    "name",
-    "run.overlap",
-    "run.micro_batch",
-    "run.profile",
-)
+    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
+    "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",
+    "data.one_part", "data.threads", "data.ahead", "data.hw_decoder_load", "data.val", "run.eval_batch",
+    "distill.target_cache", "summary", "name", "run.overlap", "run.micro_batch", "run.profile",
+)  # fmt: skip
 
 
 def changed_fields(one: Recipe, two: Recipe) -> list[str]:

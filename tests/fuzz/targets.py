@@ -33,6 +33,10 @@ from tests.archives import tar_bytes
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 LONGEST_MESSAGE = 2000  # characters
+ODD_VALUES = (
+    None, -1, 0, 1e400, [], {}, "x", [None], {"a": {"b": 1}}, True, 2**70, "9" * 400, float("nan"), {"": 0},
+)  # fmt: skip
+"""in the place of one that JSON holds"""
 MOST_PIXELS = 1 << 20  # of an image, so that executions stay short; tests/unit/test_untrusted.py has larger ones
 
 
@@ -651,24 +655,9 @@ class Checkpoint(Target):
             length = int.from_bytes(data[1:9], "little")
             header = json.loads(data[9 : 9 + length])
             meta = json.loads(header["__metadata__"]["std_fast"])
-            values = (
-                None,
-                -1,
-                1e400,
-                [],
-                {},
-                "x",
-                [None],
-                {"a": {"b": 1}},
-                True,
-                2**70,
-                "9" * 400,
-                float("nan"),
-                {"": 0},
-            )
             if rng.random() < 0.6:
                 key = rng.choice([*meta, "format", "digest"])
-                meta[key] = rng.choice(values)
+                meta[key] = rng.choice(ODD_VALUES)
                 if rng.random() < 0.2:
                     del meta[key]
                 header["__metadata__"]["std_fast"] = json.dumps(meta)
@@ -711,9 +700,9 @@ class Checkpoint(Target):
             return data
 
     def read(self, data: bytes) -> None:
-        from std_fast.commands.export import trained_student
         from std_fast.runtime import checkpoint
         from std_fast.teachers.classifiers import read_run
+        from std_fast.training.evaluate import trained_student
 
         content = self._sealed(data[1:]) if data[:1] == b"\1" else data[1:]
         (self.folder / "checkpoints" / "step-00000003.safetensors").write_bytes(content)
@@ -724,7 +713,7 @@ class Checkpoint(Target):
         if meta["recipe"] != self.recipe:  # another model, which may be a large one
             read_run(self.folder)
             return
-        trained_student(self.folder, "")
+        trained_student(self.folder)
         checkpoint.restore(tensors, self.student, self._optimizer())
 
 
@@ -776,24 +765,10 @@ class HubFolder(Target):
     def mutate(self, data: bytes, rng: random.Random) -> bytes:
         try:
             config = json.loads(data)
-            values = (
-                None,
-                -1,
-                1e400,
-                [],
-                {},
-                "x",
-                [None],
-                {"a": 1},
-                True,
-                2**70,
-                "9" * 40,
-                "hf-hub:a/b",
-                "local-dir:.",
-                0,
-            )
             inner = config["pretrained_cfg"] if rng.random() < 0.5 else config
-            inner[rng.choice([*inner, "model_args", "num_classes"])] = rng.choice(values)
+            inner[rng.choice([*inner, "model_args", "num_classes"])] = rng.choice(
+                (*ODD_VALUES, "hf-hub:a/b", "local-dir:.")
+            )
             return json.dumps(config).encode()
         except (ValueError, LookupError, TypeError, RecursionError):
             return data

@@ -99,6 +99,7 @@ run("accumulated", run={**large, "micro_batch": 4})
 forward, Student.forward = Student.forward, short_of_memory
 run("auto", run={**large, "micro_batch": "auto"})
 Student.forward = forward
+run("compiled", run={**large, "compile": "aot_eager"})
 run("stopped", stop)
 run("evaluating", stop_evaluating)
 run("poisoned", poison)
@@ -211,11 +212,14 @@ def test_two_processes_learn_what_one_learns(alone, together):
     assert summary["gpu_hours"] * 3600 == pytest.approx(2 * sum(summary["seconds"].values()), rel=0.01)
 
 
-def test_micro_batches_of_two_processes(recipe, together, tmp_path):
-    """Rank 1 alone runs out of memory in "auto": both halve. Gradients are sent once a step, whatever its pieces."""
+def test_micro_batches_and_compilation_of_two_processes(recipe, together, tmp_path):
+    """Rank 1 alone runs out of memory in "auto": both halve. Gradients are sent once a step, whatever its pieces.
+
+    Compiled before DDP wraps it, a student learns the same.
+    """
     folder, outcomes = together
     train(at(recipe, tmp_path / "run", batch=16, length="4 steps"), quiet=True)
-    for name in ("in_one", "accumulated", "auto"):
+    for name in ("in_one", "accumulated", "auto", "compiled"):
         assert outcomes[0, name] == outcomes[1, name] == "done"
         assert_close(folder / name, tmp_path / "run")
     assert checkpoint.newest(folder / "auto" / "checkpoints")[2]["micro_batch"] == 4

@@ -13,13 +13,12 @@ from pipelines.convert.verify import verify
 from pipelines.errors import UserError
 from pipelines.read.beton import BetonSource
 from std_fast import __version__
-from std_fast.commands.export import trained_student
 from std_fast.config import legacy
 from std_fast.config import recipe as recipes
 from std_fast.runtime import checkpoint
 from std_fast.teachers.target_cache import TargetCache
 from std_fast.teachers.target_format import read_header
-from std_fast.training.evaluate import evaluate_run
+from std_fast.training.evaluate import evaluate_run, trained_student
 from tests.data.make import STEPS, STOP, go_on
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -101,7 +100,7 @@ def test_a_run_with_a_loss_that_is_gone(old):
 
 
 def test_a_run_is_evaluated_and_exported(old):
-    student = trained_student(Path("run"), "")
+    student = trained_student(Path("run"))
     assert student.step == STOP and student.class_names == ["class0", "class1", "class2"]
     expected = json.loads(Path("expected.json").read_text())["stopped"]
     assert evaluate_run(Path("run")) == pytest.approx(expected, rel=1e-3)

@@ -258,28 +258,13 @@ def test_statistics_of_flip_and_shift():
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(flip=1.5),
-        dict(flip=float("nan")),
-        dict(flip="half"),
-        dict(shift=-1),
-        dict(shift=1.5),
-        dict(mixup=-0.1),
-        dict(cutmix=1000),
-        dict(mix_prob=2),
-        dict(switch=-1),
-        dict(erase=True),
-        dict(mean=0.5),
-        dict(policy="autoaugment"),
-        dict(randaugment_n=9),
-        dict(randaugment_n=2.0),
-        dict(randaugment_m=11),
-        dict(randaugment_mstd=-0.5),
-        dict(color_jitter=1.5),
-        dict(mean=(123.7, 116.3, 103.5)),
-        dict(std=(0.2, 0.2)),
+        dict(flip=1.5), dict(flip=float("nan")), dict(flip="half"), dict(shift=-1), dict(shift=1.5), dict(mixup=-0.1),
+        dict(cutmix=1000), dict(mix_prob=2), dict(switch=-1), dict(erase=True), dict(mean=0.5),
+        dict(policy="autoaugment"), dict(randaugment_n=9), dict(randaugment_n=2.0), dict(randaugment_m=11),
+        dict(randaugment_mstd=-0.5), dict(color_jitter=1.5), dict(mean=(123.7, 116.3, 103.5)), dict(std=(0.2, 0.2)),
         dict(std=(0.2, 0.2, 0.0)),
     ],
-)
+)  # fmt: skip
 def test_a_bad_value_is_refused_by_name(changes):
     (name,) = changes
     with pytest.raises(UserError, match=rf"^augment\.{name} must be [^\n]+, not [^\n]+$"):
