@@ -150,11 +150,7 @@ class Turns:
         return all(len(self.times[name].turns) >= self.repeats for name in (DISK, DEVICE))
 
 
-COLUMNS = {
-    "what": "name",
-    "ms (quartiles)": "milliseconds",
-    "images/s": "images_per_second",
-}
+COLUMNS = {"what": "name", "ms (quartiles)": "milliseconds", "images/s": "images_per_second"}
 
 
 def show(report: dict[str, Any]) -> str:

@@ -59,9 +59,7 @@ class Times:
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], object]],
-    args: argparse.Namespace,
-    warm_up: int = 2,
+    contestants: Mapping[str, Callable[[], object]], args: argparse.Namespace, warm_up: int = 2
 ) -> dict[str, Times]:
     """Times callables in turns.
 

@@ -18,15 +18,7 @@ from pipelines.errors import UserError, did_you_mean, one_line
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
 from std_fast.commands.arguments import STOPPED, Parser, Verb, output_lost, parse
 from std_fast.runtime.memory import ran_out
-from std_fast.runtime.process import (
-    INTERRUPTED,
-    STOP_SIGNALS,
-    LogHandler,
-    leave_on_signal,
-    open_streams,
-    say,
-    settle,
-)
+from std_fast.runtime.process import INTERRUPTED, STOP_SIGNALS, LogHandler, leave_on_signal, open_streams, say, settle
 
 _ORDER = (
     "convert inspect verify warm train plan report teach eval predict export recipes preview info bench doctor demo"

@@ -32,8 +32,7 @@ class AugmentSpec:
         "(Mueller & Hutter 2021); or 3-Augment (DeiT III: grayscale, solarize or blur; its color_jitter is 0.3)",
     )
     randaugment_n: int = opt(
-        0,
-        "RandAugment: operations per image, each applied with probability 0.5, as timm's rand-mM-nN-mstdS; 0: off",
+        0, "RandAugment: operations per image, each applied with probability 0.5, as timm's rand-mM-nN-mstdS; 0: off"
     )
     randaugment_m: float = opt(9.0, "RandAugment: their magnitude, 0 to 10")
     randaugment_mstd: float = opt(0.5, "RandAugment: standard deviation of the magnitude")

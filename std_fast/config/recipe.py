@@ -38,8 +38,7 @@ class Data(ReadSettings):
 class StudentSpec:
     name: str = opt("mixer_s16", "a backbone of this project, or any timm name when distill.mode is none")
     options: dict = opt(
-        {},
-        "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px",
+        {}, "arguments of the model's builder, e.g. {patch_size: 4}; timm's ResNets take {small_stem: true} for 32 px"
     )
     drop_path: float = opt(
         0.0, "stochastic depth rate: the same for every block of Mixer and ResMLP; CycleMLP's rises linearly to it"

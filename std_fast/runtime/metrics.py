@@ -63,12 +63,7 @@ class Journal:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        resume_step: int,
-        trackers: dict[str, Tracker],
-        faults: WriteFaults,
-        evaluates: bool = False,
+        self, folder: Path, resume_step: int, trackers: dict[str, Tracker], faults: WriteFaults, evaluates: bool = False
     ) -> None:
         """resume_step: what was logged after it is removed, since it will be logged again.
 

@@ -12,10 +12,7 @@ from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, set_learning_rates
 from std_fast.training.optimizers import build_apex
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.not_rehearsed("compares what kernels computed", ways=("lazy", "compiled")),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.not_rehearsed("compares what kernels computed", ways=("lazy", "compiled"))]
 
 CUDA = torch.device("cuda", 0)
 needs_apex = pytest.mark.skipif(importlib.util.find_spec("apex") is None, reason="apex is not installed")

@@ -33,8 +33,7 @@ def test_the_check_itself():
 
 
 @pytest.mark.parametrize(
-    ("name", "compile"),
-    [*((name, "off") for name in OPTIMIZERS), pytest.param("adamw", "inductor", marks=compiles)],
+    ("name", "compile"), [*((name, "off") for name in OPTIMIZERS), pytest.param("adamw", "inductor", marks=compiles)]
 )
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_a_step_never_waits(at, has_values, name, compile, overlap):

@@ -136,10 +136,7 @@ def test_plan_measures_both_sizes(recipe, tmp_path, capsys):
             "early_size: mixer takes images of one",
         ),
         ({"early_size": 24}, "early_size: 24 is not smaller than data.image_size 24"),
-        (
-            {"early_size": 0, "drop_path": 0.2, "drop_path_mode": "subset"},
-            "multiple of 32, 32 for each process",
-        ),
+        ({"early_size": 0, "drop_path": 0.2, "drop_path_mode": "subset"}, "multiple of 32, 32 for each process"),
     ],
 )
 def test_what_does_not_fit_is_said(recipe, student, complaint):

@@ -27,11 +27,7 @@ FORMS = {
     "teachers": "STD, two teachers in turn",
     "teachers beside": "STD, two teachers beside the student",
 }
-MOST = {
-    ("teachers beside", "off"): 1440,
-    ("targets stored", "off"): 1300,
-    ("teachers beside", "inductor"): 520,
-}
+MOST = {("teachers beside", "off"): 1440, ("targets stored", "off"): 1300, ("teachers beside", "inductor"): 520}
 """launches that a test allows: a tenth more than were counted"""
 BATCH = 16
 WARM, STEPS = 4, 3  # before counting; counted

@@ -211,10 +211,7 @@ def test_what_a_server_refuses(status: int, message: str, server: FileServer) ->
         ("{http}/folder", "127.0.0.1:[0-9]+/folder: a folder on a web server cannot be listed; give the URL of a .tar"),
         ("{http}/no.tar?key=secret", "/no.tar: not found; look at the address"),
         ("http://127.0.0.1:1/x.tar", "x.tar: cannot be read .*refused"),
-        (
-            "s3://bucket/x",
-            "s3://bucket/x: .* needs a package that is not installed: pip install s3fs",
-        ),
+        ("s3://bucket/x", "s3://bucket/x: .* needs a package that is not installed: pip install s3fs"),
         ("nope://bucket/x.tar", "nope://bucket/x.tar: Protocol not known"),
         ("memory://bucket/none", "memory://bucket/none: nothing is there"),
         ("memory://bucket/names.txt", "names.txt: not a known source"),

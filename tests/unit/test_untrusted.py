@@ -223,11 +223,7 @@ def test_yaml_that_is_a_bomb_ends_in_one_line(text, complaint, tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "complaint"),
-    [
-        ("9" * 5000, "Exceeds the limit"),
-        ("!!int x", "could not convert"),
-        ("!!timestamp x", "cannot be read as YAML"),
-    ],
+    [("9" * 5000, "Exceeds the limit"), ("!!int x", "could not convert"), ("!!timestamp x", "cannot be read as YAML")],
 )
 def test_a_word_that_yaml_cannot_read_is_refused_where_it_is_no_text(word, complaint):
     with pytest.raises(UserError, match=complaint):

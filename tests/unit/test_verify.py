@@ -53,13 +53,7 @@ def test_inspect(made: Path) -> None:
     assert found["samples"] == 12 and found["classes"] == 2 and found["class_names"] == ["ant", "bee"]
     assert found["jpeg"] + found["raw"] == 12 and found["raw"] > 0
     assert found["bytes"] == made.stat().st_size
-    assert found["shortest_side"] == {
-        "min": 40,
-        "median": 45.5,
-        "mean": 45.5,
-        "max": 51,
-        "histogram": {"32-63": 12},
-    }
+    assert found["shortest_side"] == {"min": 40, "median": 45.5, "mean": 45.5, "max": 51, "histogram": {"32-63": 12}}
     assert found["longest_side"]["histogram"] == {"128-191": 12}
     assert found["samples_per_class"] == {"min": 6, "median": 6, "mean": 6, "max": 6}
     assert found["manifest"]["settings"]["raw_share"] == 0.25

@@ -22,13 +22,7 @@ def import_dali() -> Any:
     return nvidia.dali
 
 
-def make_pipeline(
-    feed: Callable[[], Any],
-    spec: LoaderSpec,
-    batch: int,
-    threads: int,
-    largest: tuple[int, int],
-) -> Any:
+def make_pipeline(feed: Callable[[], Any], spec: LoaderSpec, batch: int, threads: int, largest: tuple[int, int]) -> Any:
     """The pipeline, not built yet. Its output is the boxes' pixels, [H, W, 3] each, on a CPU; resized, [S, S, 3], on a
     GPU.
 
