@@ -128,13 +128,17 @@ class Beton(Target):
                 out[at : at + bits // 8] = interesting(value, bits, len(out), rng).to_bytes(bits // 8, "little")
         return bytes(out)
 
-    def read(self, data: bytes) -> None:
-        from pipelines.convert.verify import inspect, verify
+    def _source(self, data: bytes) -> tuple[Path, Any]:
         from pipelines.read.beton import BetonSource
 
         path = self.folder / "x.beton"
         path.write_bytes(data)
-        source = BetonSource(str(path))
+        return path, BetonSource(str(path))
+
+    def read(self, data: bytes) -> None:
+        from pipelines.convert.verify import inspect, verify
+
+        path, source = self._source(data)
         heights, widths = source.sizes(np.arange(source.num_samples))
         starts, lengths = source.pointers.astype(object), source.byte_sizes
         inside = (starts + lengths <= len(data)) & (lengths > 0)
@@ -168,11 +172,7 @@ class Loading(Beton):
         return bytes(out)
 
     def read(self, data: bytes) -> None:
-        from pipelines.read.beton import BetonSource
-
-        path = self.folder / "x.beton"
-        path.write_bytes(data)
-        source = BetonSource(str(path))
+        path, source = self._source(data)
         if (source.heights.astype(int) * source.widths > MOST_PIXELS).any():
             raise UserError("an image too large for fuzzing")
         outcomes = [self._outcome(str(path), kind) for kind in ("torch", self.backend)]

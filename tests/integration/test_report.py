@@ -17,35 +17,26 @@ from PIL import Image
 from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.commands import report, report_data, report_plots
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.training.run import Stopped
 from std_fast.training.train import train
+from tests.small_runs import RESNET, small_recipe
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
 NASTY = "<script>alert(1)</script> $x_&"
-SMALL = {
-    "data": {"image_size": 16, "threads": 1, "backend": "torch"},
-    "student": {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3}},
-    "optim": {"warmup": "1 steps"},
-    "run": {"batch": 8, "length": "2 epochs", "log_every": 1, "device": "cpu"},
-}
+RUN = {"length": "2 epochs", "eval_every": "1 epoch", "log_every": 1, "save_every": "10 minutes"}
 
 
 @pytest.fixture(scope="module")
 def runs(image_folder, tmp_path_factory):
     """A teacher with a nasty name, a student of it, and a run that was stopped."""
     folder = tmp_path_factory.mktemp("runs")
-    data = {**SMALL["data"], "train": str(image_folder), "val": str(image_folder)}
 
-    def recipe(folder_name, **more):
-        run = {**SMALL["run"], "out": str(folder / folder_name)}
-        return from_dict(Recipe, {**SMALL, "data": data, **more, "run": run})
+    def recipe(name, **sections):
+        return small_recipe(image_folder, folder / name, run=RUN, **sections)
 
-    teacher = recipe("teacher", student={"name": "test_resnet"}, summary=NASTY, name=NASTY)
-    train(teacher, quiet=True)
+    train(replace(recipe("teacher", student=RESNET), summary=NASTY, name=NASTY), quiet=True)
     std = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2}
     train(recipe("std", distill=std), quiet=True)
 
@@ -204,4 +195,4 @@ def test_two_runs_of_the_same_name(runs, tmp_path):
     assert report.differences(read).startswith('<p class="none">None')
     changed = replace(read[1], recipe=replace(read[1].recipe, optim=replace(read[1].recipe.optim, lr=0.5)))
     rows = re.findall(r"<td><code>(.*?)</code></td>", report.differences([read[0], changed]))
-    assert rows == ["optim.lr", "0.0005", "0.5"]
+    assert rows == ["optim.lr", "0.001", "0.5"]

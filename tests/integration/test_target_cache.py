@@ -14,25 +14,15 @@ from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
-from std_fast.runtime import checkpoint
 from std_fast.teachers.epoch_writer import EpochWriter
 from std_fast.teachers.target_format import bytes_per_epoch
 from std_fast.training import build
 from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
+from tests.small_runs import RESNET, assert_same_bits, final_tensors, small_recipe
 
-SMALL = {
-    "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
-    "student": {
-        "name": "mixer", "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8},
-    "run": {"batch": 8, "length": "2 epochs", "eval_every": "9 epochs", "log_every": 4, "device": "cpu"},
-}  # fmt: skip
+RUN = {"length": "2 epochs", "eval_every": "9 epochs", "log_every": 4, "save_every": "10 minutes"}
 SOFT = {"labels": "soft", "temperature": 2.0, "top_k": 2}
 
 
@@ -43,43 +33,35 @@ def changed(recipe, **sections):
 @pytest.fixture(scope="module")
 def teachers(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
-    plain = from_dict(Recipe, {**SMALL, "student": {"name": "test_resnet"}})
     for seed in (0, 1):
-        out = {"out": str(folder / str(seed)), "seed": seed, "length": "1 step"}
-        train(changed(plain, data={"train": str(image_folder)}, run=out), quiet=True)
+        run = {"seed": seed, "length": "1 step"}
+        train(small_recipe(image_folder, folder / str(seed), data={"val": ""}, student=RESNET, run=run), quiet=True)
     return folder
+
+
+def recipe_by(teachers, image_folder, out):
+    distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
+    return small_recipe(image_folder, out, data={"val": ""}, distill=distill, run=RUN)
 
 
 @pytest.fixture
 def recipe(teachers, image_folder, tmp_path):
-    distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
-    recipe = from_dict(Recipe, {**SMALL, "distill": distill})
-    return changed(recipe, data={"train": str(image_folder)}, run={"out": str(tmp_path / "live")})
+    return recipe_by(teachers, image_folder, tmp_path / "live")
 
 
 def into(recipe, folder, **distill):
     return changed(recipe, run={"out": str(folder)}, distill=distill)
 
 
-def weights(folder):
-    return checkpoint.newest(folder / "checkpoints")[1]
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor.nan_to_num(), other[name].nan_to_num()), name
-
-
 @pytest.mark.parametrize("labels", [{}, SOFT], ids=["hard", "soft"])
 def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, tmp_path, labels):
     recipe = changed(recipe, distill=labels)
     train(recipe, quiet=True)
-    expected = weights(tmp_path / "live")
+    expected = final_tensors(tmp_path / "live")
 
     store = str(tmp_path / "written")
     train(into(recipe, tmp_path / "first", target_cache=store), quiet=True)  # write-through
-    assert_same(weights(tmp_path / "first"), expected)
+    assert_same_bits(final_tensors(tmp_path / "first"), expected)
     targets = teach(into(recipe, "", target_cache=str(tmp_path / "targets")), quiet=True)
     assert targets["epochs"] == 2 and targets["images"] == 48
     assert targets["bytes"] == 2 * bytes_per_epoch(24, 2, 2 if labels else 0)
@@ -92,7 +74,7 @@ def test_stored_targets_give_the_weights_of_running_teachers(recipe, teachers, t
         for name in ("written", "targets"):
             stored = into(recipe, tmp_path / f"from_{name}", target_cache=str(tmp_path / name))
             train(stored, quiet=True, on_step=no_teachers)
-            assert_same(weights(tmp_path / f"from_{name}"), expected)
+            assert_same_bits(final_tensors(tmp_path / f"from_{name}"), expected)
     finally:
         away.rename(teachers)
     # other runs use them too: another student and optimizer, another batch, hard labels from a store of soft ones
@@ -209,12 +191,12 @@ def test_views_are_cycled(recipe, tmp_path, monkeypatch):
     stored = into(recipe, tmp_path / "stored", target_cache=str(tmp_path / "store"))
     assert teach(stored, quiet=True)["epochs"] == 2
     train(stored, quiet=True, on_step=lambda run: pytest.fail("teachers") if run.parts.teachers else None)
-    assert_same(weights(tmp_path / "stored"), weights(tmp_path / "live"))
+    assert_same_bits(final_tensors(tmp_path / "stored"), final_tensors(tmp_path / "live"))
     # written through, the first cycle serves the later ones of the same run
     through = into(recipe, tmp_path / "through", target_cache=str(tmp_path / "written"))
     train(through, quiet=True)
     assert len(list((tmp_path / "written").glob("epoch-*.targets"))) == 2
-    assert_same(weights(tmp_path / "through"), weights(tmp_path / "live"))
+    assert_same_bits(final_tensors(tmp_path / "through"), final_tensors(tmp_path / "live"))
     # more views than are stored: only the new ones are asked for; fewer: none
     more = changed(stored, distill={"views": 3})
     assert teach(more, quiet=True)["images"] == 24
@@ -252,8 +234,7 @@ def test_a_mismatch_is_refused_with_the_field(recipe, store_of, change, named):
 def store_of(teachers, image_folder, tmp_path_factory):
     """Targets of one epoch of `recipe`."""
     folder = tmp_path_factory.mktemp("store") / "targets"
-    distill = {"mode": "std", "teachers": [{"weights": str(teachers / name)} for name in "01"]}
-    recipe = changed(from_dict(Recipe, {**SMALL, "distill": distill}), data={"train": str(image_folder)})
+    recipe = recipe_by(teachers, image_folder, folder)
     teach(changed(recipe, distill={"target_cache": str(folder)}, run={"length": "1 epoch"}), quiet=True)
     return str(folder)
 

@@ -1,9 +1,7 @@
 """Layouts that could mean several things: understood where that is certain, else refused by name of the option."""
 
-import io
 import json
 import logging
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.listing import Listing
 from pipelines.convert.sources import list_source
 from pipelines.errors import DataError, UserError
+from tests.archives import tar_bytes
 from tests.beton_tools import encoded, pixels
 
 IMAGE = encoded(pixels(8, 9))
@@ -19,11 +18,7 @@ IMAGE = encoded(pixels(8, 9))
 
 def tar(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as out:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_bytes(files))
 
 
 def folder(root: Path, *paths: str) -> Path:
