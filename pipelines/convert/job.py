@@ -201,14 +201,10 @@ class _Conversion:
             found = sizes_in[sizes_in <= self.settings.max_bytes]
         return float(found.mean()) if len(found) else 0.0
 
-    def final_bytes(self, per_image: float) -> int:
-        """Estimated size of the finished file."""
-        left = self.total - sum(len(done.samples) + len(done.faults) for done in self.done)
-        return self.packer.end + int(left * per_image) + self.total * TABLE_TYPE.itemsize
-
     def _refuse_if_too_large(self, per_image: float) -> None:
-        written = self.packer.end - self.start
-        needed = int((self.final_bytes(per_image) - self.start - written) * MARGIN) + self.total * ROW_TYPE.itemsize
+        left = self.total - sum(len(done.samples) + len(done.faults) for done in self.done)
+        data = int(left * per_image) + self.total * TABLE_TYPE.itemsize
+        needed = int(data * MARGIN) + self.total * ROW_TYPE.itemsize
         free = shutil.disk_usage(self.folder.path).free
         if needed > free:
             raise UserError(

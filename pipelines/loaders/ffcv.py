@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import CorruptImage, UserError
+from pipelines.errors import UserError
 from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, LoaderSpec
-from pipelines.read.decode import decode_rgb, is_turned
+from pipelines.read.decode import is_turned
 
 _BLACK = np.zeros((1, 1, 3), np.uint8)
 _INSTALL = "pip install ffcv numba, with OpenCV, libjpeg-turbo and pkg-config installed first; see `std-fast doctor`"
@@ -165,12 +165,8 @@ class FfcvLoader(ThreadedLoader):
 
     def _pixels(self, pending: PendingBatch, row: int) -> npt.NDArray[np.uint8]:
         """Upright pixels of a row's sample, or of its substitute; black where there is none."""
-        try:
-            index = int(pending.slots.indices[row])
-            return _BLACK if index < 0 else np.ascontiguousarray(decode_rgb(self.source, index))
-        except CorruptImage as error:
-            self.tracker.replace(pending.slots, row, error)
-            return self._pixels(pending, row)
+        pixels = self.tracker.decode(pending.slots, row)
+        return _BLACK if pixels is None else np.ascontiguousarray(pixels)
 
     def close(self) -> None:
         super().close()

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-from pipelines.errors import CorruptImage
 from pipelines.loaders.prefetch import PendingBatch, ThreadedLoader
 from pipelines.read.base import Source
 from pipelines.read.batch import LoaderSpec
@@ -100,29 +99,23 @@ class TorchLoader(ThreadedLoader):
         sound = self.tracker.sound
         for row in range(start, stop):
             index = int(pending.slots.indices[row])
-            if index < 0:
-                pending.images[row] = 0
-                continue
-            if self.together and index not in self._refused and self.source.is_jpeg(index):
+            if self.together and index >= 0 and index not in self._refused and self.source.is_jpeg(index):
                 data = self.source.read(index)
                 if is_plain_jpeg(self.source, index, data.tobytes(), bool(sound[index])):
                     sound[index] = True
                     pending.encoded[row] = torch.from_numpy(np.array(data))  # a copy: the source's bytes are read-only
                     continue
-            try:
-                pending.images[row] = self._on_host(pending, row)
-            except CorruptImage as error:
-                substituted = self.tracker.replace(pending.slots, row, error)
-                pending.images[row] = self._on_host(pending, row) if substituted else 0
+            pixels = self.tracker.decode(pending.slots, row)
+            pending.images[row] = 0 if pixels is None else self._cut(pixels, pending, row)
 
-    def _on_host(self, pending: PendingBatch, row: int) -> Pixels:
-        pixels = decode_rgb(self.source, int(pending.slots.indices[row]))
+    def _cut(self, pixels: Pixels, pending: PendingBatch, row: int) -> Pixels:
         return crop_and_resize(pixels, pending.slots.boxes[row], self.spec.image_size, self.resample)
 
     def _decode_together(self, pending: PendingBatch, images: torch.Tensor) -> None:
         for row in fill_rows(images, pending.encoded, pending.slots.boxes, self.resample):
-            images[row].copy_(torch.from_numpy(self._on_host(pending, row)))  # raises DataError for a damaged one
             index = int(pending.slots.indices[row])
+            pixels = decode_rgb(self.source, index)  # raises DataError for a damaged one
+            images[row].copy_(torch.from_numpy(self._cut(pixels, pending, row)))
             log.warning("%s: refused by the decoder on %s; the host decodes it", self.source.name(index), self.device)
             self._refused.add(index)
         pending.encoded.clear()

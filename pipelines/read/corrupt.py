@@ -22,7 +22,7 @@ import numpy as np
 from pipelines.errors import CorruptImage, DataError
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import BatchSlots, LoaderSpec
-from pipelines.read.decode import decode_rgb
+from pipelines.read.decode import Pixels, decode_rgb
 
 log = logging.getLogger("std_fast")
 
@@ -66,14 +66,23 @@ class CorruptTracker:
         slots.heights[rows], slots.widths[rows] = heights, widths
         slots.boxes[rows] = self.spec.crop.boxes(heights, widths, self.spec.seed, slots.epoch, slots.positions[rows])
 
-    def replace(self, slots: BatchSlots, row: int, error: CorruptImage) -> bool:
-        """Puts the substitute of a corrupt sample, measured, into its row. Returns whether there is one.
+    def replace(self, slots: BatchSlots, row: int, error: CorruptImage) -> None:
+        """Puts the substitute of a corrupt sample, measured, into its row.
 
         Raises DataError where `on_corrupt` or `corrupt_limit` says so.
         """
         slots.indices[row] = self.substitute(int(slots.indices[row]), error)
         self.measure(slots, row, row + 1)
-        return bool(slots.indices[row] >= 0)
+
+    def decode(self, slots: BatchSlots, row: int) -> Pixels | None:
+        """Upright pixels [H, W, 3] of a row's sample, or of its substitute; None where there is none. Raises DataError
+        as `replace`."""
+        index = int(slots.indices[row])
+        try:
+            return None if index < 0 else decode_rgb(self.source, index)
+        except CorruptImage as error:
+            self.replace(slots, row, error)
+            return self.decode(slots, row)
 
     def substitute(self, index: int, error: CorruptImage) -> int:
         """What is shown instead of a corrupt sample, -1 for none. Raises DataError where the settings say so."""

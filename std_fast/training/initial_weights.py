@@ -96,7 +96,7 @@ def load_initial_weights(student: Student, spec: StudentSpec, class_names: Seque
     heads = set(head_names(model))
     if not spec.new_head:
         state |= matched_heads(stored, heads, DataClasses.named(student.num_classes, class_names), where)
-    if spec.new_head:
+    else:
         plain = stored.complete and not student.head_teacher
         kept = {name: tensor for name, tensor in state.items() if name.startswith("backbone.") or not plain}
         own = model.state_dict()

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from pipelines.errors import CorruptImage
 from pipelines.loaders.torch import crop_and_resize
 from pipelines.read.base import Bytes, Integers, Source
 from pipelines.read.batch import BatchSlots, LoaderSpec
 from pipelines.read.corrupt import CorruptTracker
 from pipelines.read.crops import Boxes
-from pipelines.read.decode import decode_rgb, is_plain_jpeg
+from pipelines.read.decode import is_plain_jpeg
 
 _UNKNOWN, _PLAIN, _ODD = range(3)
 _PLACEHOLDER_BOX = (0, 0, 8, 8)
@@ -73,15 +72,10 @@ class Preparer:
 
     def _on_host(self, slots: BatchSlots, row: int) -> npt.NDArray[np.uint8]:
         """A row's sample [S, S, 3], or its substitute; black where there is none."""
-        index = int(slots.indices[row])
-        try:
-            if index >= 0:
-                box, spec = slots.boxes[row], self.spec
-                return crop_and_resize(decode_rgb(self.source, index), box, spec.image_size, spec.resample)
-        except CorruptImage as error:
-            self.tracker.replace(slots, row, error)
-            return self._on_host(slots, row)
-        return np.zeros((self.spec.image_size, self.spec.image_size, 3), np.uint8)
+        pixels, size = self.tracker.decode(slots, row), self.spec.image_size
+        if pixels is None:
+            return np.zeros((size, size, 3), np.uint8)
+        return crop_and_resize(pixels, slots.boxes[row], size, self.spec.resample)
 
     def _plain_jpeg(self, index: int) -> Bytes | None:
         """The sample's bytes if they are a JPEG that every decoder reads alike, else None."""
