@@ -28,8 +28,12 @@ def add_info(parser: Parser) -> None:
 
 def info(args: argparse.Namespace) -> None:
     from std_fast.commands.info import describe_model
+    from std_fast.config import recipe as recipes
+    from std_fast.config.files import RECIPES
     from std_fast.config.schema import read_yaml
 
+    if (RECIPES / f"{args.model}.yaml").is_file():
+        raise UserError(f"{args.model}: is a recipe; give its model, {recipes.load(args.model).student.name}")
     options = read_yaml(args.options, "--options")
     if not isinstance(options, dict):
         raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
