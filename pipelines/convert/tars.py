@@ -34,8 +34,6 @@ SIDECARS = ("cls", "json", "txt", "xml", "csv")
 
 @dataclass
 class Tar:
-    """One tar of the source."""
-
     name: str
     stem: str
     stamp: int

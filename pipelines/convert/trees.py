@@ -17,8 +17,6 @@ MAX_PARTS = 100_000
 
 
 class Entry(NamedTuple):
-    """What lies in a folder."""
-
     name: str
     is_folder: bool
     size: int

@@ -179,7 +179,6 @@ def predictions_html(runs: list[RunData], count: int) -> str:
 
 
 def page(runs: list[RunData], plots: Plots, images: int) -> str:
-    """The HTML document."""
     names = ", ".join(t.name for t in runs)
     versions = next((found for t in runs if isinstance(found := t.summary.get("versions"), dict)), None)
     made = " · ".join(f"{name} {version}" for name, version in (versions or {}).items())

@@ -49,12 +49,10 @@ class WriteQueue:
             ) from None
 
     def wait(self) -> None:
-        """Waits until all jobs are done."""
         while self._jobs:
             self._result(self._jobs.popleft())
 
     def close(self) -> None:
-        """Waits, and ends the thread."""
         self._pool.shutdown(wait=True)
         self.wait()
 

@@ -65,8 +65,6 @@ class Complete(Exception):
 
 
 class Saved(NamedTuple):
-    """A complete checkpoint."""
-
     path: Path
     tensors: dict[str, Tensor]
     meta: dict[str, Any]

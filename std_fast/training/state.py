@@ -34,7 +34,6 @@ class TrainState:
         self.snapshot = {name: tensor.detach().clone() for name, tensor in self._present().items()}
 
     def rollback(self) -> None:
-        """Returns to the state of the last snapshot."""
         self._restore(self.snapshot)
 
     def _present(self) -> dict[str, Tensor]:
