@@ -139,7 +139,7 @@ def environment():
 def torchrun(*args):
     """-> exit code, standard output and error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=480)
     return done.returncode, done.stdout, done.stderr
 
 
