@@ -115,9 +115,9 @@ def test_plan_measures_both_sizes(recipe, tmp_path, capsys):
     assert cli.main(["plan", path, "--seconds", "0.4", "--save", str(stored), "--json"]) == 0
     capsys.readouterr()
     measured = json.loads(stored.read_text())
-    for mode in ("running", "stored", "none"):
-        assert measured["modes"][mode]["early_images_per_second"] > 0
+    assert "running" in measured["modes"]  # a slow machine leaves the others out
     for mode in measured["modes"].values():
+        assert mode["early_images_per_second"] > 0
         mode |= {"images_per_second": 100.0, "early_images_per_second": 300.0}
 
     def rate(share, length):

@@ -256,7 +256,7 @@ if cli.main(["export", "run", "out", "--formats", "pt2"]) != 2 or cli.main(["exp
 """
     exit_code, lines = run_apart(tmp_path, code, PYTHONOPTIMIZE="1")
     assert exit_code == 0, lines
-    assert "--formats: pt2 cannot be written: torch cannot trace under python -O" in lines[0]
+    assert "--formats: pt2 cannot be written: torch cannot trace under python -O" in lines[1]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
