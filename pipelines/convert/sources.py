@@ -102,9 +102,11 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
         if entry not in used:
             _unused(entry, builder)
     lists: dict[str, Callable[..., Listing]] = {"tar": list_tars, "parquet": list_parquet, "cifar": list_cifar}
-    if kind != "parquet":  # whose images are copied when they are listed
-        builder.listing.archives = {entry.name: entry.stamp for entry in used}
-    return lists[kind](tree, used, settings, builder, work)
+    listing = lists[kind](tree, used, settings, builder, work)
+    if kind != "parquet":  # whose images are copied when they are listed, as are files of some servers
+        read_later = [entry for entry in used if is_url(tree.place(entry.name)) == is_url(tree.source)]
+        listing.archives = {entry.name: entry.stamp for entry in read_later}
+    return listing
 
 
 def _unused(entry: Entry, builder: Builder) -> None:

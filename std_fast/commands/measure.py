@@ -185,6 +185,7 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
             parts.stream.source = ConstantTargets(targets)
             modes["stored"] = time_steps(run, seconds / 4)
     finally:
+        run.folder.writer.wait()
         run.close()
     del run, parts, data
     if recipe.distill.mode != "none" and worthwhile():

@@ -183,9 +183,8 @@ def open_classifier(folder: Path) -> Classifier:
         return Classifier(recipe, student, names)
     if is_hub_folder(folder):
         return exported(folder)
-    raise UserError(
-        f"{printable(str(folder))}: holds no model; give a run's folder (recipe.yaml) or an export (config.json)"
-    )
+    found = "holds no model" if folder.exists() else "does not exist"
+    raise UserError(f"{printable(str(folder))}: {found}; give a run's folder (recipe.yaml) or an export (config.json)")
 
 
 def evaluate_export(folder: Path, data: str, overrides: Sequence[tuple[str, str]]) -> dict[str, float]:

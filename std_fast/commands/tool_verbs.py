@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -33,7 +35,13 @@ def info(args: argparse.Namespace) -> None:
     from std_fast.config.schema import read_yaml
 
     if (RECIPES / f"{args.model}.yaml").is_file():
-        raise UserError(f"{args.model}: is a recipe; give its model, {recipes.load(args.model).student.name}")
+        recipe = recipes.load(args.model)
+        options = json.dumps(recipe.student.options).replace('"', "")
+        teachers = f" --teachers {len(recipe.distill.teachers)}" * (recipe.distill.mode != "none")
+        raise UserError(
+            f"{args.model}: is the name of a recipe; its student: std-fast info {recipe.student.name} "
+            f"--image-size {recipe.data.image_size}{teachers} --options {shlex.quote(options)}"
+        )
     options = read_yaml(args.options, "--options")
     if not isinstance(options, dict):
         raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")

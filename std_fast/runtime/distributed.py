@@ -113,7 +113,8 @@ SINGLE_PROCESS = World()
 
 def rank() -> int:
     """This process's rank from torchrun's environment; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+    number = os.environ.get("RANK", "0")  # what is no number, `init_distributed` refuses
+    return int(number) if os.environ.get("WORLD_SIZE", "1") != "1" and number.isdecimal() else 0
 
 
 @contextmanager
@@ -131,8 +132,10 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         PeerLost: another process has died or hangs.
     """
     there, size = dist.is_initialized(), os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal():
-        raise UserError(f"WORLD_SIZE: {size!r} in the environment is no number of processes; unset it")
+    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("MASTER_PORT", 0)):
+        value = os.environ.get(name, "1")
+        if not value.isdecimal() or int(value) < least:
+            raise UserError(f"{name}: {value!r} in the environment is no number of torchrun's; unset it")
     if not there and int(size) == 1:
         yield SINGLE_PROCESS
         return

@@ -77,7 +77,7 @@ class Run:
             self.ranks = RankSync(world)
             evaluated = parts.val_loader is None or (self.complete and meta["result"])
             deferred = meta["evaluation_pending"] or (self.finished and not evaluated)
-            if self.finished and not deferred and (summary := folder.stored_summary()) is not None:
+            if self.finished and not deferred and (summary := folder.stored_summary(self.step)) is not None:
                 raise Complete(summary)
             folder.write_recipe()
             self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, deferred)

@@ -33,6 +33,8 @@ log = logging.getLogger("std_fast")
 
 # fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
 # becomes of a run that would otherwise end
+SUMMARY = {"result": dict, "seconds": dict, "gpu_hours": float, "device": str, "steps": int, "seed": int}
+"""types of what is read of a finished run's summary"""
 RESUMABLE_CHANGES = (
     "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
     "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",
@@ -178,7 +180,9 @@ class RunFolder:
             )
 
     def write_recipe(self) -> None:
+        """At the start of a run that is not complete: a summary from before is not its own."""
         if self.world.main:
+            (self.path / "summary.json").unlink(missing_ok=True)
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 
     def _restore_recipe(self, text: str) -> None:
@@ -188,14 +192,18 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text)
 
-    def stored_summary(self) -> dict[str, Any] | None:
-        """What the run wrote at its end, for all ranks; None where it has not, or it cannot be read."""
-        found = None
+    def stored_summary(self, step: int) -> dict[str, Any] | None:
+        """What this run wrote at its end, after `step` steps, for all ranks; None where it has not, or is damaged."""
+        found: Any = None
         if self.world.main:
             with suppress(OSError, ValueError):
                 found = read_json(self.path / "summary.json")
-        complete = isinstance(found, dict) and {"result", "steps", "gpu_hours", "seconds"} <= found.keys()
-        return self.world.broadcast(found if complete else None)
+            typed = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in SUMMARY.items())
+            if typed and (found["steps"], found["seed"]) == (step, self.recipe.run.seed):
+                self._restore_recipe(dump(self.recipe))
+            else:
+                found = None
+        return self.world.broadcast(found)
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
         """Loads `found` into the state; returns its metadata, less accuracies where data.val is other data.

@@ -95,7 +95,7 @@ def test_info_and_recipes(capsys):
         (["eval", "/nothing"], "/nothing"),
         (["info", "mixer_s17"], "did you mean 'mixer_s16'"),
         (["info", "mixer", "--options", "["], "--options"),
-        (["info", "imagenette_std"], "imagenette_std: is a recipe; give its model, mixer"),
+        (["info", "imagenette_std"], "a recipe; its student: std-fast info mixer --image-size 128 --teachers 2"),
         (["doctor", "extra"], "extra"),
         (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
         (["train", "digits_mixer", "--run.out", ""], "run.out: is empty; name the folder of the run"),

@@ -20,7 +20,7 @@ from std_fast.commands.arguments import PEER_LOST
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
 from std_fast.method.mine import log_mean_exp, over_parts
-from std_fast.runtime import checkpoint
+from std_fast.runtime import checkpoint, distributed
 from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.build import build
@@ -351,6 +351,12 @@ def test_what_a_user_gets_wrong(recipe, monkeypatch):
         pass
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE: 'two' .* unset it"), init_distributed(False, 1.0):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.rank() == 0  # left over from a torchrun; this is one process
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="RANK: 'x' .* unset it"), init_distributed(False, 1.0):
         pass
     monkeypatch.undo()
     with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):

@@ -158,9 +158,13 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, capsy
     assert train(recipe, resume=True) == json.loads(json.dumps(summary))
     assert contents(folder) == before
     assert f"{folder} is complete; a longer training is a new run" in capsys.readouterr().err
-    (folder / "summary.json").write_text("[]")
-    assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+    (folder / "recipe.yaml").unlink()
+    train(recipe, resume=True, quiet=True)
+    assert contents(folder) == before
+    for wrong in ("[]", json.dumps(summary | {"steps": 2}), json.dumps(summary | {"result": 5})):
+        (folder / "summary.json").write_text(wrong)
+        assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
+        assert json.loads((folder / "summary.json").read_text())["steps"] == 1
 
 
 def test_a_folder_that_is_cleared_while_its_run_goes_on(recipe, caplog):

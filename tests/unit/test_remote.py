@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -185,6 +188,24 @@ def test_a_file_that_is_replaced_while_it_is_read(
             made(src, tmp_path / "x.beton")
         assert not (tmp_path / "x.beton").exists()
         assert made(src, tmp_path / "x.beton")[0] == made(str(tmp_path / "train.tar"), tmp_path / "y.beton")[0]
+    finally:
+        server.close()
+
+
+def test_a_file_that_was_copied_may_get_another_date(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(disk / "train.tar", tmp_path)
+    made_task = workers.Workers.run
+
+    def touch_first(*args: Any) -> Any:
+        os.utime(tmp_path / "train.tar", (1, 1))
+        return made_task(*args)
+
+    monkeypatch.setattr(workers.Workers, "run", touch_first)
+    server = FileServer(tmp_path, ranges=False)
+    try:
+        assert made(f"{server.url}/train.tar", tmp_path / "x.beton")[0]
     finally:
         server.close()
 
