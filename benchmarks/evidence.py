@@ -35,7 +35,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import best_student, harness
 from benchmarks.study import Children, Study, collect, measure_costs, restore
 from benchmarks.study_report import draw, show
 from benchmarks.study_sizes import SIZES
@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> harness.Report:
     if args.stored:
-        return json.loads(Path(args.stored).read_text(encoding="utf-8"))
+        report = json.loads(Path(args.stored).read_text(encoding="utf-8"))
+        if not {"seconds_per_sample", "students"} & report.keys():
+            raise UserError(f"--from {args.stored}: holds no table of the study; read it as JSON")
+        return report
     if args.work is None:
         raise UserError("--work: is missing; give the folder of the runs")
     work = Path(args.work).resolve()
@@ -113,12 +116,18 @@ def work_off(study: Study, args: argparse.Namespace) -> list[str]:
 def show_any(report: harness.Report) -> str:
     if "listed" in report:
         return "\n".join(f"{'done' if done else '    '}  {job}" for job, done in report["listed"].items())
+    if "students" in report:
+        return best_student.show(report)
     return show(report) if "runs" in report else ""
+
+
+def draw_any(report: harness.Report, path: Path) -> None:
+    (best_student.draw if "students" in report else draw)(report, path)
 
 
 def command(argv: list[str] | None = None) -> int:
     """Exit code of `std-fast bench evidence ARGV`."""
-    return harness.main("evidence", run, show_any, add_arguments, draw, argv, __doc__)
+    return harness.main("evidence", run, show_any, add_arguments, draw_any, argv, __doc__)
 
 
 if __name__ == "__main__":
