@@ -1,10 +1,21 @@
-"""Table and figure of the best students for a cost, from a stored result; see evidence.md."""
+"""Table and figure of the best students for a cost, from a stored result; see evidence.md. The times of their steps:
+
+OMP_NUM_THREADS=1 python -m benchmarks.best_student RECIPE...     # in turns, when the machine does nothing else
+"""
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import harness
+from benchmarks.study import one_step
+from std_fast.config import recipe as recipes
+from std_fast.training.build import build
 
 COLUMNS = {
     "student": "student",
@@ -53,3 +64,28 @@ def draw(report: harness.Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def time_steps(names: Sequence[str], turns: int = 11) -> list[harness.Report]:
+    """Processor time, ms, of a training step of each recipe, in turns: median, lowest, highest; two turns warm up."""
+    with ExitStack() as stack:
+        steps = {}
+        for name in names:
+            parts = build(recipes.load(name))
+            stack.callback(parts.close)
+            steps[name] = one_step(parts)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(2 + turns):
+            for name, step in steps.items():
+                began = time.process_time()
+                step()
+                times[name].append(1e3 * (time.process_time() - began))
+    found = {name: sorted(all_turns[2:]) for name, all_turns in times.items()}
+    return [
+        {"recipe": name, "median": statistics.median(ms), "lowest": ms[0], "highest": ms[-1]}
+        for name, ms in found.items()
+    ]
+
+
+if __name__ == "__main__":
+    print(harness.table(time_steps(sys.argv[1:]), {name: name for name in ("recipe", "median", "lowest", "highest")}))

@@ -31,10 +31,11 @@ from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
 
-# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
-# becomes of a run that would otherwise end
 SUMMARY = {"result": dict, "seconds": dict, "gpu_hours": float, "device": str, "steps": int, "seed": int}
 """types of what is read of a finished run's summary"""
+
+# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
+# becomes of a run that would otherwise end
 RESUMABLE_CHANGES = (
     "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
     "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import evidence, harness, study_sizes
+from benchmarks import best_student, evidence, harness, study_sizes
 from benchmarks import study as studies
 from benchmarks.study_data import pack, unpack
 from benchmarks.study_report import Group, difference, mcnemar
 from tests.killing import Child
-from tests.small_runs import small_study
+from tests.small_runs import small_recipe, small_study, write_recipe
 
 
 class Forked(studies.Children):
@@ -109,6 +109,32 @@ def test_the_tables_of_the_page_are_drawn_from_its_stored_results(tmp_path, caps
         tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| student |")]
         assert len(tables) == (2 if "best-student" in name else 5) and all(table in page for table in tables)
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_steps_of_recipes_are_timed_in_turns(image_folder, tmp_path, monkeypatch):
+    clock, order = [0.0], []
+
+    def one_step(parts):
+        real = studies.one_step(parts)
+
+        def step():
+            real()
+            order.append(parts.recipe.run.batch)
+            clock[0] += parts.recipe.run.batch / 1000 + (len(order) < 5)  # the first two turns are slow
+
+        return step
+
+    monkeypatch.setattr(best_student, "one_step", one_step)
+    monkeypatch.setattr(best_student.time, "process_time", lambda: clock[0])
+    names = []
+    for batch in (4, 8):
+        recipe = small_recipe(image_folder, tmp_path / str(batch), run={"batch": batch})
+        names.append(write_recipe(recipe, tmp_path / f"{batch}.yaml"))
+    rows = best_student.time_steps(names, turns=3)
+    assert order == [4, 8] * 5
+    for name, batch, row in zip(names, (4, 8), rows, strict=True):
+        assert row["recipe"] == name
+        assert [row[key] for key in ("median", "lowest", "highest")] == pytest.approx([batch] * 3)
 
 
 def run_with(init: int, correct: list[int]) -> harness.Report:
