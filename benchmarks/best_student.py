@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from benchmarks import harness
 from benchmarks.study import one_step
 from std_fast.config import recipe as recipes
@@ -68,6 +70,7 @@ def draw(report: harness.Report, path: Path) -> None:
 
 def time_steps(names: Sequence[str], turns: int = 11) -> list[harness.Report]:
     """Processor time, ms, of a training step of each recipe, in turns: median, lowest, highest; two turns warm up."""
+    torch.set_num_threads(1)
     with ExitStack() as stack:
         steps = {}
         for name in names:

@@ -185,8 +185,8 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
             parts.stream.source = ConstantTargets(targets)
             modes["stored"] = time_steps(run, seconds / 4)
     finally:
-        run.folder.writer.wait()
-        run.close()
+        with closing(run):
+            run.folder.writer.wait()
     del run, parts, data
     if recipe.distill.mode != "none" and worthwhile():
         plain = start(replace(recipe, distill=Distill(mode="none")), scratch / "two")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -29,6 +28,8 @@ def add_info(parser: Parser) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
+    import yaml
+
     from std_fast.commands.info import describe_model
     from std_fast.config import recipe as recipes
     from std_fast.config.files import RECIPES
@@ -36,11 +37,11 @@ def info(args: argparse.Namespace) -> None:
 
     if (RECIPES / f"{args.model}.yaml").is_file():
         recipe = recipes.load(args.model)
-        options = json.dumps(recipe.student.options).replace('"', "")
+        options = yaml.safe_dump(dict(recipe.student.options), default_flow_style=True, sort_keys=False, width=1000)
         teachers = f" --teachers {len(recipe.distill.teachers)}" * (recipe.distill.mode != "none")
         raise UserError(
             f"{args.model}: is the name of a recipe; its student: std-fast info {recipe.student.name} "
-            f"--image-size {recipe.data.image_size}{teachers} --options {shlex.quote(options)}"
+            f"--image-size {recipe.data.image_size}{teachers} --options {shlex.quote(options.strip())} --classes N"
         )
     options = read_yaml(args.options, "--options")
     if not isinstance(options, dict):

@@ -113,8 +113,8 @@ SINGLE_PROCESS = World()
 
 def rank() -> int:
     """This process's rank from torchrun's environment; 0 without torchrun."""
-    number = os.environ.get("RANK", "0")  # what is no number, `init_distributed` refuses
-    return int(number) if os.environ.get("WORLD_SIZE", "1") != "1" and number.isdecimal() else 0
+    number, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return int(number) if number.isdecimal() and size != "1" else 0  # `init_distributed` refuses what is no number
 
 
 @contextmanager
@@ -132,10 +132,8 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         PeerLost: another process has died or hangs.
     """
     there, size = dist.is_initialized(), os.environ.get("WORLD_SIZE", "1")
-    for name, least in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("MASTER_PORT", 0)):
-        value = os.environ.get(name, "1")
-        if not value.isdecimal() or int(value) < least:
-            raise UserError(f"{name}: {value!r} in the environment is no number of torchrun's; unset it")
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"WORLD_SIZE: {size!r} in the environment is no number of processes; unset it")
     if not there and int(size) == 1:
         yield SINGLE_PROCESS
         return
@@ -147,6 +145,9 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
                 f"WORLD_SIZE: is {size} in the environment, without {', '.join(missing)}; start many processes with "
                 "torchrun, and for one unset it"
             )
+        for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+            if not os.environ[name].isdecimal():
+                raise UserError(f"{name}: {os.environ[name]!r} in the environment is no number; torchrun sets it")
         device = None
         if on_gpu:
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

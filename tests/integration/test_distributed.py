@@ -354,9 +354,13 @@ def test_what_a_user_gets_wrong(recipe, monkeypatch):
         pass
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it for a service called master
     assert distributed.rank() == 0  # left over from a torchrun; this is one process
-    monkeypatch.setenv("RANK", "x")
-    with pytest.raises(UserError, match="RANK: 'x' .* unset it"), init_distributed(False, 1.0):
+    with init_distributed(False, 1.0) as world:
+        assert world.size == 1
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_PORT: 'tcp.* is no number; torchrun"), init_distributed(False, 1.0):
         pass
     monkeypatch.undo()
     with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):
