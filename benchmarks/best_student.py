@@ -6,7 +6,6 @@ OMP_NUM_THREADS=1 python -m benchmarks.best_student RECIPE...     # in turns, wh
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -88,7 +87,3 @@ def time_steps(names: Sequence[str], turns: int = 11) -> list[harness.Report]:
         {"recipe": name, "median": statistics.median(ms), "lowest": ms[0], "highest": ms[-1]}
         for name, ms in found.items()
     ]
-
-
-if __name__ == "__main__":
-    print(harness.table(time_steps(sys.argv[1:]), {name: name for name in ("recipe", "median", "lowest", "highest")}))
