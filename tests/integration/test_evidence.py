@@ -98,10 +98,11 @@ def test_a_study_stopped_and_gone_on_with(image_folder, tmp_path, capsys):
     assert len(list((tmp_path / "again").glob("evidence-smoke-*.png"))) == 1
 
 
-def test_the_tables_of_the_page_are_drawn_from_its_stored_results(tmp_path, capsys):
+def test_the_tables_of_the_pages_are_drawn_from_its_stored_results(tmp_path, capsys):
     """Also those with settings that the study no longer has."""
     root = Path(evidence.__file__).parents[1]
-    page = (root / "benchmarks" / "evidence.md").read_text(encoding="utf-8")
+    pages = [root / "benchmarks" / name for name in ("evidence.md", "evidence_short.md")]
+    page = "".join(path.read_text(encoding="utf-8") for path in pages)
     stored = re.findall(r"--from (benchmarks/results/\S+\.json)", page)
     assert len(stored) == 3 and "| STD, other loss |" in page
     for name in stored:
