@@ -14,8 +14,8 @@ from benchmarks import harness
 from benchmarks.study_data import unpack
 from benchmarks.study_sizes import SETTINGS
 
-AGAINST = ("plain", "no tokens", "plain, STD's cost", "no tokens, STD's cost")
-"""settings that the others are compared with; one that costs what another costs, with that one alone"""
+AGAINST = ("plain", "no tokens", "STD", "plain, STD's cost", "no tokens, STD's cost")
+"""settings that the others are compared with; STD with its variants, one that costs what another costs with that one"""
 
 
 class Group(NamedTuple):
@@ -156,6 +156,8 @@ def differences(every: list[Group], name: str) -> str:
     for group in every:
         other = next((g for g in every if g.student == group.student and g.setting == name), None)
         if other is None or group.setting == name or SETTINGS[name].cost_of not in ("", group.setting):
+            continue
+        if name == "STD" and not group.setting.startswith(name):
             continue
         if (found := difference(group, other)) is None:
             continue

@@ -84,7 +84,7 @@ SIZES = {
         common=ON_A_CPU,
         teachers=TEACHERS,
         students={"C 64": mixer(64), "C 128": mixer(128)},
-        inits={"C 64": (0, 1, 2, 3), "C 128": (0, 1)},
+        inits={"C 64": (0, 1, 2, 3), "C 128": (0, 1, 2, 3)},
         epochs=30,
     ),
     "short": Size(

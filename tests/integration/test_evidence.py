@@ -108,7 +108,7 @@ def test_the_tables_of_the_pages_are_drawn_from_its_stored_results(tmp_path, cap
     for name in stored:
         assert evidence.command(["--from", str(root / name), "--out", str(tmp_path)]) == 0
         tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| student |")]
-        assert len(tables) == (2 if "best-student" in name else 5) and all(table in page for table in tables)
+        assert len(tables) == (2 if "best-student" in name else 6) and all(table in page for table in tables)
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
