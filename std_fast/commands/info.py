@@ -19,12 +19,7 @@ def describe_model(
         classes, image_size: K, and the side of the images in pixels.
         options: of the backbone's builder.
 
-    Returns:
-        `parameters_millions`, `gmacs` (multiply-accumulates of one forward of one image, in 10^9),
-        `training_only_millions` (statistics networks), `dim`, `patches`, `depth` and `taps` where the model has them.
-
-    Raises:
-        UserError: unknown name or options.
+    Returns, Raises: as `describe_student`.
     """
     recipe = from_dict(
         Recipe,
@@ -37,16 +32,29 @@ def describe_model(
             },
         },
     )
+    return describe_student(recipe, classes)
+
+
+def describe_student(recipe: Recipe, classes: int = 1000) -> dict:
+    """Sizes and costs of a recipe's student as it is deployed, for data of so many classes.
+
+    Returns:
+        `parameters_millions`, `gmacs` (multiply-accumulates of one forward of one image, in 10^9),
+        `training_only_millions` (statistics networks), `dim`, `patches`, `depth` and `taps` where the model has them.
+
+    Raises:
+        UserError: unknown name or options.
+    """
     student = build_student(recipe, classes).eval()
     extra = student.training_only()
     count = {key: sum(p.numel() for n, p in student.named_parameters() if (n in extra) == key) for key in (True, False)}
     data = {
-        "model": name,
-        "teachers": teachers,
+        "model": recipe.student.name,
+        "teachers": len(recipe.distill.teachers),
         "classes": classes,
-        "image_size": image_size,
+        "image_size": recipe.data.image_size,
         "parameters_millions": round(count[False] / 1e6, 3),
-        "gmacs": round(count_macs(student, image_size) / 1e9, 3),
+        "gmacs": round(count_macs(student, recipe.data.image_size) / 1e9, 3),
         "training_only_millions": round(count[True] / 1e6, 3),
     }
     backbone = student.backbone

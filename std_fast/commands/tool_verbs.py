@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -19,34 +18,33 @@ BENCHMARKS = (
 
 
 def add_info(parser: Parser) -> None:
-    parser.add_argument("model", help="a student's or any timm model's name")
-    parser.add_argument("--teachers", type=int, default=0, help="with STD modules for this many teachers [0]")
+    parser.add_argument("model", help="a student's, a recipe's or any timm model's name, or a recipe file")
     parser.add_argument("--classes", type=int, default=1000, help="number of classes [1000]")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the images in pixels [224]")
-    parser.add_argument("--options", default="{}", help="builder's options as YAML, e.g. '{patch_size: 4}'")
+    group = parser.add_argument_group("of a model", "a recipe has its own")
+    group.add_argument("--teachers", type=int, help="with STD modules for this many teachers [0]")
+    group.add_argument("--image-size", type=int, help="side of the images in pixels [224]")
+    group.add_argument("--options", help="builder's options as YAML, e.g. '{patch_size: 4}'")
     add_json(parser)
 
 
 def info(args: argparse.Namespace) -> None:
-    import yaml
-
-    from std_fast.commands.info import describe_model
+    from std_fast.commands.info import describe_model, describe_student
     from std_fast.config import recipe as recipes
     from std_fast.config.files import RECIPES
     from std_fast.config.schema import read_yaml
 
-    if (RECIPES / f"{args.model}.yaml").is_file():
-        recipe = recipes.load(args.model)
-        options = yaml.safe_dump(dict(recipe.student.options), default_flow_style=True, sort_keys=False, width=1000)
-        teachers = f" --teachers {len(recipe.distill.teachers)}" * (recipe.distill.mode != "none")
-        raise UserError(
-            f"{args.model}: is the name of a recipe; its student: std-fast info {recipe.student.name} "
-            f"--image-size {recipe.data.image_size}{teachers} --options {shlex.quote(options.strip())} --classes N"
-        )
-    options = read_yaml(args.options, "--options")
-    if not isinstance(options, dict):
-        raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
-    data = describe_model(args.model, args.teachers, args.classes, args.image_size, options)
+    given = {key: getattr(args, key) for key in ("teachers", "image_size", "options")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if args.model.endswith((".yaml", ".yml")) or (RECIPES / f"{args.model}.yaml").is_file():
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')}: a recipe has its own; leave it out")
+        data = describe_student(recipes.load(args.model), args.classes)
+    else:
+        if "options" in given:
+            given["options"] = read_yaml(args.options, "--options")
+            if not isinstance(given["options"], dict):
+                raise UserError(f"--options: {args.options!r} is no YAML mapping; write e.g. '{{patch_size: 4}}'")
+        data = describe_model(args.model, classes=args.classes, **given)
     show(args, data, "\n".join(f"{key}: {value}" for key, value in data.items()))
 
 

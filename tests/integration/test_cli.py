@@ -64,6 +64,11 @@ def test_info_and_recipes(capsys):
     words = ["--options", options, "--image-size", 16, "--classes", 3, "--teachers", 1, "--json"]
     code, out, _ = run(capsys, "info", "mixer", *words)
     assert code == 0 and json.loads(out)["taps"] == [2]
+    code, out, _ = run(capsys, "info", "imagenette_std", "--classes", 10, "--json")
+    found = json.loads(out)
+    assert code == 0 and [found[key] for key in ("model", "teachers", "image_size", "dim")] == ["mixer", 2, 128, 128]
+    code, _, err = run(capsys, "info", "imagenette_std", "--teachers", 1)
+    assert code == 2 and "--teachers: a recipe has its own" in err
     code, out, _ = run(capsys, "recipes", "--json")
     listed = json.loads(out)
     assert code == 0 and listed.keys() == {p.stem for p in recipe_files.RECIPES.glob("*.yaml")} and all(listed.values())
@@ -95,7 +100,6 @@ def test_info_and_recipes(capsys):
         (["eval", "/nothing"], "/nothing"),
         (["info", "mixer_s17"], "did you mean 'mixer_s16'"),
         (["info", "mixer", "--options", "["], "--options"),
-        (["info", "imagenette_std"], "a recipe; its student: std-fast info mixer --image-size 128 --teachers 2"),
         (["doctor", "extra"], "extra"),
         (["preview", "digits_mixer", "--data.train", "/nothing"], "/nothing"),
         (["train", "digits_mixer", "--run.out", ""], "run.out: is empty; name the folder of the run"),
