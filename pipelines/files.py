@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 
@@ -47,26 +48,39 @@ def sync(path: str | Path) -> None:
 
 
 class AppendFile:
-    """A file that records are appended to, each of them complete or not at all."""
+    """A file that records are appended to, each of them complete or not at all.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, open(path, "ab", buffering=0)
+    Args:
+        head: what the file begins with; it is written with the first record.
+    """
+
+    def __init__(self, path: Path, head: bytes = b"") -> None:
+        self._path, self._head = path, head
+        self._file: FileIO | None = None
+
+    def _open(self) -> FileIO:
+        """The file at the path: a new one where it was removed, or its folder renamed."""
+        if self._file is not None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                    return self._file
+            self._file.close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab", buffering=0)
+        return self._file
 
     def append(self, record: bytes) -> None:
-        """Raises OSError where the record cannot be written; nothing of it then stays in the file.
-
-        A file that was removed begins anew.
-        """
-        if not os.fstat(self._file.fileno()).st_nlink:
-            self._file, removed = open(self._path, "ab", buffering=0), self._file
-            removed.close()
-        end = os.fstat(self._file.fileno()).st_size
+        """Raises OSError where the record cannot be written; nothing of it then stays in the file."""
+        file = self._open()
+        end = os.fstat(file.fileno()).st_size
+        record = record if end else self._head + record
         try:
-            if self._file.write(record) != len(record):  # the last bytes of a disk
+            if file.write(record) != len(record):  # the last bytes of a disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            os.ftruncate(self._file.fileno(), end)
+            os.ftruncate(file.fileno(), end)
             raise
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -6,6 +6,8 @@ A recipe is loaded before torch is imported, which takes seconds: a mistake in o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,21 +30,31 @@ def add_train(parser: Parser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
+    from std_fast.config.files import filled_in
+    from std_fast.runtime.folder_lock import FolderLock
+    from std_fast.training import existing
 
     recipe = recipes.load(args.recipe, args.overrides)
     if args.resume and not any(key == "run.out" for key, _ in args.overrides):
         refuse_moved(args.recipe, recipe)
+    where = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else rank 0 looks, and tells the others
+    summary = existing.finished(recipe, where) if args.resume and alone else None
+    if summary is not None and not args.quiet:
+        say(existing.complete_line(where))
+    if alone and not args.resume and (where / "checkpoints").is_dir():
+        with contextlib.closing(FolderLock(where)):
+            existing.check_unused(recipe, where)
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
-    from std_fast.training.build import resolved
     from std_fast.training.evaluate import result_in_words
     from std_fast.training.not_finite import NotFinite
     from std_fast.training.run import Stopped
     from std_fast.training.train import train as run_training
 
     try:
-        summary = run_training(recipe, args.resume, args.quiet, already=process_seconds())
+        summary = summary or run_training(recipe, args.resume, args.quiet, already=process_seconds())
     except (Stopped, NotFinite) as end:
         if rank() == 0:
             say(f"std-fast: {end}")
@@ -52,7 +64,6 @@ def train(args: argparse.Namespace) -> int:
         return PEER_LOST
     if rank() != 0:
         return 0
-    where = resolved(recipe).run.out
     accuracy = result_in_words(summary["result"]) or "no validation data"
     hours = f"{summary['gpu_hours']:.4f} {'hours' if summary['device'].startswith('cpu') else 'GPU-hours'}"
     lines = [accuracy, f"{quantity(summary['steps'], 'step')}, {hours}, {where}"]

@@ -124,10 +124,14 @@ class Heartbeat:
     The file holds `gpu_seconds` (of all parts) and, for a run that ended after a save, the `step` of that save and the
     `parts`. It is replaced atomically but not flushed: after a loss of power its last seconds may be missing. A process
     that is killed before its first write, while it imports torch, is not counted.
+
+    Args:
+        every: seconds between two writes.
+        writable: where it returns False, nothing is written: the folder is gone, or another run's.
     """
 
-    def __init__(self, folder: Path, ledger: Ledger, every: float) -> None:
-        self.path, self.ledger, self.every = folder / HELD, ledger, every
+    def __init__(self, folder: Path, ledger: Ledger, every: float, writable: Callable[[], bool] = lambda: True) -> None:
+        self.path, self.ledger, self.every, self._writable = folder / HELD, ledger, every, writable
         self._end = threading.Event()
         self._write({})
         self._thread = threading.Thread(target=self._beat, name="std_fast-heartbeat", daemon=True)
@@ -142,7 +146,8 @@ class Heartbeat:
 
     def _write(self, more: dict[str, Any]) -> None:
         record = {"gpu_seconds": self.ledger.held * self.ledger.devices, **more}
-        write_atomic(self.path, json.dumps(record))
+        if self._writable():
+            write_atomic(self.path, json.dumps(record))
 
     def stop(self, step: int | None) -> None:
         """The last write. `step`: all steps up to it are saved, so nothing is lost; None: any other end."""

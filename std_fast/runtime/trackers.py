@@ -44,33 +44,28 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._event, self._summary = Event, Summary
-        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
-        self._file: AppendFile | None = None
-        self._first = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+        head = self._record(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_step:
             start = SessionLog(status=SessionLog.START)
-            self._first.append(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            head += self._record(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+        self._file = AppendFile(folder / name, head)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         value = self._summary.Value
         summary = self._summary(value=[value(tag=tag, simple_value=number) for tag, number in metrics.items()])
-        self._append([self._event(wall_time=time.time(), step=step, summary=summary)])
+        self._file.append(self._record(self._event(wall_time=time.time(), step=step, summary=summary)))
 
-    def _append(self, events: list[Any]) -> None:
+    @staticmethod
+    def _record(event: Any) -> bytes:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = AppendFile(self._path)
-        records = io.BytesIO()
-        for event in self._first + events:
-            RecordWriter(records).write(event.SerializeToString())
-        self._file.append(records.getvalue())
-        self._first = []
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        return record.getvalue()
 
     def close(self, finished: bool) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 class WandB:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 from pipelines.errors import CorruptImage, DataError
 from std_fast.config.recipe import Duration, Recipe
 from std_fast.runtime.budget import Clock, Ledger
 from std_fast.runtime.compiling import compile_time
 from std_fast.runtime.distributed import SINGLE_PROCESS, RankSync, World
+from std_fast.runtime.folder_lock import FolderLock
 from std_fast.runtime.trackers import check_trackers
 from std_fast.training.build import build, resolved
 from std_fast.training.evaluator import Evaluator
+from std_fast.training.existing import complete_line, finished
 from std_fast.training.not_finite import NonFiniteMonitor, NotFinite
 from std_fast.training.run_folder import Complete, RunFolder
 from std_fast.training.run_log import RunLog
@@ -63,8 +67,12 @@ class Run:
         check_trackers(recipe.run.trackers)
         self.world, self.signals, self.step, self.stop_wanted = world, signals, 0, False
         self.ledger = ledger = Ledger(world.size, already=already)
-        self.folder = folder = RunFolder(recipe, world, ledger, resume)
+        summary = finished(recipe, Path(recipe.run.out)) if resume and world.main else None
+        if (summary := world.broadcast(summary)) is not None:
+            raise Complete(summary)
         with ExitStack() as stack:
+            lock = stack.enter_context(closing(FolderLock(Path(recipe.run.out)))) if world.main else None
+            self.folder = folder = RunFolder(recipe, world, ledger, resume, lock)
             stack.push(lambda kind, error, _: folder.close(self.step, error))
             self.parts = parts = build(folder.pinned(recipe), world, ledger, folder.check_data)
             stack.callback(parts.close)
@@ -78,13 +86,23 @@ class Run:
             evaluated = parts.val_loader is None or (self.complete and meta["result"])
             deferred = meta["evaluation_pending"] or (self.finished and not evaluated)
             if self.finished and not deferred and (summary := folder.stored_summary(self.step)) is not None:
+                folder.keep()
                 raise Complete(summary)
-            folder.write_recipe()
-            self.log = RunLog(recipe, folder.path, parts, self.clock, world, self.step, quiet, deferred)
+            folder.begin()
+            self.log = RunLog(recipe, folder, parts, self.clock, world, self.step, quiet, deferred)
             stack.callback(self.log.close)
             self.monitor = NonFiniteMonitor(recipe.run, self.trainer.guard, parts.state, self.log, meta)
             self.evaluator = Evaluator(parts, self.clock, self.log, self.sync_ranks, world, deferred, meta)
-            self.close = stack.pop_all().close
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def loop(self, on_step: Callable[[Run], None] | None = None) -> None:
         """Trains to the end. `on_step` is called after each step. Raises Stopped and NotFinite, see `train`."""
@@ -150,7 +168,7 @@ class Run:
         if self.finished and deferred:
             self.save(complete=True)  # with the evaluation's result
         elif self.finished:
-            self.log.progress.say(f"{self.folder.path} is complete; a longer training is a new run")
+            self.log.progress.say(complete_line(self.folder.path))
         else:
             self.clock.start(self.world)
             self.stream.seek(self.step)

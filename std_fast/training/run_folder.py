@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import logging
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,40 +15,17 @@ from torch import Tensor
 from pipelines.errors import UserError
 from pipelines.files import replacing, write_atomic
 from pipelines.read.batch import Loader
-from pipelines.untrusted import read_json
 from std_fast import __version__
-from std_fast.config.recipe import Duration, Recipe, dump, loads, read_saved
-from std_fast.config.schema import difference
+from std_fast.config.recipe import Duration, Recipe, dump, loads
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import HELD, Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import World
+from std_fast.runtime.folder_lock import FolderLock
 from std_fast.training.content import at_stored_paths, check_classes, check_content, check_paths, content_of
+from std_fast.training.existing import changed_fields, check_unused, read_summary, unused_beside
 from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
-
-SUMMARY = {"result": dict, "seconds": dict, "gpu_hours": float, "device": str, "steps": int, "seed": int}
-"""types of what is read of a finished run's summary"""
-
-# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
-# becomes of a run that would otherwise end
-RESUMABLE_CHANGES = (
-    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
-    "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",
-    "data.one_part", "data.threads", "data.ahead", "data.hw_decoder_load", "data.val", "run.eval_batch",
-    "distill.target_cache", "summary", "name", "run.overlap", "run.micro_batch", "run.profile",
-)  # fmt: skip
-
-
-def changed_fields(one: Recipe, two: Recipe) -> list[str]:
-    """Fields in which two recipes differ, and which a resumed run may not change."""
-    return [name for name in difference(one, two) if name not in RESUMABLE_CHANGES]
-
-
-def unused_beside(folder: Path) -> Path:
-    """FOLDER-2, or the next that does not exist."""
-    folder = folder if folder.name else folder.resolve()  # such as `.`
-    return next(path for i in itertools.count(2) if not (path := Path(f"{folder}-{i}")).exists())
 
 
 class Complete(Exception):
@@ -82,43 +55,30 @@ class RunFolder:
         recipe: resolved, so that `run.out` is a path. All of it: it is saved, and compared with the one that is saved.
         ledger: gets the seconds that earlier processes of a resumed run were held, also where they saved nothing.
         resume: continue from `found`, the newest complete checkpoint, if there is one.
+        lock: of rank 0, which writes; the caller closes it.
 
     Raises:
         UserError: the folder holds a run and `resume` is not asked for, or a run that cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, world: World, ledger: Ledger, resume: bool) -> None:
-        self.recipe, self.world, self.ledger = recipe, world, ledger
+    def __init__(self, recipe: Recipe, world: World, ledger: Ledger, resume: bool, lock: FolderLock | None) -> None:
+        self.recipe, self.world, self.ledger, self.lock = recipe, world, ledger, lock
         self.path = Path(recipe.run.out)
         self.writer = checkpoint.Writer(self.path / "checkpoints", recipe.run.keep_checkpoints)
-        if not resume and checkpoint.listed(self.path / "checkpoints"):
-            raise UserError(f"{self.path}: already holds a run; {self._way_on()}")
+        if not resume:
+            check_unused(recipe, self.path)
         self.found = self._newest() if resume else None
-        self.saved_step, self.copy_seconds = 0, 0.0
+        self.saved_step, self._first_step, self.copy_seconds = 0, 0, 0.0
         self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
-        if world.main:
+        if lock is not None:
             checkpoint.remove_drafts(self.path / "checkpoints")
             if resume:
                 if self.found is not None:
                     checkpoint.quarantine(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
-            self.path.mkdir(parents=True, exist_ok=True)
             self._held_before = held.read_bytes() if (held := self.path / HELD).exists() else None
-            self._heartbeat = Heartbeat(self.path, ledger, self._beat_every())
-
-    def _way_on(self) -> str:
-        """What to do where the folder holds a run: resume it if it is this one, else take another folder."""
-        other = f"--run.out {unused_beside(self.path)}"
-        try:
-            saved = read_saved(self.path)
-            data = replace(self.recipe.data, train=saved.data.train)  # its content is compared when it is resumed
-            differing = changed_fields(replace(self.recipe, data=data), saved)
-        except UserError:  # no recipe beside the checkpoints
-            return f"start this one with {other}"
-        if differing:
-            return f"it has another {', '.join(differing)}, so start this one with {other}"
-        return f"add --resume to continue it, or start a new one with {other}"
+            self._heartbeat = Heartbeat(self.path, ledger, self._beat_every(), lock.held)
 
     def _newest(self) -> Saved | None:
         folder = self.path / "checkpoints"
@@ -174,37 +134,36 @@ class RunFolder:
         check_content(self.recipe, meta["content"], content)
         if other := changed_fields(at_stored_paths(self.recipe, saved, meta["content"], content), saved):
             fields = f"{', '.join(other)} differ{'s' * (len(other) == 1)}"
-            self._restore_recipe(meta["recipe"])
+            self.keep(meta["recipe"])
             raise UserError(
                 f"{path}: was written by another recipe ({fields}); resume with {self.path}/recipe.yaml, or start a "
                 f"new run with --run.out {unused_beside(self.path)}"
             )
 
-    def write_recipe(self) -> None:
-        """At the start of a run that is not complete: a summary from before is not its own."""
-        if self.world.main:
+    def begin(self) -> None:
+        """At the start of a run that is not complete: removes a summary from before, and writes `recipe.yaml`."""
+        if self.lock is not None:
+            self.lock.keep()
             (self.path / "summary.json").unlink(missing_ok=True)
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 
-    def _restore_recipe(self, text: str) -> None:
-        """Writes `recipe.yaml` anew where it is gone."""
-        if self.world.main and not (path := self.path / "recipe.yaml").exists():
+    def keep(self, text: str = "") -> None:
+        """Before a file is written: the folder and `recipe.yaml` are made anew where they are gone. See `FolderLock`.
+
+        Args:
+            text: of the recipe that the folder is to hold, by default this one.
+        """
+        if self.lock is None:
+            return
+        self.lock.keep()
+        if not (path := self.path / "recipe.yaml").exists():
             log.warning("%s: is gone, as by clearing the folder; written anew", path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, text)
+            write_atomic(path, text or dump(self.recipe))
 
     def stored_summary(self, step: int) -> dict[str, Any] | None:
         """What this run wrote at its end, after `step` steps, for all ranks; None where it has not, or is damaged."""
-        found: Any = None
-        if self.world.main:
-            with suppress(OSError, ValueError):
-                found = read_json(self.path / "summary.json")
-            typed = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in SUMMARY.items())
-            if typed and (found["steps"], found["seed"]) == (step, self.recipe.run.seed):
-                self._restore_recipe(dump(self.recipe))
-            else:
-                found = None
-        return self.world.broadcast(found)
+        found = read_summary(self.path, self.recipe.run.seed) if self.world.main else None
+        return self.world.broadcast(found if found and found["steps"] == step else None)
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
         """Loads `found` into the state; returns its metadata, less accuracies where data.val is other data.
@@ -216,7 +175,7 @@ class RunFolder:
             return checkpoint.initial_meta()
         path, tensors, meta = self.found
         state.load(tensors)
-        self.saved_step = meta["step"]
+        self.saved_step = self._first_step = meta["step"]
         log.info("resumed %s at step %d", path, self.saved_step)
         self.found = None  # frees its tensors
         before = meta["content"].get("data.val")
@@ -233,7 +192,7 @@ class RunFolder:
         with self.ledger.during("checkpoint"):
             self.writer.wait()
             began = time.perf_counter()
-            self._restore_recipe(dump(self.recipe))
+            self.keep()
             own = {
                 "step": step,
                 "recipe": dump(self.recipe),
@@ -250,38 +209,22 @@ class RunFolder:
         return self.copy_seconds + self.writer.seconds if self.writer.seconds else None
 
     def close(self, step: int, error: BaseException | None = None) -> None:
-        """Records how long the run was held; not for one that is complete, or refused before it began in a new folder.
+        """Records how long the run was held; not for one that is complete, or refused before its first step.
 
         Args:
             step: steps done; if they are saved, no second counts as lost.
-            error: which ended the run before it began.
+            error: which ended the run.
         """
-        if self._heartbeat is None:
+        if self._heartbeat is None or self.lock is None:
             return
         self._heartbeat.stop(step if step == self.saved_step else None)
-        if isinstance(error, UserError) and self._held_before is None:
+        if not isinstance(error, (UserError, Complete)) or step != self._first_step or not self.lock.held():
+            return
+        if self._held_before is None:
             (self.path / HELD).unlink(missing_ok=True)
-        elif isinstance(error, Complete) and self._held_before is not None:
+        else:
             with replacing(self.path / HELD) as draft:
                 draft.write_bytes(self._held_before)
-
-
-@contextmanager
-def locked(folder: Path, world: World) -> Iterator[None]:
-    """The run's folder for this run alone. UserError when another process trains into it, or it cannot be."""
-    if not world.main:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"run.out: {folder} is a file, or lies below one; name a folder") from None
-    with open(folder / ".lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is training into it; give another --run.out") from None
-        yield
 
 
 def versions() -> dict[str, str]:

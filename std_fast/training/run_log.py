@@ -21,7 +21,7 @@ from std_fast.runtime.trace import open_trace
 from std_fast.runtime.trackers import open_trackers
 from std_fast.runtime.write_faults import WriteFaults
 from std_fast.training.build import Parts
-from std_fast.training.run_folder import versions
+from std_fast.training.run_folder import RunFolder, versions
 from std_fast.training.schedule import StepSettings
 
 RATE_SECONDS = 5.0
@@ -41,7 +41,7 @@ class RunLog:
     def __init__(
         self,
         recipe: Recipe,
-        folder: Path,
+        folder: RunFolder,
         parts: Parts,
         clock: Clock,
         world: World,
@@ -54,13 +54,13 @@ class RunLog:
         self.batch, self.steps_per_epoch = recipe.run.batch, parts.train_loader.steps_per_epoch
         self._closing = ExitStack()
         steps, watch = recipe.run.profile if world.main else "", parts.speed.watch
-        self._trace = open_trace(steps, folder, parts.device, watch, step, clock.steps)
+        self._trace = open_trace(steps, folder.path, parts.device, watch, step, clock.steps)
         self._closing.callback(self._trace.close)
         self._write_faults = WriteFaults()
         self._journal: Journal | None = None
         if world.main:
-            trackers = open_trackers(recipe.run.trackers, folder, to_dict(recipe), step, self._write_faults)
-            self._journal = Journal(folder, step, trackers, self._write_faults, evaluates)
+            trackers = open_trackers(recipe.run.trackers, folder.path, to_dict(recipe), step, self._write_faults)
+            self._journal = Journal(folder.path, step, trackers, self._write_faults, evaluates)
             self._closing.callback(self._journal.close)
         hour = "GPU-hour" if parts.device.type == "cuda" else "hour"
         what, total = (hour, clock.hours) if clock.hours else ("step", clock.steps)
@@ -135,7 +135,7 @@ class RunLog:
             what: the values that were not finite.
             bad_steps: those before it.
         """
-        parts, path = self.parts, self.folder / "not_finite.json"
+        parts, path = self.parts, self.folder.path / "not_finite.json"
         epoch, place = divmod(bad - 1, self.steps_per_epoch)
         report = {
             "step": bad,
@@ -148,6 +148,7 @@ class RunLog:
             "recipe": dump(self.recipe),
         }
         if self.world.main:
+            self.folder.keep()
             with self._write_faults.counted(path.name):  # the state before the step is still to be saved
                 write_atomic(path, json.dumps(report, indent=1))
         return path
@@ -188,8 +189,9 @@ class RunLog:
             "device": torch.cuda.get_device_name() if on_gpu else f"cpu x{torch.get_num_threads()}",
         }
         if self._journal is not None:
+            self.folder.keep()
             self._journal.write("end", {"step": step, "gpu_hours": summary["gpu_hours"]})
-            write_atomic(self.folder / "summary.json", json.dumps(summary, indent=1))
+            write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def close(self) -> None:
@@ -197,6 +199,7 @@ class RunLog:
 
     def _record(self, kind: str, step: int, record: dict[str, Any]) -> None:
         if self._journal is not None:
+            self.folder.keep()
             about = {
                 "step": step,
                 "samples": step * self.batch,

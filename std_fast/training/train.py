@@ -1,11 +1,9 @@
-"""`train`: a run with its process group, the lock of its folder, signals, and error messages."""
+"""`train`: a run with its process group, signals, and error messages."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
@@ -14,9 +12,10 @@ from std_fast.runtime.distributed import World, init_distributed
 from std_fast.runtime.memory import out_of_memory_line, ran_out
 from std_fast.runtime.process import say, stop_on_signal
 from std_fast.training.build import resolved, uses_gpu
+from std_fast.training.existing import complete_line
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Run, Stopped
-from std_fast.training.run_folder import Complete, locked
+from std_fast.training.run_folder import Complete
 
 
 def train(
@@ -41,13 +40,13 @@ def train(
         NotFinite: a loss or gradient was not finite, and the recipe says to stop; the state before it is saved.
         PeerLost: started by torchrun, and another process has died or hangs.
     """
-    limit, out = parse_seconds(recipe.run.timeout, "run.timeout"), Path(resolved(recipe).run.out)
-    with init_distributed(uses_gpu(recipe.run.device), limit) as world, locked(out, world):
+    limit, out = parse_seconds(recipe.run.timeout, "run.timeout"), resolved(recipe).run.out
+    with init_distributed(uses_gpu(recipe.run.device), limit) as world:
         try:
             return _train(recipe, resume, quiet, world, on_step, already)
         except Complete as end:
             if world.main and not quiet:
-                say(f"{out} is complete; a longer training is a new run")
+                say(complete_line(out))
             return end.summary
         except OSError as error:  # those of data and target cache are UserErrors already
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"
@@ -63,7 +62,7 @@ def _train(
     recipe: Recipe, resume: bool, quiet: bool, world: World, on_step: Callable[[Run], None] | None, already: float
 ) -> dict[str, Any]:
     # signals to the end: a second one must not cut the save short
-    with stop_on_signal() as signals, closing(Run(recipe, resume, quiet, world, signals, already)) as run:
+    with stop_on_signal() as signals, Run(recipe, resume, quiet, world, signals, already) as run:
         try:
             run.loop(on_step)
             with run.ledger.during("checkpoint"):

@@ -117,15 +117,15 @@ def test_an_image_folder_on_another_path(base, tmp_path):
         (tmp_path / name / "cat").rename(tmp_path / name / f"cat {accent}")
     stop(replace(recipe, data=replace(recipe.data, train=str(tmp_path / "here"), val="")))
     moved = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "elsewhere"), val=""))
-    assert train(moved, resume=True, quiet=True)["steps"] == STEPS
     image = tmp_path / "elsewhere/ant/00.jpg"
     content = image.read_bytes()
-    image.write_bytes(content[:-1] + b"x")  # the same length
-    assert "elsewhere holds other data than this run was trained with" in refusal(moved)
+    for other in (content[:-1] + b"x", None):  # the same length, and no such image
+        image.unlink() if other is None else image.write_bytes(other)
+        assert "elsewhere holds other data than this run was trained with" in refusal(moved)
     image.write_bytes(content)
     assert train(moved, resume=True, quiet=True)["steps"] == STEPS
     image.unlink()
-    assert "elsewhere holds other data than this run was trained with" in refusal(moved)
+    assert train(moved, resume=True, quiet=True)["steps"] == STEPS  # it is complete, and reads nothing
 
 
 def test_other_data_on_the_same_path(here, base):

@@ -24,10 +24,10 @@ from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import evaluator, run_log
 from std_fast.training.evaluate import evaluate_run
+from std_fast.training.existing import unused_beside
 from std_fast.training.run import Run, Stopped
-from std_fast.training.run_folder import unused_beside
 from std_fast.training.train import train
-from tests.small_runs import small_recipe
+from tests.small_runs import small_recipe, write_recipe
 
 THREE_EPOCHS = {"length": "3 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
 
@@ -146,18 +146,31 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, capsys, where)
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("validates", [True, False])
-def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, capsys):
+def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_path, capsys):
     recipe = replace(recipe, run=replace(recipe.run, length="1 steps"))
     recipe = recipe if validates else replace(recipe, data=replace(recipe.data, val=""))
     summary, folder = train(recipe, quiet=True), Path(recipe.run.out)
     before = contents(folder)
-    assert train(recipe, resume=True) == json.loads(json.dumps(summary))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("std_fast.training.run.build", lambda *_: pytest.fail("opens data, or builds a model"))
+        assert train(recipe, resume=True) == json.loads(json.dumps(summary))
+        assert contents(folder) == before
+        assert f"{folder} is complete; a longer training is a new run" in capsys.readouterr().err
+        path = write_recipe(recipe, tmp_path / "recipe.yaml")
+        patch.setitem(sys.modules, "std_fast.training.run", None)  # nor imports what needs torch
+        patch.setitem(sys.modules, "std_fast.training.train", None)
+        assert cli.main(["train", path]) == 2
+        assert f"{folder}: already holds a run; add --resume" in capsys.readouterr().err
+        with pytest.raises(ImportError):
+            cli.main(["train", path, "--resume"])
+        assert f"{folder} is complete" in capsys.readouterr().err
+    assert cli.main(["train", path, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == summary["result"]
     assert contents(folder) == before
-    assert f"{folder} is complete; a longer training is a new run" in capsys.readouterr().err
     (folder / "recipe.yaml").unlink()
     train(recipe, resume=True, quiet=True)
     assert contents(folder) == before
@@ -184,6 +197,22 @@ def test_a_folder_that_is_cleared_while_its_run_goes_on(recipe, caplog):
     with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\); resume with .*/recipe.yaml"):
         train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
     assert recipes.read_saved(folder) == recipe
+
+
+def test_a_folder_that_another_run_takes_is_left_to_it(recipe, tmp_path):
+    """The first run's was renamed while it went on."""
+    recipe = replace(recipe, data=replace(recipe.data, val=""), run=replace(recipe.run, length="4 steps", log_every=1))
+    folder, renamed, left = Path(recipe.run.out), tmp_path / "renamed", []
+
+    def take(run):
+        if run.step == 2:
+            folder.rename(renamed)
+            train(replace(recipe, run=replace(recipe.run, length="1 steps")), quiet=True)
+            left.extend(map(contents, (folder, renamed)))
+
+    with pytest.raises(UserError, match="run: was removed or renamed, and another run has begun in a new one"):
+        train(recipe, quiet=True, on_step=take)
+    assert [*map(contents, (folder, renamed))] == left
 
 
 class Killed(Exception):
@@ -236,9 +265,12 @@ def test_a_run_that_is_refused_was_not_held(recipe, tmp_path):
     odd = replace(
         recipe, distill=replace(recipe.distill, teachers=(replace(recipe.distill.teachers[0], weights="no"),))
     )
-    with pytest.raises(UserError, match="distill.teachers.0"):
-        train(odd, quiet=True)
-    assert not (tmp_path / "run" / "held.json").exists()
+    for before in (None, b'{"gpu_seconds": 60.0}'):  # as a run that was killed leaves
+        held = tmp_path / "run" / "held.json"
+        held.write_bytes(before) if before else None
+        with pytest.raises(UserError, match="distill.teachers.0"):
+            train(odd, resume=bool(before), quiet=True)
+        assert (held.read_bytes() if held.exists() else None) == before
 
 
 def test_what_is_done_before_the_first_line_is_said(recipe, capsys):

@@ -8,11 +8,11 @@ from pipelines.files import AppendFile, replacing, write_atomic
 
 
 def test_records_after_a_file_was_removed_go_into_a_new_one(tmp_path):
-    file = AppendFile(tmp_path / "x.jsonl")
+    file = AppendFile(tmp_path / "x.jsonl", head=b"0\n")
     for record in (b"1\n", b"2\n"):
-        (tmp_path / "x.jsonl").unlink()
+        (tmp_path / "x.jsonl").unlink(missing_ok=True)
         file.append(record)
-        assert (tmp_path / "x.jsonl").read_bytes() == record
+        assert (tmp_path / "x.jsonl").read_bytes() == b"0\n" + record
     file.close()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+import shutil
 import threading
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -59,6 +60,22 @@ def test_a_folder_that_cannot_be_written_yet(tmp_path):
     journal.write("train", {"step": 2, "loss": 1.0})
     journal.close()
     assert steps_in(tmp_path) == ([2], [2])
+
+
+def test_records_after_the_folder_was_removed_or_renamed_go_into_a_new_one(tmp_path):
+    faults = WriteFaults()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = Journal(folder, 0, {"tensorboard": TensorBoard(folder / "tensorboard", 0)}, faults)
+    for step, gone in ((1, lambda: shutil.rmtree(folder)), (2, lambda: folder.rename(tmp_path / "renamed")), (3, None)):
+        journal.write("train", {"step": step, "loss": 1.0})
+        assert steps_in(folder) == ([step], [step])
+        if gone:
+            gone()
+    journal.close()
+    assert not faults.counts and steps_in(tmp_path / "renamed") == ([2], [2])
+    first = next(EventFileLoader(str(next((folder / "tensorboard").iterdir()))).Load())
+    assert first.file_version
 
 
 def test_a_resumed_journal_forgets_what_will_be_logged_again(tmp_path):

@@ -1,0 +1,82 @@
+"""What a folder holds of a run, by its small files alone: read before torch is imported and data is opened, which may
+take a minute."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.untrusted import read_json
+from std_fast.config.recipe import Recipe, read_saved
+from std_fast.config.schema import difference
+
+SUMMARY_TYPES = {"result": dict, "seconds": dict, "gpu_hours": float, "device": str, "steps": int, "seed": int}
+"""of what is read of a finished run's summary"""
+
+# fields that a resumed run may change: they decide where and how fast, not what is computed, or, the last ones, what
+# becomes of a run that would otherwise end
+RESUMABLE_CHANGES = (
+    "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
+    "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",
+    "data.one_part", "data.threads", "data.ahead", "data.hw_decoder_load", "data.val", "run.eval_batch",
+    "distill.target_cache", "summary", "name", "run.overlap", "run.micro_batch", "run.profile",
+)  # fmt: skip
+
+
+def changed_fields(one: Recipe, two: Recipe) -> list[str]:
+    """Fields in which two recipes differ, and which a resumed run may not change."""
+    return [name for name in difference(one, two) if name not in RESUMABLE_CHANGES]
+
+
+def unused_beside(folder: Path) -> Path:
+    """FOLDER-2, or the next that does not exist."""
+    folder = folder if folder.name else folder.resolve()  # such as `.`
+    return next(path for i in itertools.count(2) if not (path := Path(f"{folder}-{i}")).exists())
+
+
+def complete_line(folder: Path | str) -> str:
+    return f"{folder} is complete; a longer training is a new run"
+
+
+def check_unused(recipe: Recipe, folder: Path) -> None:
+    """UserError where the folder holds a run: it says to resume it, if it is this one, else to take another folder."""
+    if not any((folder / "checkpoints").glob("step-*.safetensors")):
+        return
+    other = f"--run.out {unused_beside(folder)}"
+    way_on = f"add --resume to continue it, or start a new one with {other}"
+    try:
+        saved = read_saved(folder)
+        data = replace(recipe.data, train=saved.data.train)  # its content is compared when it is resumed
+        if differing := changed_fields(replace(recipe, data=data), saved):
+            way_on = f"it has another {', '.join(differing)}, so start this one with {other}"
+    except UserError:  # no recipe beside the checkpoints
+        way_on = f"start this one with {other}"
+    raise UserError(f"{folder}: already holds a run; {way_on}")
+
+
+def read_summary(folder: Path, seed: int) -> dict[str, Any] | None:
+    """What a run of this seed wrote at its end; None where it has not, or is damaged."""
+    try:
+        found = read_json(folder / "summary.json")
+    except (OSError, ValueError):
+        return None
+    typed = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in SUMMARY_TYPES.items())
+    return found if typed and found["seed"] == seed else None
+
+
+def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """The summary of the recipe's run, where it is complete and nothing is to be read or computed for it again.
+
+    None also where that is not known before the data is read, as where `data.train` is another path.
+    """
+    summary = read_summary(folder, recipe.run.seed)
+    if summary is None or not (folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors").is_file():
+        return None
+    try:
+        differing = difference(recipe, read_saved(folder))
+    except UserError:
+        return None
+    return None if {*differing} - {*RESUMABLE_CHANGES} or "data.val" in differing else summary

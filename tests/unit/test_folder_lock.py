@@ -1,0 +1,36 @@
+"""The lock of a run's folder holds for the folder, whatever becomes of its path."""
+
+import shutil
+from contextlib import closing
+
+import pytest
+
+from pipelines.errors import UserError
+from std_fast.runtime.folder_lock import FolderLock
+
+
+def test_a_folder_that_is_gone_is_made_anew_and_one_of_another_run_is_not_touched(tmp_path):
+    folder = tmp_path / "run"
+    with closing(FolderLock(folder)) as lock:
+        with pytest.raises(UserError, match="another process is training into it"):
+            FolderLock(folder)
+        assert lock.held()
+        shutil.rmtree(folder)
+        assert not lock.held()
+        lock.keep()
+        assert lock.held()
+        folder.rename(tmp_path / "renamed")
+        for _ in range(2):  # the other run goes on, and has ended
+            with closing(FolderLock(folder)), pytest.raises(UserError, match="another run has begun in a new one"):
+                lock.keep()
+
+
+def test_a_folder_that_was_moved_to_another_disk_stays_locked(tmp_path):
+    folder = tmp_path / "run"
+    with closing(FolderLock(folder)) as lock:
+        shutil.copytree(folder, tmp_path / "elsewhere")
+        shutil.rmtree(folder)
+        folder.symlink_to(tmp_path / "elsewhere")
+        lock.keep()
+        with pytest.raises(UserError, match="another process is training into it"):
+            FolderLock(tmp_path / "elsewhere")
