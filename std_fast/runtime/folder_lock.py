@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
-from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from pipelines.errors import UserError
+
+log = logging.getLogger("std_fast")
 
 
 class FolderLock:
@@ -21,30 +23,38 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._path, self._word = folder, folder / ".lock", secrets.token_hex(8)
+        self.folder, self._path, self._word = folder, folder / ".lock", secrets.token_bytes(16)
         self._file = self._take()
 
-    def _take(self) -> TextIO:
+    def _take(self) -> FileIO:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"run.out: {self.folder} is a file, or lies below one; name a folder") from None
-        file = open(self._path, "a", encoding="ascii")
+        file = open(self._path, "ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             raise UserError(f"{self.folder}: another process is training into it; give another --run.out") from None
-        file.truncate(0)
-        file.write(self._word)
-        file.flush()
+        except OSError as error:  # such as Lustre, where it is mounted without flock
+            log.warning("%s: cannot be locked there (%s): start no second run into it", self.folder, error.strerror)
+        try:
+            file.truncate(0)
+            file.write(self._word)
+        except OSError:
+            file.close()
+            raise
         return file
 
     def held(self) -> bool:
         """Whether the folder of this path is the one that was locked. May be asked from another thread."""
-        with suppress(FileNotFoundError):
+        try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        return False
+        except FileNotFoundError:
+            return False
+        except OSError:  # of a disk that does not answer: the write that follows will tell
+            return True
 
     def keep(self) -> None:
         """Before a file is written: a folder that is gone is made anew, a copy that took its place is locked.
@@ -54,13 +64,13 @@ class FolderLock:
         """
         if self.held():
             return
-        if self._path.exists() and self._path.read_text(encoding="ascii", errors="replace") != self._word:
+        if self._path.exists() and self._path.read_bytes() not in (b"", self._word):
             raise UserError(
                 f"{self.folder}: was removed or renamed, and another run has begun in a new one of its name; this run "
                 "ends and writes nothing there; one that was renamed continues with --resume --run.out FOLDER"
             )
-        self._file.close()
-        self._file = self._take()
+        before, self._file = self._file, self._take()
+        before.close()
 
     def close(self) -> None:
         self._file.close()

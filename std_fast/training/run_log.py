@@ -199,7 +199,10 @@ class RunLog:
 
     def _record(self, kind: str, step: int, record: dict[str, Any]) -> None:
         if self._journal is not None:
-            self.folder.keep()
+            try:
+                self.folder.keep()
+            except OSError as error:  # a log never ends a run
+                self._write_faults.add(str(self.folder.path), error)
             about = {
                 "step": step,
                 "samples": step * self.batch,
