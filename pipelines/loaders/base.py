@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
 from pipelines.read.corrupt import CorruptTracker
@@ -62,6 +62,7 @@ class LoaderBase(ABC):
         self.num_classes = source.num_classes
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.wait_seconds = 0.0
+        self.fault: DataError | None = None
         self.threads = spec.threads or available_cores()
         self.device = torch.device(spec.device)
         self.tracker = CorruptTracker(spec, source)

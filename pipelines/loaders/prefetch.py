@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.errors import DataError
 from pipelines.loaders.base import LoaderBase, assemble, threads_on
 from pipelines.read.base import Integers, Source
 from pipelines.read.batch import Batch, BatchSlots, LoaderSpec
@@ -132,14 +133,18 @@ class ThreadedLoader(LoaderBase):
     def _fill_part(self, pending: PendingBatch, start: int, stop: int) -> None:
         if self._closed:
             return
-        if not self._sizes_known:
-            self.tracker.measure(pending.slots, start, stop)
-        self._decode(pending, start, stop)
-        with self._lock:
-            pending.parts_left -= 1
-            last = pending.parts_left == 0
-        if last:
-            self._finish(pending)
+        try:
+            if not self._sizes_known:
+                self.tracker.measure(pending.slots, start, stop)
+            self._decode(pending, start, stop)
+            with self._lock:
+                pending.parts_left -= 1
+                last = pending.parts_left == 0
+            if last:
+                self._finish(pending)
+        except DataError as error:
+            self.fault = error
+            raise
 
     def _finish(self, pending: PendingBatch) -> None:
         """Makes the batch of filled memory; on a GPU, starts its copy. Runs in the thread that filled the last part."""

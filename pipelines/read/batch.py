@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from pipelines.read.crops import Boxes
 from pipelines.read.order import BatchSampler, Shard, indices_at
 from pipelines.read.settings import ReadSettings
@@ -126,6 +126,8 @@ class Loader(Protocol):
     """samples found to be corrupt -> those shown in their place, -1 for none; grows while the loader reads"""
     wait_seconds: float
     """host seconds that the consumer has spent waiting for data so far"""
+    fault: DataError | None
+    """what one of the next steps will raise, where that is known already"""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """Batches of steps start_step..steps_per_epoch-1. Closing the generator early leaves no thread blocked; a

@@ -89,6 +89,13 @@ class World:
         dist.all_gather_into_tensor(everyone, flat)
         return everyone.view(rows.dtype)
 
+    def first(self, value: T | None) -> T | None:
+        """On every rank the `value` (small, picklable) of the first that has one; the hosts wait for each other."""
+        every = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(every, value, group=self.host)
+        return next((found for found in every if found is not None), None)
+
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` (small, picklable) on every rank; the hosts wait for each other."""
         if self.size == 1:

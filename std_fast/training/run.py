@@ -65,7 +65,7 @@ class Run:
         """signals: received so far; the caller appends to it. already: see `train`. Raises Complete."""
         self.recipe = recipe = resolved(recipe)
         check_trackers(recipe.run.trackers)
-        self.world, self.signals, self.step, self.stop_wanted = world, signals, 0, False
+        self.world, self.signals, self.step, self.stop_wanted, self.agreed = world, signals, 0, False, False
         self.ledger = ledger = Ledger(world.size, already=already)
         summary = finished(recipe, Path(recipe.run.out)) if resume and world.main else None
         if (summary := world.broadcast(summary)) is not None:
@@ -137,13 +137,17 @@ class Run:
                 if now.last or stop or (now.save and self.world.main and not self.monitor.frozen()):
                     self.save(complete=now.last)
                 if stop and (self.evaluator.deferred or not now.last):
+                    if fault := self.world.first(self.parts.train_loader.fault):
+                        self.agreed = True
+                        raise fault
                     raise Stopped(f"stopped at step {self.step}, saved in {self.folder.path}; continue with --resume")
 
     @contextmanager
     def _saved_if_data_fails(self) -> Iterator[None]:
         """Inside, where data cannot be read, what has been trained is saved, and the error says so.
 
-        Rank 0 saves, and the others cannot ask it to: it already waits for their gradients of the next step.
+        Of many ranks all stop before the step, where a loader met the error two steps ahead (`sync_ranks`). Otherwise
+        rank 0 saves at its own, and cannot at another's: it already waits for that rank's gradients of the step.
         """
         try:
             yield
@@ -151,11 +155,14 @@ class Run:
             if not self.step:
                 raise
             saved = f"step {self.step} is saved, from which the run"
-            if not self.world.main:
+            if not (self.world.main or self.agreed):
                 saved = f"steps since the newest checkpoint (run.save_every {self.recipe.run.save_every}) are lost: it"
             elif self.step != self.folder.saved_step:
                 self._check_finite()
                 self.save()
+            if self.agreed:  # torchrun ends them all with the first
+                self.folder.writer.wait()
+                self.world.wait_for_all()
             way = " --data.on_corrupt skip, the file as it is" if isinstance(error, CorruptImage) else ""
             raise DataError(f"{error}; {saved} continues with --resume{way}") from error
 
@@ -192,9 +199,11 @@ class Run:
             self.stream.seek(self.step)
 
     def sync_ranks(self) -> bool:
-        """Whether any rank was asked to stop; all ranks also get rank 0's share of a budget (see `RankSync`)."""
+        """Whether any rank was asked to stop, or its data will fail; all ranks also get rank 0's share of a budget (see
+        `RankSync`)."""
         self.clock.cost("checkpoint", self.folder.save_seconds)
-        stop, self.clock.share = self.ranks(self.stop_wanted or bool(self.signals), self.clock.read())
+        fails = self.world.size > 1 and self.parts.train_loader.fault is not None
+        stop, self.clock.share = self.ranks(self.stop_wanted or bool(self.signals) or fails, self.clock.read())
         return stop
 
     def save(self, complete: bool = False) -> None:

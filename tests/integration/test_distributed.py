@@ -33,6 +33,7 @@ DRIVER = """
 import json, os, sys
 from dataclasses import replace
 import torch, torch.distributed as dist
+from pipelines.errors import DataError
 from std_fast import cli
 from std_fast.config import recipe as recipes
 from std_fast.method.student import Student
@@ -47,7 +48,7 @@ def run(name, on_step=None, **sections):
     try:
         train(replace(recipe, **changed), quiet=True, on_step=on_step)
         outcome = "done"
-    except (Stopped, NotFinite, PeerLost) as error:
+    except (Stopped, NotFinite, PeerLost, DataError) as error:
         outcome = f"{type(error).__name__}: {error}"
     os.write(1, f"OUTCOME {json.dumps([rank, name, outcome])}\\n".encode())  # at once: the ranks share the pipe
 
@@ -58,6 +59,10 @@ rank = dist.get_rank()
 
 def stop(now):
     now.stop_wanted = now.step == 4 and rank == 1
+
+def data_fails(now):  # in a batch that the loader prepares ahead
+    if now.step == 4 and rank == 1:
+        now.parts.train_loader.fault = DataError("a.jpg: gone")
 
 def stop_evaluating(now):  # in the evaluation after step 3
     if now.step == 2 and rank == 1:
@@ -101,6 +106,7 @@ run("auto", run={**large, "micro_batch": "auto"})
 Student.forward = forward
 run("compiled", run={**large, "compile": "aot_eager"})
 run("stopped", stop)
+run("data_fails", data_fails)
 run("evaluating", stop_evaluating)
 run("poisoned", poison)
 run("skipped", once, run={"not_finite": "skip"})
@@ -242,6 +248,13 @@ def test_one_rank_is_asked_to_stop_all_stop_and_one_process_goes_on(recipe, alon
     summary = train(at(recipe, folder / "stopped"), resume=True, quiet=True)
     assert_close(folder / "stopped", alone)
     assert summary["gpu_hours"] > held  # what two held counts twice
+
+
+def test_the_data_of_one_rank_will_fail_and_all_stop_before(together):
+    folder, outcomes = together
+    for rank in (0, 1):
+        assert outcomes[rank, "data_fails"].startswith("DataError: a.jpg: gone; step 5 is saved, from which the run")
+    assert checkpoint.newest(folder / "data_fails" / "checkpoints")[2]["step"] == 5
 
 
 def test_one_rank_is_asked_to_stop_while_all_evaluate(recipe, alone, together):

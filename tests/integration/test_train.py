@@ -94,8 +94,8 @@ def test_data_that_cannot_be_read_any_more_ends_a_run_with_its_steps_saved(recip
 
 
 def test_data_that_another_rank_cannot_read(recipe):
-    """Only rank 0 writes, and it waits in the next step: the message says what is lost."""
-    run = SimpleNamespace(step=2, world=World(1, 2), recipe=recipe)
+    """Only rank 0 writes, and where the error comes late it waits in the next step: the message says what is lost."""
+    run = SimpleNamespace(step=2, world=World(1, 2), recipe=recipe, agreed=False)
     lost = r"^a.jpg: gone; steps since the newest checkpoint \(run.save_every 10 minutes\) are lost: it continues"
     with pytest.raises(DataError, match=lost), Run._saved_if_data_fails(run):
         raise DataError("a.jpg: gone")

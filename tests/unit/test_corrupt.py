@@ -1,6 +1,7 @@
 """Corrupt images inside good data: the same ones for every backend, named, counted, and replaced by a rule that depends
 on the dataset alone."""
 
+import contextlib
 import io
 import logging
 
@@ -178,10 +179,15 @@ def test_a_file_that_is_gone_is_no_corrupt_image(tmp_path, backend):
     folder.mkdir(parents=True)
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(encoded(pixels(50, 60, i)))
-    with open_loader(training(str(tmp_path / "images"), 2, on_corrupt="skip"), backend) as loader:
+    spec = training(str(tmp_path / "images"), 2, on_corrupt="skip", shuffle=False, threads=1)
+    with open_loader(spec, backend) as loader, contextlib.closing(loader.epoch(0)) as epoch:
         (folder / "2.jpg").unlink()
+        next(epoch)
+        if backend != "dali":  # it is known before its step: the only thread has come to it
+            loader._pool.submit(int).result()
+            assert "2.jpg: not a readable" in str(loader.fault)
         with pytest.raises(DataError, match=r"2\.jpg: not a readable image \(.*No such file") as error:
-            list(loader.epoch(0))
+            next(epoch)
     assert not isinstance(error.value, CorruptImage)
 
 
