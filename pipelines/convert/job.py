@@ -92,6 +92,7 @@ def convert(
         finished = conversion.finished(on_error)
         if finished is not None:
             folder.remove()
+            log.info("%s: was made before, of the same source and settings; not read now: `std-fast verify`", dst)
             return finished
         with contextlib.closing(ConvertJournal(folder, conversion.identity)) as journal:
             conversion.run(journal, workers or len(os.sched_getaffinity(0)), progress)

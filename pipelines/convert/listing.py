@@ -155,8 +155,8 @@ def refuse_without_zero(labels: Sequence[int], where: str) -> None:
     if min(labels, default=0) > 0:
         raise UserError(
             f"{where}: numbers begin at {min(labels)}; if it is ImageNet's ground truth, give the devkit "
-            "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; otherwise number from 0, or give "
-            "--classes, whose first line names number 0"
+            "(ILSVRC2012_devkit_t12.tar.gz), which holds the class of each; where it is a part of a data set, "
+            "convert all parts together; otherwise number from 0, or give --classes, whose first line names number 0"
         )
 
 

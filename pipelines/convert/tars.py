@@ -316,7 +316,7 @@ def _without_names(labelled: list[tuple[Tar, Member, str]], builder: Builder) ->
         return labelled
     for tar, member, text in labelled:
         if not is_number(text):
-            builder.fault(f"{tar.name}/{member.name}", "its .cls holds no class number")
+            builder.fault(f"{tar.name}/{member.name}", "its .cls holds no class number; if a name, give --classes")
     return numbers
 
 

@@ -23,7 +23,15 @@ from pipelines.read.settings import Resample
 def available_cores() -> int:
     """Cores for this process: those it may run on, shared with the other processes that torchrun started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // process_count("LOCAL_WORLD_SIZE"))
+
+
+def process_count(variable: str) -> int:
+    """The number of processes in a variable that torchrun sets, 1 without it. UserError where it is none."""
+    value = os.environ.get(variable, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"{variable}: {value!r} in the environment is no number of processes; unset it")
+    return int(value)
 
 
 def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:

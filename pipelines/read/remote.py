@@ -244,7 +244,7 @@ def _asked(url: str, action: Callable[[], T]) -> T:
 def replaced(url: str) -> UserError:
     """For a file, by URL or path, whose parts are of two versions."""
     name = shown(url) if is_url(url) else printable(url)
-    return UserError(f"{name}: was replaced while it was read; run the same command again, which reads it anew")
+    return UserError(f"{name}: was replaced or removed while it was read; run the same command again")
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

@@ -13,6 +13,7 @@ Shapes: B batch, K classes, S side of the images in pixels.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from std_fast.commands.export_formats import (
 )
 from std_fast.method.student import Student
 from std_fast.training.evaluate import trained_student
+
+log = logging.getLogger("std_fast")
 
 FORMATS = ("timm", "class-head", "onnx", "pt2")
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -78,6 +81,7 @@ def export_run(run: Path | str, out: Path | str, formats: tuple[str, ...] = (), 
         timm_forms = {"timm": (draft, complete, deployed), "class-head": (draft / "class-head", head, student.backbone)}
         for name, (folder, model, original) in timm_forms.items():
             if name in chosen and model is not None:
+                log.info("writing %s", name)
                 write_hub_folder(folder, model, recipe, student.num_classes, class_names)
                 differences[name] = compare(name, from_hub_folder(folder), original, images, torch.float64)
         differences |= write_programs(draft, chosen, deployed, images)
@@ -115,12 +119,15 @@ def write_programs(draft: Path, chosen: list[str], model: Deployed, images: Tens
     if not {"onnx", "pt2"} & set(chosen):
         return differences
     batch = torch.export.Dim("batch")
+    log.info("tracing the model for onnx and pt2")
     # strict: the shapes of the code are traced too, so that no Python number fixes the batch
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},), strict=True)
     if "onnx" in chosen:
+        log.info("writing onnx")
         write_onnx(program, draft / "model.onnx")
         differences["onnx"] = compare("onnx", from_onnx(draft / "model.onnx"), model, images)
     if "pt2" in chosen:
+        log.info("writing pt2")
         write_pt2(program, draft / "model.pt2")
         differences["pt2"] = compare("pt2", torch.export.load(draft / "model.pt2").module(), model, images)
     return differences

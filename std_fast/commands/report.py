@@ -101,7 +101,7 @@ def overview(runs: list[RunData]) -> str:
             shown(s.get("parameters", math.nan) / 1e6 if number(s.get("parameters")) else None, ".1f"),
             html.escape(str(s.get("device", "–"))),
         ])  # fmt: skip
-    head = ("run", "student", "length", "top-1 %", "best", "epochs", "GPU-hours", "images/s", "M param.", "on")
+    head = ("run", "student", "length", "top-1 %", "best", "epochs", "device-hours", "images/s", "M param.", "on")
     return table(head, rows, range(3, 9))
 
 
@@ -187,7 +187,7 @@ def page(runs: list[RunData], plots: Plots, images: int) -> str:
         section("Lost", lost_writes(runs), note="A disk or a network failed; the training itself was not affected."),
         section(
             "Accuracy",
-            accuracy(plots, runs, "gpu_hours", "GPU-hours"),
+            accuracy(plots, runs, "gpu_hours", "device-hours"),
             accuracy(plots, runs, "epoch", "epochs"),
             note="On the validation data; an hour counts for every GPU that is held, whatever it does.",
         ),

@@ -86,7 +86,7 @@ def figure_of(plots: Plots, runs: list[RunData], key: str, y: str) -> str | None
 
 def throughput(plots: Plots, runs: list[RunData]) -> str | None:
     curves = [(t.name, t.colour, "-", points(t.lines, "gpu_hours", "images_per_second")) for t in runs]
-    return plots.curves("throughput", curves, "GPU-hours", "training images per second")
+    return plots.curves("throughput", curves, "device-hours", "training images per second")
 
 
 def teacher_weights(plots: Plots, runs: list[RunData]) -> str | None:

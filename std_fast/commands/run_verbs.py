@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -109,11 +110,15 @@ def add_export(parser: Parser) -> None:
         "--formats", nargs="+", default=[], help="of timm, class-head, onnx, pt2; default: all that can be had"
     )
     parser.add_argument("--predict", default="", help="mean, class or distill; default: as the recipe says")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     add_json(parser)
 
 
 def export(args: argparse.Namespace) -> None:
-    say(f"exporting {printable(args.run)}: each format is written, read back and compared")
+    if args.quiet:
+        logging.getLogger("std_fast").setLevel(logging.WARNING)
+    else:
+        say(f"exporting {printable(args.run)}: each format is written, read back and compared")
     from std_fast.commands.export import export_run
 
     done = export_run(args.run, args.out, tuple(args.formats), args.predict)

@@ -45,6 +45,8 @@ def train(args: argparse.Namespace) -> int:
     if alone and not args.resume and (where / "checkpoints").is_dir():
         with contextlib.closing(FolderLock(where)):
             existing.check_unused(recipe, where)
+    if not args.resume:
+        existing.check_data(recipe)
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
@@ -101,8 +103,11 @@ def add_plan(parser: Parser) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from std_fast.config import recipe as recipes
+    from std_fast.training.existing import check_data
 
     recipe = recipes.load(args.recipe, args.overrides)
+    if not args.stored:
+        check_data(recipe)
 
     from std_fast.commands import plan as plans
 
@@ -119,9 +124,11 @@ def add_teach(parser: Parser) -> None:
 
 def teach(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
+    from std_fast.training.existing import check_data
 
     views = [("distill.views", args.views)] if args.views else []
     recipe = recipes.load(args.recipe, [*args.overrides, *views])
+    check_data(recipe)
 
     from std_fast.commands.teach import teach as store_targets
     from std_fast.runtime.distributed import PeerLost, rank

@@ -47,7 +47,7 @@ def build_backbone(name: str, num_classes: int, image_size: int, drop_path: floa
     Raises:
         UserError: unknown name or option, a value that is none of its kind, sizes that do not fit together.
     """
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise UserError(
             f"unknown backbone {name!r}{did_you_mean(str(name), BACKBONES)} (known: {', '.join(list_backbones())})"
         )

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
+from pipelines.loaders.base import process_count
 from pipelines.read.order import Shard
 
 T = TypeVar("T")
@@ -138,10 +139,8 @@ def init_distributed(on_gpu: bool, timeout: float) -> Iterator[World]:
         UserError: the environment is incomplete, or there are fewer GPUs than processes on this machine.
         PeerLost: another process has died or hangs.
     """
-    there, size = dist.is_initialized(), os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 1:
-        raise UserError(f"WORLD_SIZE: {size!r} in the environment is no number of processes; unset it")
-    if not there and int(size) == 1:
+    there, size = dist.is_initialized(), process_count("WORLD_SIZE")
+    if not there and size == 1:
         yield SINGLE_PROCESS
         return
     limit = timedelta(seconds=timeout)

@@ -5,8 +5,6 @@ So the same bytes on another path are the same training, and other bytes on the 
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +12,10 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
-from pipelines.read.remote import is_url
 from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
 from std_fast.teachers.classes import normal
 from std_fast.teachers.fingerprint import names_digest, weights_digest
+from std_fast.training.existing import check_data
 
 NOT_COMPARED = ("data.val", "run.device", "student.weights")
 """may differ in a resumed run: it reads no initial weights"""
@@ -48,18 +46,8 @@ def check_paths(recipe: Recipe, saved: Recipe) -> None:
     Args:
         saved: the recipe of the checkpoint.
     """
-    paths = {"--data.train": recipe.data.train, "--data.val": recipe.data.val}
-    gone = {
-        option: os.path.abspath(path)
-        for option, path in paths.items()
-        if path and not is_url(path) and not os.path.exists(path) and not glob.glob(path)
-    }
-    if gone:
-        read = " and ".join(filter(None, (saved.data.train, saved.data.val)))
-        raise UserError(
-            f"{', '.join(f'{option[2:]}: {path}' for option, path in gone.items())}: not there; this run read {read}; "
-            f"where the same data is elsewhere now, resume with {' '.join(f'{option} PATH' for option in gone)}"
-        )
+    read = " and ".join(filter(None, (saved.data.train, saved.data.val)))
+    check_data(recipe, f"this run read {read}; where the same data is elsewhere now, resume with")
 
 
 def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) -> None:

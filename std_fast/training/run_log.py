@@ -98,8 +98,8 @@ class RunLog:
         self._rate_is_known = True
         step_seconds, steps = (busy - before) / (finished - first), self.clock.steps or 0
         rate, left = three_digits(self.batch / step_seconds), duration_in_words(step_seconds * (steps - finished))
-        advice = "std-fast plan says what a budget buys"
-        self.progress.say(f"step {finished:,}/{steps:,}: {rate} images/s, about {left} to the end; {advice}")
+        text = f"{rate} images/s, about {left} of training to the end; std-fast plan says what a budget buys"
+        self.progress.say(f"step {finished:,}/{steps:,}: {text}")
 
     def train(self, step: int, now: StepSettings, bad_steps: int) -> None:
         """Reads the meters (the only wait for the device) and writes a record of the steps since the last one."""

@@ -108,9 +108,16 @@ def test_info_and_recipes(capsys):
         (["train", "digits_mixer", "--run.out", "~/runs"], "run.out: '~/runs': ~ is not expanded here"),
         (["train", "digits_mixer", "--data.train=~/x"], "data.train: '~/x': ~ is not expanded here"),
         (["train", "digits_mixer", "run.batch=64"], "run.batch=64: write --run.batch 64"),
+        (
+            ["train", "imagenette_std"],
+            "imagenette-val.beton: not there; make it with `std-fast convert` (README: Imagenette), or name other data "
+            "by --data.train PATH --data.val PATH",
+        ),
+        (["teach", "digits_std", "--distill.target_cache", "x"], "train.beton, data.val: "),
+        (["plan", "digits_std"], "not there; make it with `std-fast demo`, or name other data"),
         (["train", "/"], "/: is no recipe; give it as --data.train /, or name the folder of a run"),
         (
-            ["train", "digits_mixer", "--run.out", __file__],
+            ["train", "digits_mixer", "--data.train", "", "--data.val", "", "--run.out", __file__],
             "run.out: " + __file__ + " is a file, or lies below one; name",
         ),
         (
@@ -118,7 +125,8 @@ def test_info_and_recipes(capsys):
             __file__ + "/x is a file, or lies below one; name",
         ),
         (
-            ["train", "digits_mixer", "--data.train", str(ROOT / "tests"), "--run.out", str(ROOT / "tests" / "run")],
+            ["train", "digits_mixer", "--data.train", str(ROOT / "tests"), "--data.val", ""]
+            + ["--run.out", str(ROOT / "tests" / "run")],
             "run.out: " + str(ROOT / "tests" / "run") + " lies within the images of data.train",
         ),
         (["preview", "digits_mixer", "--data.train", LONG], LONG),

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import UserError
+from pipelines.loaders.base import available_cores
 from std_fast.commands.arguments import PEER_LOST
 from std_fast.commands.teach import teach
 from std_fast.config import recipe as recipes
@@ -375,6 +376,9 @@ def test_what_a_user_gets_wrong(recipe, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="MASTER_PORT: 'tcp.* is no number; torchrun"), init_distributed(False, 1.0):
         pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "x")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE: 'x' in the environment is no number of processes"):
+        available_cores()
     monkeypatch.undo()
     with pytest.raises(UserError, match="run.batch: 8 over 3 processes must be a multiple of 12"):
         build(recipe, World(2, 3))

@@ -310,9 +310,9 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
     recipe = at(recipe, tmp_path / "run", recipe.data.train)
     train(replace(recipe, run=replace(recipe.run, length=length, log_every=100)))
     lines = capsys.readouterr().err.splitlines()
-    rates = [line for line in lines if line.endswith("to the end; std-fast plan says what a budget buys")]
+    rates = [line for line in lines if line.endswith(" of training to the end; std-fast plan says what a budget buys")]
     assert bool(rates) is reported and all(
-        re.match(r"step 2/9: [\d.]+ images/s, about \d+ s to", line) for line in rates
+        re.match(r"step 2/9: [\d.]+ images/s, about \d+ s of", line) for line in rates
     )
     assert any(re.fullmatch("step 1/9" if reported else r"hour [\d.]+/0.001  step 1", line) for line in lines)
     evaluated = [at for at, line in enumerate(lines) if re.match(r"step \d+: top-1", line)]

@@ -456,11 +456,14 @@ def test_a_second_writer_is_refused(images: Path, tmp_path: Path) -> None:
     convert(str(images), path, settings=KEEP)
 
 
-def test_run_again_it_finds_its_work_done(images: Path, tmp_path: Path) -> None:
+def test_run_again_it_finds_its_work_done(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     path = tmp_path / "x.beton"
     manifest = convert(str(images), str(path), settings=KEEP)
     times = path.stat().st_mtime_ns
+    assert "was made before" not in caplog.text
     assert convert(str(images), str(path), settings=KEEP) == manifest
+    assert "x.beton: was made before, of the same source and settings; not read now" in caplog.text
     assert path.stat().st_mtime_ns == times and len(os.listdir(tmp_path)) == 2
     with pytest.raises(UserError, match="exists, made from something else; remove it"):
         convert(str(images), str(path), settings=ConvertSettings(seed=1))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipelines.errors import UserError
-from std_fast import create_teachers, export_run
+from std_fast import cli, create_teachers, export_run
 from std_fast.commands import export, export_formats
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
@@ -187,7 +187,7 @@ def test_what_cannot_be_had_is_refused_when_asked_for(tmp_path, monkeypatch):
     assert "onnx_that_is_absent not installed" in report["left_out"]["onnx"] and "onnx" not in report["differences"]
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys, caplog):
     make_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -199,8 +199,12 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         export_run(tmp_path / "nothing", tmp_path / "new")
     (tmp_path / "empty").mkdir()
-    export_run(tmp_path / "run", tmp_path / "empty", ("timm",))
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "empty"), "--formats", "timm"]) == 0
     assert (tmp_path / "empty" / "model.safetensors").is_file()
+    assert caplog.messages == ["writing timm"]
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "new"), "--formats", "timm", "--quiet"]) == 0
+    assert len(caplog.messages) == 1 and not capsys.readouterr().err
 
 
 def test_other_outputs_after_writing_are_an_error_and_leave_nothing(tmp_path, monkeypatch):

@@ -111,7 +111,10 @@ def test_numbers_that_begin_at_one(tmp_path: Path) -> None:
     tar(tmp_path / "b.tar", {"1.jpg": IMAGE, "1.json": b'{"label": 1}', "2.jpg": IMAGE, "2.json": b'{"label": 2}'})
     (tmp_path / "classes").write_text("none\nant\nbee\n")
     for src in (tmp_path / "a.tar", tmp_path / "b.tar", parquet(tmp_path / "c.parquet", [1, 2])):
-        with pytest.raises(UserError, match=f"{src}: numbers begin at 1; .* number from 0, or give --classes"):
+        with pytest.raises(
+            UserError,
+            match=f"{src}: numbers begin at 1; .* convert all parts together; .* or give --classes",
+        ):
             listed(src, tmp_path)
         assert listed(src, tmp_path, classes=str(tmp_path / "classes")).labels.tolist() == [1, 2]
     assert listed(parquet(tmp_path / "d.parquet", [1], names=["ant", "bee"]), tmp_path).labels.tolist() == [1]

@@ -132,6 +132,8 @@ def test_placement_and_plain():
     assert plain.head_teacher == () and plain.train()(images()).dist_logits is None
     with pytest.raises(UserError, match="mixer_s16"):
         create_student("mixer_s17", K)
+    with pytest.raises(UserError, match=r"unknown backbone \['mixer'\]; did you mean 'mixer'"):
+        create_student(["mixer"], K)
     for wrong in ({"tokens": "bth"}, {"predict": "distil"}, {"teachers": -1}):
         with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
             create_student("mixer", K, **TINY, **wrong)

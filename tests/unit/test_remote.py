@@ -184,7 +184,7 @@ def test_a_file_that_is_replaced_while_it_is_read(
     server.fail = replace
     src = str(tmp_path / "train.tar") if where == "disk" else f"{server.url}/train.tar"
     try:
-        with pytest.raises(UserError, match="train.tar: was replaced while it was read; run the same command again"):
+        with pytest.raises(UserError, match="train.tar: was replaced or removed while it was read; run the same"):
             made(src, tmp_path / "x.beton")
         assert not (tmp_path / "x.beton").exists()
         assert made(src, tmp_path / "x.beton")[0] == made(str(tmp_path / "train.tar"), tmp_path / "y.beton")[0]
@@ -215,7 +215,7 @@ def test_a_file_that_was_copied_may_get_another_date(
     [
         (403, r"access is refused \(HTTP 403 Forbidden\); look at the credentials"),
         (405, r"the server does not serve such a request \(HTTP 405 .*download the file first"),
-        (416, "was replaced while it was read; run the same command again"),
+        (416, "was replaced or removed while it was read; run the same command again"),
     ],
 )
 def test_what_a_server_refuses(status: int, message: str, server: FileServer) -> None:

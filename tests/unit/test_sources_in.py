@@ -193,7 +193,7 @@ def test_hostile_members_are_named_and_not_followed(contents: dict, tmp_path: Pa
         "pipe": "a pipe in an archive",
         "good.png": "a second image of the same key",
         "lost.jpg": "has no .cls of the same key",
-        "word.jpg": "its .cls holds no class number",
+        "word.jpg": "its .cls holds no class number; if a name, give --classes",
     }
     assert sorted(os.listdir(tmp_path)) == before
 
