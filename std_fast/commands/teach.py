@@ -38,7 +38,7 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     torchrun, the processes share the work.
 
     Raises:
-        Stopped: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP; what was done is stored.
+        Stopped: one of STOP_SIGNALS, as of Ctrl-C; what was done is stored.
         UserError: the recipe names no teachers, no folder or no length in epochs; whatever else the user can fix.
     """
     d, run = recipe.distill, recipe.run

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn, TextIO
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""each asks a run to save and stop"""
+STOP_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
+)  # fmt: skip
+"""each asks a run to save and stop; schedulers send the last three before a limit"""
 INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
-SAME_PRESS = 0.2  # seconds; a launcher may forward the Ctrl-C that the terminal has sent to all processes already
+SAME_PRESS = 0.2  # seconds; a launcher may forward the Ctrl-C that the terminal has sent to all processes already,
+SAME_PRESS_TORCHRUN = 2.0  # and torchrun does, once it has noticed it
 
 
 @contextlib.contextmanager
@@ -72,7 +75,7 @@ def stop_on_signal() -> Iterator[list[int]]:
         pressed.append(time.monotonic())
         if len(pressed) == 1:
             _write_at_once("\nstopping after this step; Ctrl-C again leaves at once, without saving\n")
-        elif pressed[-1] - pressed[0] > SAME_PRESS:
+        elif pressed[-1] - pressed[0] > (SAME_PRESS_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else SAME_PRESS):
             _write_at_once("\x1b[?25h\n" if os.isatty(2) else "")  # the progress bar hides the cursor
             os._exit(INTERRUPTED)
 

@@ -36,7 +36,7 @@ def train(
 
     Raises:
         UserError: something that the user can fix, a batch too large for the memory too.
-        Stopped: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP or `stop_wanted`; the run is saved.
+        Stopped: one of STOP_SIGNALS, as of Ctrl-C, or `stop_wanted`; the run is saved.
         NotFinite: a loss or gradient was not finite, and the recipe says to stop; the state before it is saved.
         PeerLost: started by torchrun, and another process has died or hangs.
     """

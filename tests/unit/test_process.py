@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from std_fast import cli
+from std_fast.runtime import process as process_module
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPING = """
@@ -40,8 +41,9 @@ def nohup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_each_of_them_asks_once(signum):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT", "SIGHUP"])
+def test_each_of_them_asks_once(name):
+    signum = signal.Signals[name]
     with start(STOPPING, preexec_fn=heed) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
@@ -67,6 +69,20 @@ def test_a_second_ctrl_c_leaves_at_once():
             process.send_signal(signal.SIGINT)
             with_limit(process)
         assert process.returncode == 130
+
+
+@pytest.mark.parametrize(("environment", "codes"), [({}, [130, 130]), ({"TORCHELASTIC_RUN_ID": "x"}, [130])])
+def test_torchrun_passes_a_ctrl_c_on_that_is_the_same(environment, codes, monkeypatch):
+    left = []
+    monkeypatch.setattr(process_module.os, "_exit", left.append)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with process_module.stop_on_signal() as asked:
+        for seconds in (0, 1, 9):
+            monkeypatch.setattr(process_module.time, "monotonic", lambda seconds=seconds: float(seconds))
+            signal.raise_signal(signal.SIGINT)
+    assert left == codes and len(asked) == 3
 
 
 def test_a_signal_outside_of_a_training_says_that_no_step_was_under_way():
