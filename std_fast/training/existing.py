@@ -24,14 +24,16 @@ SUMMARY_TYPES = {"result": dict, "seconds": dict, "gpu_hours": float, "device": 
 RESUMABLE_CHANGES = (
     "run.out", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.timeout", "run.trackers",
     "data.on_corrupt", "data.corrupt_limit", "run.not_finite", "run.not_finite_limit", "run.rollback_every",
-    "data.one_part", "data.threads", "data.ahead", "data.hw_decoder_load", "data.val", "run.eval_batch",
+    "data.one_part", "data.threads", "data.ahead", "data.hw_decoder_load", "run.eval_batch", "run.eval_every",
     "distill.target_cache", "summary", "name", "run.overlap", "run.micro_batch", "run.profile",
 )  # fmt: skip
+EVALUATED = ("data.val", "data.eval_crop.", "data.eval_resample")
+"""or what these names begin: what is evaluated, so that accuracies from before are of other pixels"""
 
 
 def changed_fields(one: Recipe, two: Recipe) -> list[str]:
     """Fields in which two recipes differ, and which a resumed run may not change."""
-    return [name for name in difference(one, two) if name not in RESUMABLE_CHANGES]
+    return [name for name in difference(one, two) if name not in RESUMABLE_CHANGES and not name.startswith(EVALUATED)]
 
 
 def unused_beside(folder: Path) -> Path:
@@ -100,4 +102,4 @@ def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         differing = difference(recipe, read_saved(folder))
     except UserError:
         return None
-    return None if {*differing} - {*RESUMABLE_CHANGES} or "data.val" in differing else summary
+    return None if {*differing} - {*RESUMABLE_CHANGES} else summary

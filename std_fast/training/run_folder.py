@@ -17,6 +17,7 @@ from pipelines.files import replacing, write_atomic
 from pipelines.read.batch import Loader
 from std_fast import __version__
 from std_fast.config.recipe import Duration, Recipe, dump, loads
+from std_fast.config.schema import difference
 from std_fast.runtime import checkpoint
 from std_fast.runtime.budget import HELD, Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import World
@@ -166,7 +167,7 @@ class RunFolder:
         return self.world.broadcast(found if found and found["steps"] == step else None)
 
     def restore(self, state: TrainState, val: Loader | None) -> dict[str, Any]:
-        """Loads `found` into the state; returns its metadata, less accuracies where data.val is other data.
+        """Loads `found` into the state; returns its metadata, less accuracies where other images are evaluated.
         Without a checkpoint to continue from: `initial_meta`.
         """
         if val is not None:
@@ -179,8 +180,10 @@ class RunFolder:
         log.info("resumed %s at step %d", path, self.saved_step)
         self.found = None  # frees its tensors
         before = meta["content"].get("data.val")
-        if before is not None and before != self.data["content"].get("data.val"):
-            log.info("data.val: is other data than before; the best accuracy so far does not count")
+        differing = difference(self.recipe, loads(meta["recipe"], str(path)))
+        other = before is not None and before != self.data["content"].get("data.val")
+        if other or any(name.startswith("data.eval_") for name in differing):
+            log.info("evaluation reads other images than before; the best accuracy so far does not count")
             costs = {name: cost for name, cost in meta["costs"].items() if name != "evaluate"}
             meta = {**meta, "best": {}, "result": {}, "costs": costs}
         return meta

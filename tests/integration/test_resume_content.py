@@ -9,6 +9,7 @@ import torch
 
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.errors import UserError
+from pipelines.read.crops import CropSpec
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
@@ -105,7 +106,11 @@ def test_moved_files_and_other_ways_to_evaluate_are_no_other_training(here, expe
     assert got.keys() == expected.keys() and meta["step"] == STEPS
     assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
     assert summary["result"]["images"] == 8 and summary["best"]["step"] == STEPS  # not of the former data
-    assert train(recipe, resume=True, quiet=True)["result"]["images"] == 24  # the finished run on the former data
+    again = train(recipe, resume=True, quiet=True)
+    assert again["result"]["images"] == 24  # the finished run on the former data
+    data = replace(moved.data, val=recipe.data.val, eval_resample="bicubic", eval_crop=CropSpec("full"))
+    other = replace(moved, data=data, run=replace(moved.run, eval_every="2 epochs"))
+    assert train(other, resume=True, quiet=True)["result"]["loss"] != again["result"]["loss"]  # of other pixels
 
 
 def test_an_image_folder_on_another_path(base, tmp_path):
