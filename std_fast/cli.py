@@ -14,6 +14,9 @@ import signal
 import sys
 from typing import NoReturn
 
+if __name__ == "__main__":  # `python -m` looks into the current folder first, where `pipelines` may be a project's own
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 from pipelines.errors import UserError, did_you_mean, one_line
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs
 from std_fast.commands.arguments import STOPPED, Parser, Verb, output_lost, parse
@@ -30,6 +33,7 @@ VERBS: dict[str, Verb] = {name: _ALL[name] for name in _ORDER.split()}
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; returns the exit code (0 done, 2 the user's mistake, 3 to 5: see commands/arguments.py)."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is escaped, and no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -160,3 +160,19 @@ class Shown:
 
     def flush(self):
         pass
+
+
+def test_a_project_may_have_a_package_called_pipelines(tmp_path):
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "std_fast.cli", "recipes"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_backend_of_a_notebook_is_not_asked_for():
+    code = "from std_fast.cli import main; main(['recipes']); import matplotlib as m; assert m.get_backend() == 'agg'"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
