@@ -116,10 +116,11 @@ def check_arguments(out: Path, formats: tuple[str, ...], predict: str) -> None:
 def write_programs(draft: Path, chosen: list[str], model: Deployed, images: Tensor) -> dict[str, float]:
     """Writes `model.onnx` and `model.pt2` where they are chosen; returns how far each differs, read back."""
     differences: dict[str, float] = {}
-    if not {"onnx", "pt2"} & set(chosen):
+    programs = [name for name in ("onnx", "pt2") if name in chosen]
+    if not programs:
         return differences
     batch = torch.export.Dim("batch")
-    log.info("tracing the model for onnx and pt2")
+    log.info("tracing the model for %s", " and ".join(programs))
     # strict: the shapes of the code are traced too, so that no Python number fixes the batch
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},), strict=True)
     if "onnx" in chosen:

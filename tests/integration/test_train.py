@@ -260,16 +260,18 @@ def test_a_run_leaves_what_a_user_needs(recipe):
         train(replace(budget, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)
 
 
-def test_a_run_that_is_refused_was_not_held(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
-    odd = replace(
-        recipe, distill=replace(recipe.distill, teachers=(replace(recipe.distill.teachers[0], weights="no"),))
-    )
+@pytest.mark.parametrize("where", ["build", "Run._start"])
+def test_a_run_that_is_refused_was_not_held(recipe, tmp_path, monkeypatch, where):
+    def refuse(*_):
+        raise UserError("before the first step")
+
+    monkeypatch.setattr(f"std_fast.training.run.{where}", refuse)
+    held = tmp_path / "run" / "held.json"
+    held.parent.mkdir()
     for before in (None, b'{"gpu_seconds": 60.0}'):  # as a run that was killed leaves
-        held = tmp_path / "run" / "held.json"
         held.write_bytes(before) if before else None
-        with pytest.raises(UserError, match="distill.teachers.0"):
-            train(odd, resume=bool(before), quiet=True)
+        with pytest.raises(UserError, match="before the first step"):
+            train(recipe, resume=bool(before), quiet=True)
         assert (held.read_bytes() if held.exists() else None) == before
 
 
