@@ -153,7 +153,12 @@ def places(
         what = f"{side.where}: the classes of {side.who}"
         _check_certain(their_numbers, theirs.names, ours, what, "the data", side.decides)
         return found
-    return None if theirs.names is None or names is None else match(theirs.names, names, side)
+    if theirs.names is not None and names is not None:
+        return match(theirs.names, names, side)
+    if names is not None and theirs.number == ours.number:
+        said = _listed(labels, names)
+        log.info("%s: %s has no class names; its number n means class n of the data: %s", *side[:2], said)
+    return None
 
 
 def _check_certain(
@@ -168,8 +173,14 @@ def _check_certain(
             f"in the order of text; {decides}"
         )
     if other.names is not None:
-        pairs = ", ".join(f"{n} {other.names[n]!r}" for n in sorted(numbers)[:10])
-        log.info("%s are numbers, taken as those of %s: %s%s", what, who, pairs, " ..." * (len(numbers) > 10))
+        named = [(n, other.names[n]) for n in sorted(numbers)]
+        log.info("%s are numbers, taken as those of %s: %s", what, who, _listed(*zip(*named, strict=True)))
+
+
+def _listed(numbers: Sequence[int], names: Sequence[str]) -> str:
+    """For messages: `0 'ant', 1 'bee'`, and so on."""
+    pairs = [f"{number} {name!r}" for number, name in zip(numbers, names, strict=True)]
+    return ", ".join(pairs[:10]) + " ..." * (len(pairs) > 10)
 
 
 def counts(names: Sequence[str]) -> bool:

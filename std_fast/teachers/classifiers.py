@@ -61,7 +61,8 @@ def create_timm(name: str, image_size: int, small_stem: bool = False, **options:
         else:
             return use_small_stem(model, name) if small_stem else model
     reason = " ".join(str(refused).split())
-    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); fix its options")
+    fix = "it has no stochastic depth: set --student.drop_path 0" if "'drop_path_rate'" in reason else "fix its options"
+    raise UserError(f"{name}: timm cannot build it with {options} at {image_size} px ({reason}); {fix}")
 
 
 def create_pretrained(name: str, image_size: int, where: str, **options: Any) -> nn.Module:
@@ -163,7 +164,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors or timm checkpoint file, as tensors only: nothing in the file can run.
 
     A checkpoint's `state_dict_ema`, `model_ema`, `state_dict` or `model` entry is taken where there is one, in this
-    order. The arguments that timm saves with it, an argparse.Namespace, are let through: plain attributes.
+    order. A prefix that all names share is left out, as `model.` of Lightning's modules. The arguments that timm saves
+    with it, an argparse.Namespace, are let through: plain attributes.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else than tensors.
@@ -173,8 +175,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if path.parent.name == "checkpoints" and all(name.startswith(("model.", "ema.", "optim.")) for name in data):
         raise UserError(f"{path}: is a checkpoint of a run; give the run's folder, {path.parent.parent}")
-    # names as DistributedDataParallel and torch.compile leave them
-    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
+    # names as torch.compile, DistributedDataParallel and the modules of other trainers leave them
+    data = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
+    while len(prefixes := {name.partition(".")[0] for name in data}) == 1 and all("." in name for name in data):
+        log.info("%s: the names of its tensors begin with %s., which is left out", path, *prefixes)
+        data = {name.partition(".")[2]: tensor for name, tensor in data.items()}
+    return data
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -200,6 +206,8 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: cannot be read as tensors only ({reason}); save the model's state_dict() alone, as .safetensors"
         ) from None
+    if isinstance(data, dict) and isinstance(data.get("state"), dict):  # Composer's
+        data = data["state"]
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]

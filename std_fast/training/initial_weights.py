@@ -79,8 +79,8 @@ def read_pretrained(spec: StudentSpec) -> InitialWeights:
 def load_initial_weights(student: Student, spec: StudentSpec, class_names: Sequence[str] | None) -> None:
     """Loads `spec.weights`: all of the student of a run or an export, or a file's weights into the backbone.
 
-    The classes of a run or an export are matched by name with the data's, `class_names`, which may be some of them in
-    another order: each class takes its row of the heads.
+    The classes of a run, an export or a file of ImageNet's classes are matched by name with the data's, `class_names`,
+    which may be some of them in another order: each class takes its row of the heads.
 
     With `spec.new_head` all heads stay as they are, for data of other classes, and a plain student takes only the
     backbone of a distilled one.
@@ -123,9 +123,11 @@ def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, wh
     Raises:
         UserError: names a class of the data that the weights lack.
     """
-    if stored.num_classes is None:
+    rows_of_a_head = next((len(tensor) for name, tensor in stored.state.items() if name in heads), None)
+    count = stored.num_classes or rows_of_a_head
+    if count is None:
         return {}
-    theirs = known_classes(stored.num_classes, stored.class_names, data)
+    theirs = known_classes(count, stored.class_names, data)
     fix = "set student.new_head true to start with new heads"
     decides = f"convert the data with --classes FILE, in which its classes stand in their order, or {fix}"
     rows = places(theirs, data, Side(where, "the model", fix, decides))

@@ -16,7 +16,7 @@ from std_fast.commands.export import export_run
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
-from std_fast.teachers.classes import DataClasses, class_in_words, relabel
+from std_fast.teachers.classes import DataClasses, class_in_words, relabel, select_classes
 from std_fast.training.build import build, build_student, open_val_loader
 from std_fast.training.evaluate import evaluate_run
 
@@ -227,6 +227,13 @@ def test_numbers_are_said_to_be_those_of_the_models_classes(caplog):
     caplog.set_level("INFO", "std_fast")
     relabel(data(("0", "1", "3"), [0, 1, 2]), DataClasses(4, LETTERS), "val", "the run")
     assert "val: the data's classes are numbers, taken as those of the run: 0 'a', 1 'b', 3 'd'" in caplog.text
+
+
+def test_classes_of_a_teacher_without_names_are_said(caplog):
+    caplog.set_level("INFO", "std_fast")
+    assert select_classes("", 4, None, DataClasses(4, LETTERS), "teacher") is None
+    said = "teacher: the teacher has no class names; its number n means class n of the data: 0 'a', 1 'b', 2 'c', 3 'd'"
+    assert said in caplog.text
 
 
 def test_words_of_a_class():

@@ -13,6 +13,8 @@ from std_fast.config import files
 from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
+from std_fast.teachers.classes import imagenet
+from std_fast.teachers.classifiers import build_classifier
 from std_fast.training.build import build_student
 from std_fast.training.evaluate import evaluate_run
 from std_fast.training.initial_weights import read_initial_weights
@@ -74,6 +76,16 @@ def test_a_file_with_another_head_goes_into_the_backbone(run, tmp_path):
     assert own["head.weight"].shape == (5, 16)
     with pytest.raises(UserError, match="of 3 classes, but the data has 5; set student.new_head true"):
         build_student(recipe_of(STD, weights=str(tmp_path / "w.safetensors")), 5)
+
+
+def test_a_file_of_imagenets_classes_gives_a_subset_its_rows(tmp_path):
+    names = [imagenet("imagenet-1k")[i] for i in (7, 3)]
+    recipe = recipe_of({"mode": "none"}, weights=str(tmp_path / "w.safetensors"))
+    backbone = build_classifier("mixer", 1000, 16, **OPTIONS)
+    torch.nn.init.normal_(backbone.head.weight)
+    save_file(backbone.state_dict(), tmp_path / "w.safetensors")
+    student = build_student(recipe, 2, names)
+    assert torch.equal(student.backbone.head.weight, backbone.head.weight[[7, 3]])
 
 
 def test_what_does_not_fit_names_the_field_that_makes_it_fit(run):

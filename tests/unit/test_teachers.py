@@ -439,12 +439,23 @@ def test_numpy_objects_are_named_without_torchs_advice_to_trust_the_file(value, 
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.module."])
 def test_prefixes_of_wrapped_models_are_taken_off(prefix, suffix, tmp_path):
     state = {"conv.weight": torch.ones(2), "module_list.0.weight": torch.zeros(2)}
     path, wrapped = tmp_path / f"w.{suffix}", {prefix + name: tensor for name, tensor in state.items()}
     save_file(wrapped, path) if suffix == "safetensors" else torch.save(wrapped, path)
     assert read_weights(path).keys() == state.keys()
+
+
+def test_a_checkpoint_of_composer(tmp_path):
+    state = {"module.fc.bias": torch.ones(2), "module.conv.weight": torch.ones(2)}
+    torch.save({"state": {"model": state, "optimizers": {}}}, tmp_path / "c.pt")
+    assert read_weights(tmp_path / "c.pt").keys() == {"fc.bias", "conv.weight"}
+
+
+def test_a_model_without_stochastic_depth():
+    with pytest.raises(UserError, match="it has no stochastic depth: set --student.drop_path 0"):
+        build_classifier("vgg11", K, 32, drop_path=0.1)
 
 
 def test_a_safetensors_file_that_is_cut_short(weights, tmp_path):
