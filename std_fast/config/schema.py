@@ -102,7 +102,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin is tuple:
         value = _opened(value)
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
+            several = 1 if args[-1] is Ellipsis or "," in str(value) else len(args)
+            raise UserError(f"{where}: expected a list, got {value!r}; write [{', '.join([str(value)] * several)}]")
         if args[-1] is Ellipsis:
             return tuple(_convert(args[0], v, f"{where}.{i}") for i, v in enumerate(value))
         if len(value) != len(args):
@@ -115,6 +116,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         return value
     if hint is dict and isinstance(value, dict) and _plain(value):
         return value
+    if hint is dict and isinstance(value, str) and "=" in value:
+        raise UserError(f"{where}: expected names and values, got {value!r}; write {{{value.replace('=', ': ')}}}")
     raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
 
 

@@ -117,7 +117,7 @@ class RunFolder:
         backend = self.found.meta["content"].get("data.backend", "auto")
         if recipe.data.backend == "auto" and backend != "resident":  # which `auto` takes for the same data again
             recipe = replace(recipe, data=replace(recipe.data, backend=backend))
-        return replace(recipe, student=replace(recipe.student, weights=""))
+        return replace(recipe, student=replace(recipe.student, weights="", new_head=False))
 
     def check_data(self, train: Loader) -> None:
         """Notes what the run reads. UserError where `found` was written by a recipe that computes something else, or on

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from std_fast.config.durations import Duration, parse_seconds, parse_warmup, unkept
@@ -118,6 +119,19 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
     return WARMUP_OF_A_BUDGET
 
 
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "student.early_share": (lambda r: not r.student.early_size, "student.early_size 0"),
+    "data.crop.fraction": (lambda r: r.data.crop.kind == "random_resized", "data.crop.kind random_resized"),
+    "data.eval_crop.fraction": (lambda r: r.data.eval_crop.kind != "center", "another data.eval_crop.kind than center"),
+    "augment.randaugment_m": (lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
+    "optim.ema_batch": (lambda r: not r.optim.ema, "optim.ema 0"),
+    "run.not_finite_limit": (lambda r: r.run.not_finite == "stop", "run.not_finite stop"),
+    "run.rollback_every": (lambda r: r.run.not_finite != "rollback", "another run.not_finite than rollback"),
+    "data.corrupt_limit": (lambda r: r.data.on_corrupt == "stop", "data.on_corrupt stop"),
+}
+"""fields that another field switches off"""
+
+
 def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
     """A line for each duration that the run does not keep to, and for fields that have no effect in it."""
     run, distill = recipe.run, recipe.distill
@@ -129,6 +143,10 @@ def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
     lines = list(unkept(every, recipe.optim.warmup, run.length, steps_per_epoch, run.batch))
     if distill.mode == "none" and (idle := difference(Distill(mode="none"), distill, "distill")):
         lines.append(f"{', '.join(idle)}: no effect with distill.mode none")
+    changed = difference(Recipe(), recipe)
+    for name, (off, why) in WITHOUT_EFFECT.items():
+        if name in changed and off(recipe):
+            lines.append(f"{name}: no effect with {why}")
     return lines
 
 
