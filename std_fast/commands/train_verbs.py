@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UserError, quantity
+from pipelines.errors import quantity
 from std_fast.commands.arguments import NOT_FINITE, PEER_LOST, STOPPED, Parser, Verb, add_json, add_recipe, show
 from std_fast.runtime.process import say
 
@@ -36,7 +37,7 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = recipes.load(args.recipe, args.overrides)
     if args.resume and not any(key == "run.out" for key, _ in args.overrides):
-        refuse_moved(args.recipe, recipe)
+        recipe = in_its_folder(args.recipe, recipe)
     where = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else rank 0 looks, and tells the others
     summary = existing.finished(recipe, where) if args.resume and alone else None
@@ -74,16 +75,15 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_moved(name: str, recipe: Recipe) -> None:
-    """UserError where a recipe lies in a run's folder, but `run.out` is still another: the run was moved or copied."""
+def in_its_folder(name: str, recipe: Recipe) -> Recipe:
+    """The recipe with the folder in which it lies as `run.out`, where that is a run's: it may have been moved."""
     from std_fast.config.files import filled_in, find
 
-    file, out = find(name), filled_in(recipe.run.out, recipe.name, recipe.run.seed)
-    if (file.parent / "checkpoints").is_dir() and out.resolve() != file.parent.resolve():
-        raise UserError(
-            f"run.out: is {out} in {file}, which lies in the folder of another run, as moved or copied; add --run.out "
-            f"{file.parent} to continue that one, or --run.out {out}"
-        )
+    folder, out = find(name).parent, filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    if not (folder / "checkpoints").is_dir() or out.resolve() == folder.resolve():
+        return recipe
+    say(f"{folder}: its recipe names {out}; the run continues in {folder}, as moved or copied")
+    return replace(recipe, run=replace(recipe.run, out=str(folder)))
 
 
 def add_plan(parser: Parser) -> None:

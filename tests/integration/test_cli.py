@@ -190,15 +190,15 @@ def test_resume_is_a_flag_and_fields_may_come_first():
     assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]
 
 
-def test_a_run_that_was_moved_is_not_begun_anew_at_its_old_place(tmp_path, capsys):
+def test_a_run_that_was_moved_continues_where_it_is(tmp_path, capsys):
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     recipe = tmp_path / "new" / "recipe.yaml"
     recipe.write_text(f"run: {{out: {tmp_path}/old}}")
-    code, _, err = run(capsys, "train", recipe, "--resume")
-    assert code == 2 and f"run.out: is {tmp_path}/old in {recipe}" in err and f"add --run.out {tmp_path}/new to" in err
-    assert not (tmp_path / "old").exists()
-    code, _, err = run(capsys, "train", recipe, "--resume", "--run.out", tmp_path / "old")
-    assert code == 2 and "run.out" not in err  # data.train is missing
+    said = f"{tmp_path}/new: its recipe names {tmp_path}/old; the run continues in {tmp_path}/new"
+    for words, moved in (([recipe], True), ([recipe.parent], True), ([recipe, "--run.out", tmp_path / "old"], False)):
+        code, _, err = run(capsys, "train", *words, "--resume")
+        assert code == 2 and (said in err) == moved and "data.train" in err
+        assert (tmp_path / "old").exists() != moved
 
 
 def test_a_reader_that_leaves_is_no_error():
