@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.convert.devkit import devkit_labels, is_devkit
 from pipelines.convert.listing import has_image_ending, in_order, read_text, refuse_without_zero
+from pipelines.convert.splits import SPLIT_COLUMNS, are_several, split_column, wrong_split
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.manifest import printable_names
@@ -122,8 +123,12 @@ class ImageNames:
 
 
 def read_labels(
-    path: str, names: list[str], classes: list[str] | None = None, key: str | None = None
-) -> tuple[dict[str, int | str], list[str] | None]:
+    path: str,
+    names: list[str],
+    classes: list[str] | None = None,
+    key: str | None = None,
+    split: str | None = None,
+) -> tuple[dict[str, int | str | None], list[str] | None]:
     """Label of each image by its name, and the class names where the file holds them; names: paths of the images.
 
     Known: lines of LABEL in the order of the images' names; lines of NAME and LABEL, separated by a tab, comma,
@@ -131,47 +136,56 @@ def read_labels(
     is the label; Kaggle's LOC_val_solution.csv and Tiny ImageNet's val_annotations.txt, with boxes behind the label;
     ImageNet's devkit, as its .tar.gz or unpacked. NAME may be a path, and may lack its ending.
     classes: the names that the user gave. What labels are: see `parse_labels`. Images without a label are left out.
+    split: the one that is wanted of those in the table's column; images of others have None.
     Raises UserError.
     """
     where = f"--labels {printable(path)}"
     if is_devkit(path):
-        if key is not None:
-            raise UserError(f"{where}: the devkit has no columns; leave --label-key out")
+        if key is not None or split is not None:
+            option = "--split" if key is None else "--label-key"
+            raise UserError(f"{where}: the devkit has no columns; leave {option} out")
         by_name, wnids = devkit_labels(path, names)
         return {**by_name}, wnids
     lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{where}: is empty; give a line for each image")
-    pairs = _pairs(lines, ImageNames(names), where, key)
+    pairs = _pairs(lines, ImageNames(names), where, key, split)
     if pairs is None:
         ordered = _labels_in_order(lines, names, where)
-        pairs = dict(ordered)
+        pairs = {**dict(ordered)}
     used = {name: text for name, text in pairs.items() if text}
     if pairs and not used:
         raise UserError(f"{where}: its lines name images, and no labels; write NAME and LABEL on each")
     parsed = parse_labels(list(used.values()), classes, where)
     if classes is None:
         refuse_without_zero([label for label in parsed if isinstance(label, int)], where)
-    return dict(zip(used, parsed, strict=True)), None
+    others = {name: None for name, text in pairs.items() if text is None}
+    return {**dict(zip(used, parsed, strict=True)), **others}, None
 
 
-def _pairs(lines: list[str], images: ImageNames, where: str, key: str | None) -> dict[str, str] | None:
-    """Text of the label by image, from lines that name images; None when no line does. Raises UserError."""
+def _pairs(
+    lines: list[str], images: ImageNames, where: str, key: str | None, split: str | None
+) -> Mapping[str, str | None] | None:
+    """Text of the label by image, from lines that name images, or None for one of another split; None when no line
+    does. Raises UserError."""
     for delimiter in DELIMITERS:
         if all(delimiter in line for line in lines):
             try:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
             except csv.Error as error:
                 raise UserError(f"{where}: cannot be read as a table ({error}); fix it") from None
-            found = _from_table(rows, images, where, key)
+            found = _from_table(rows, images, where, key, split)
             if found is not None:
                 return found
-    if key is not None:
-        raise UserError(f"{where}: no table with a header and the names of images; leave --label-key out or fix it")
+    if key is not None or split is not None:
+        option = "--split" if key is None else "--label-key"
+        raise UserError(f"{where}: no table with a header and the names of images; leave {option} out or fix it")
     return _from_words(lines, images, where)
 
 
-def _from_table(rows: list[list[str]], images: ImageNames, where: str, key: str | None) -> dict[str, str] | None:
+def _from_table(
+    rows: list[list[str]], images: ImageNames, where: str, key: str | None, split: str | None
+) -> Mapping[str, str | None] | None:
     width = max(map(len, rows))
     named = [[row[column] for row in rows if column < len(row) and images.find(row[column])] for column in range(width)]
     if not any(named):
@@ -182,14 +196,41 @@ def _from_table(rows: list[list[str]], images: ImageNames, where: str, key: str 
     header = rows[0] if _is_header(rows[0][name_column : name_column + 1], images) else []
     body = rows[1:] if header else rows
     label = _label_column(header, body, name_column, where, key)
+    if any(len(row) <= max(name_column, label) for row in body):
+        raise UserError(f"{where}: some lines hold a name and a label, others do not; fix it")
+    body, others = _of_split(header, body, (name_column, label), images, where, split)
     collected = _Collected(images, where)
     for row in body:
-        if len(row) <= max(name_column, label):
-            raise UserError(f"{where}: some lines hold a name and a label, others do not; fix it")
         text = row[label]
         boxes = _BOXES.fullmatch(" ".join(row[label:]))
         collected.add(row[name_column], boxes[1] if boxes else text)
-    return collected.done()
+    return {**dict.fromkeys(others), **collected.done()}
+
+
+def _of_split(
+    header: list[str],
+    body: list[list[str]],
+    columns: tuple[int, int],
+    images: ImageNames,
+    where: str,
+    split: str | None,
+) -> tuple[list[list[str]], list[str]]:
+    """Rows of the wanted split, and the images of others; columns: those of name and label. Raises UserError."""
+    name, label = columns
+    found = split_column(header, header[label]) if len(header) > label else None
+    if found is None:
+        if split is not None:
+            raise UserError(f"{where}: no column split or subset; leave --split out")
+        return body, []
+    at = header.index(found)
+    named = [row for row in body if len(row) > at and images.find(row[name])]
+    splits = {row[at] for row in named}
+    if (split is None and are_several(splits)) or (split is not None and split not in splits):
+        raise wrong_split(where, splits, split)
+    if split is None:
+        return body, []
+    others = [image for row in named if row[at] != split for image in images.find(row[name])]
+    return [row for row in body if row[at : at + 1] == [split]], others
 
 
 def _label_column(header: list[str], body: list[list[str]], name: int, where: str, key: str | None) -> int:
@@ -200,6 +241,7 @@ def _label_column(header: list[str], body: list[list[str]], name: int, where: st
             raise UserError(f"{where}: no column {printable(key)!r} (--label-key) among {columns or 'unnamed ones'}")
         return header.index(key)
     others = [i for i in range(max(map(len, [header, *body]))) if i != name]
+    others = [i for i in others if i >= len(header) or header[i].lower() not in SPLIT_COLUMNS] or others
     if len(others) == 1:
         return others[0]
     if name == 0 and body and all(_BOXES.fullmatch(" ".join(row[1:])) for row in body):

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from pipelines.convert.labels import LABEL_COLUMNS, parse_labels
 from pipelines.convert.listing import DISK_FULL, Builder, Listing, read_text
+from pipelines.convert.splits import are_several, split_column, wrong_split
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
@@ -63,18 +63,6 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
     return builder.done(tree.source, classes)
 
 
-def _of_split(root: str, entries: list[Entry], settings: ConvertSettings) -> list[Entry]:
-    """Files of the wanted split, by the words before their numbers (train-00000-of-00014.parquet)."""
-    split_of = {entry.name: re.split(r"^\d+|[-_.]\d|\.parquet$", entry.name.rpartition("/")[2])[0] for entry in entries}
-    splits = sorted(set(split_of.values()))
-    if settings.split is None and len(splits) > 1:
-        raise UserError(f"{printable(root)}: holds {', '.join(map(printable, splits))}; choose one of them as `split`")
-    chosen = [entry for entry in entries if settings.split in (None, split_of[entry.name])]
-    if not chosen:
-        raise UserError(f"--split {settings.split!r}: {printable(root)} holds {', '.join(map(printable, splits))}")
-    return chosen
-
-
 def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
     """Rows with an encoded image (bytes, or Hugging Face's struct of bytes and path) and a label.
 
@@ -83,7 +71,6 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError("parquet needs pyarrow: pip install pyarrow")
-    entries = _of_split(tree.root, entries, settings)
     add_missing_parts(tree, entries, builder)
     needed = sum(entry.size for entry in entries)
     needed -= sum(entry.stat().st_size for entry in os.scandir(work))  # copies made by an earlier run
@@ -95,8 +82,12 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
         )
     classes: list[str] | None = None
     rows: list[tuple[str, int | str, int, int, int, int]] = []
+    splits: set[str] = set()
     for entry in entries:
-        base, labels, its_classes = _unpacked(tree, entry, settings, work)
+        base, labels, its_classes, split_of = _unpacked(tree, entry, settings, work)
+        splits.update(split_of)
+        if settings.split is None and are_several(splits):
+            raise wrong_split(printable(tree.source), splits, None)
         if classes and its_classes and classes != its_classes:
             raise UserError(f"{printable(tree.place(entry.name))}: names other classes than the files before it")
         classes = classes or its_classes
@@ -104,6 +95,8 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
         number = builder.file(f"{base}.bin")
         for i, value in enumerate(labels):
             name = f"{entry.name}/{i}"
+            if settings.split is not None and split_of[i] != settings.split:
+                continue
             if offsets[i, 0] < 0:
                 too_long = f"{offsets[i, 1]} bytes are more than {settings.max_bytes} (max_bytes)"
                 builder.fault(name, too_long if offsets[i, 1] else "the row has no image bytes")
@@ -111,6 +104,8 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
                 builder.fault(name, "label -1 (an unlabelled test split?)" if value == -1 else "the row has no label")
             else:
                 rows.append((name, value, number, int(offsets[i, 0]), int(offsets[i, 1]), entry.stamp))
+    if settings.split is not None and settings.split not in splits:
+        raise wrong_split(printable(tree.source), splits, settings.split)
     values = [row[1] for row in rows]
     if any(isinstance(value, str) for value in values):
         known = builder.fixed_classes or classes
@@ -125,8 +120,9 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
 
 def _unpacked(
     tree: Tree, entry: Entry, settings: ConvertSettings, work: str
-) -> tuple[str, list[int | str | None], list[str] | None]:
-    """Copies one file's images into `work`, once: the copy's path without ending, the labels, and the class names."""
+) -> tuple[str, list[int | str | None], list[str] | None, list[str]]:
+    """Copies one file's images into `work`, once: the copy's path without ending, the labels, the class names, and the
+    splits, where a column holds them."""
     place = tree.place(entry.name)
     if entry.fault:
         raise UserError(f"{printable(place)}: {entry.fault}")
@@ -134,14 +130,15 @@ def _unpacked(
     base = os.path.join(work, f"spool-{hashlib.sha256(identity).hexdigest()[:24]}")
     try:
         local = tree.local(entry, entry.name)
-        labels, classes = confined(unpack_parquet, local, base, settings.max_bytes, settings.label_key)
+        limits = settings.max_bytes, settings.label_key, settings.split
+        labels, classes, splits = confined(unpack_parquet, local, base, *limits)
     except Refused as error:
         raise UserError(f"{printable(place)}: cannot be read as parquet ({error}); download it again") from None
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
         raise UserError(f"{printable(place)}: cannot be read ({error.strerror}); fix that") from None
-    return base, labels, classes
+    return base, labels, classes, splits
 
 
 def _column(path: str, names: list[str], known: tuple[str, ...], key: str | None = None) -> str:
@@ -167,14 +164,15 @@ def _hugging_face_classes(metadata: dict[bytes, bytes] | None, label: str) -> li
 
 
 def unpack_parquet(
-    path: str, base: str, max_bytes: int, label_key: str | None = None
-) -> tuple[list[Any], list[str] | None]:
+    path: str, base: str, max_bytes: int, label_key: str | None = None, split: str | None = None
+) -> tuple[list[Any], list[str] | None, list[str]]:
     """Copies a parquet file's images into BASE.bin, once, with offset and length of each row's image in BASE.npy, int64
     [rows, 2]: (-1, 0) where a row has none, (-1, length) where it is longer than max_bytes.
 
-    Returns the rows' labels (integers, text, or None where a row has none) and the class names, where the file has
-    them. Raises UserError, OSError, and what pyarrow raises for damaged files. Few bytes of parquet may stand for any
-    number of rows and images, so both are bounded.
+    Returns the rows' labels (integers, text, or None where a row has none), the class names, where the file has them,
+    and the rows' splits, where a column holds them; that column has to be there if `split` is given. Raises UserError,
+    OSError, and what pyarrow raises for damaged files. Few bytes of parquet may stand for any number of rows and
+    images, so both are bounded.
     """
     import pyarrow.parquet as pq
 
@@ -184,14 +182,19 @@ def unpack_parquet(
         label = _column(path, schema.names, LABEL_COLUMNS, label_key)
         if file.metadata.num_rows > MAX_ROWS:
             raise UserError(f"{path}: {file.metadata.num_rows} rows, more than {MAX_ROWS}; make several files of it")
+        column = split_column(schema.names, label)
+        if split is not None and column is None:
+            raise UserError(f"--split {split!r}: {path} is not called so, and has no column split; leave it out")
         labels: list[Any] = []
-        for batch in file.iter_batches(batch_size=4096, columns=[label]):
-            labels += [_label(value, path) for value in batch.column(0).to_pylist()]
+        splits: list[str] = []
+        for batch in file.iter_batches(batch_size=4096, columns=[label, *([column] if column else [])]):
+            labels += [_label(value, path) for value in batch.column(label).to_pylist()]
+            splits += [str(value) for value in batch.column(column).to_pylist()] if column else []
             if len(labels) > MAX_ROWS:
                 raise UserError(f"{path}: more than {MAX_ROWS} rows; make several files of it")
         if not os.path.exists(f"{base}.npy"):
             _copy_images(file, image, path, base, max_bytes, len(labels))
-        return labels, _hugging_face_classes(schema.metadata, label)
+        return labels, _hugging_face_classes(schema.metadata, label), splits
 
 
 def _label(value: Any, path: str) -> int | str | None:

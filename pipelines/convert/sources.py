@@ -18,7 +18,8 @@ from pipelines.convert.labels import fixed_classes, is_number, read_labels
 from pipelines.convert.listing import SOURCES, Builder, Listing, has_image_ending, is_clutter
 from pipelines.convert.records import CIFAR_FILE, list_cifar, list_parquet
 from pipelines.convert.remote_tree import local_copy, remote_tree
-from pipelines.convert.tars import SPLIT_NAMES, list_tars
+from pipelines.convert.splits import choose_split, in_split_folders, is_split
+from pipelines.convert.tars import list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
@@ -63,7 +64,8 @@ def refuse_replaced(listing: Listing, src: str, work: str) -> None:
     """UserError where one of the listing's archives is no longer the file that was listed."""
     if listing.archives:
         tree = open_tree(src, work)
-        now = {entry.name: entry.stamp for entry in tree.children()}
+        folders = {name.rpartition("/")[0] for name in listing.archives}
+        now = {f"{path}/{entry.name}".lstrip("/"): entry.stamp for path in folders for entry in tree.children(path)}
         for name, stamp in listing.archives.items():
             if now.get(name) != stamp:
                 raise replaced(tree.place(name))
@@ -89,8 +91,11 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
         raise UserError(f"--label-from {settings.label_from!r}: {printable(tree.source)} holds no tars; leave it out")
     if kind in ("parquet", "cifar") and settings.labels is not None:
         raise UserError(f"--labels: {kind} files hold their own labels; leave it out")
-    if kind in ("folder", "tar") and settings.split is not None:
-        raise UserError(f"--split {settings.split!r}: only parquet and CIFAR hold several; leave it out")
+    if kind == "folder" and settings.split is not None and settings.labels is None:
+        raise UserError(
+            f"--split {settings.split!r}: {printable(tree.source)} is an image folder; convert the folder of the "
+            "split, or leave it out"
+        )
     if settings.label_key is not None and settings.labels is None and kind in ("folder", "cifar"):
         raise UserError(
             f"--label-key: {printable(tree.source)} is of kind {kind}, without columns or keys; leave it out"
@@ -98,9 +103,12 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
     if kind == "folder":
         list_flat = settings.labels is not None
         return (_list_flat if list_flat else _list_folder)(tree, entries, settings, builder)
+    read = {entry.name.partition("/")[0] for entry in used}
     for entry in entries:
-        if entry not in used:
+        if entry.name not in read:
             _unused(entry, builder)
+    if kind != "cifar":
+        used, settings = choose_split(printable(tree.source), used, settings)
     lists: dict[str, Callable[..., Listing]] = {"tar": list_tars, "parquet": list_parquet, "cifar": list_cifar}
     listing = lists[kind](tree, used, settings, builder, work)
     if kind != "parquet":  # whose images are copied when they are listed, as are files of some servers
@@ -128,9 +136,10 @@ def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings) -> tuple[
         "tar": [entry for entry in files if entry.name.lower().endswith(".tar")],
         "cifar": [entry for entry in files if re.fullmatch(r".*\.bin" if tree.named else CIFAR_FILE, entry.name)],
     }
-    if not found["parquet"] and any(entry.is_folder and entry.name == "data" for entry in visible):
-        inner = [entry._replace(name=f"data/{entry.name}") for entry in tree.children("data")]
-        found["parquet"] = [entry for entry in inner if entry.name.lower().endswith(".parquet")]
+    if not found["parquet"] and not found["tar"]:
+        inner = in_split_folders(tree, visible)
+        for kind in ("parquet", "tar"):
+            found[kind] = [entry for entry in inner if entry.name.lower().endswith(f".{kind}")]
     if settings.kind != "auto":
         if settings.kind != "folder" and not found[settings.kind]:
             raise UserError(f"--kind {settings.kind!r}: {printable(tree.source)} holds no such files; give {SOURCES}")
@@ -161,7 +170,7 @@ def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
     assert settings.labels is not None
     found = [entry for entry in entries if not is_clutter(entry.name) and not entry.is_folder]
     label_of, classes = read_labels(
-        settings.labels, [entry.name for entry in found], builder.fixed_classes, settings.label_key
+        settings.labels, [entry.name for entry in found], builder.fixed_classes, settings.label_key, settings.split
     )
     folder = builder.file(tree.root)
     for entry in entries:
@@ -171,8 +180,10 @@ def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
             builder.fault(entry.name, "a folder where an image should be: move its images up, or remove it")
         elif entry.name not in label_of:
             builder.fault(entry.name, f"has no label in {printable(settings.labels)}")
+        elif (label := label_of[entry.name]) is None:
+            builder.listing.ignored.append(printable(entry.name))
         else:
-            _add_file(builder, folder, entry.name, entry, label_of[entry.name])
+            _add_file(builder, folder, entry.name, entry, label)
     return builder.done(tree.source, classes)
 
 
@@ -204,7 +215,7 @@ def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
         classes.append(entry.name)
     if not classes:
         raise UserError(f"{printable(tree.source)}: no class folders in it; give {SOURCES}")
-    if all(name.lower() in SPLIT_NAMES for name in classes):
+    if all(map(is_split, classes)):
         raise UserError(
             f"{printable(tree.source)}: its folders ({', '.join(map(printable, classes))}) are splits without "
             "classes; convert each with --labels"

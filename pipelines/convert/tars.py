@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 
 from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
 from pipelines.convert.listing import IMAGE_ENDINGS, Builder, Listing, has_image_ending, is_clutter
+from pipelines.convert.splits import is_split
 from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 LISTED_AT_ONCE = 8
 MAX_CLS, MAX_JSON = 4096, 1 << 20  # bytes
 SIDECARS = ("cls", "json", "txt", "xml", "csv")
@@ -211,12 +211,16 @@ class _Images:
 def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: Builder) -> Listing:
     assert settings.labels is not None
     named = {f"{tar.name}/{member.name}": (tar, member) for tar, member, _ in images.found}
-    label_of, classes = read_labels(settings.labels, list(named), builder.fixed_classes, settings.label_key)
+    label_of, classes = read_labels(
+        settings.labels, list(named), builder.fixed_classes, settings.label_key, settings.split
+    )
     for name, (tar, member) in named.items():
-        if name in label_of:
-            builder.add(name, label_of[name], tar.number, member.offset, member.size, tar.stamp)
-        else:
+        if name not in label_of:
             builder.fault(name, f"has no label in {printable(settings.labels)}")
+        elif (label := label_of[name]) is None:
+            builder.listing.ignored.append(printable(name))
+        else:
+            builder.add(name, label, tar.number, member.offset, member.size, tar.stamp)
     return builder.done(tree.source, classes)
 
 
@@ -239,7 +243,7 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
         certain.append("json")
     if len(names) > 1 and "" not in names:
         parents = {folder.rpartition("/")[0] for folder in names}
-        if len(parents) > 1 or {folder.rpartition("/")[2].lower() for folder in names} <= set(SPLIT_NAMES):
+        if len(parents) > 1 or all(is_split(folder.rpartition("/")[2]) for folder in names):
             shown = ", ".join(map(printable, sorted(parents if len(parents) > 1 else names)[:3]))
             raise UserError(f"{where}: images lie in several folders of classes ({shown}); make a tar of each")
         one_each = len(tars) > 1 and all(len(some) == 1 for some in folders)
@@ -261,11 +265,7 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
 def _refuse_shards(stems: list[str], where: str, settings: ConvertSettings) -> None:
     """Raises UserError when tars are called as parts of a data set are, and not as classes."""
     part = next(
-        (
-            stem
-            for stem in stems
-            if stem.lower() in SPLIT_NAMES or (re.search(r"\d$", stem) and not re.fullmatch(r"n\d+", stem))
-        ),
+        (stem for stem in stems if is_split(stem) or (re.search(r"\d$", stem) and not re.fullmatch(r"n\d+", stem))),
         None,
     )
     if part is not None and settings.label_from == "auto":

@@ -49,7 +49,7 @@ class ConvertSettings:
     seed: the samples are stored in an order shuffled by it; None keeps the source's order (by class and name).
     labels: label file of a source without labels: `NAME LABEL` or `LABEL` on each line, or ImageNet's devkit.
     classes: file with the class names in order: a manifest, or text with one on each line. None: the source's own.
-    split: part of a source that holds several (parquet, CIFAR), "train" or "test", say.
+    split: part of a source that holds several, "train" or "test", say.
     kind: what the source is, of KINDS; "auto": as its files say, where they agree.
     label_from: where the labels of tars are, of LABEL_FROM: KEY.cls or KEY.json beside KEY.jpg, the folder within the
     tar that the image lies in, or the tar's name; "auto": as the tars say, where they agree.

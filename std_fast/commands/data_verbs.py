@@ -20,7 +20,7 @@ CONVERT_HELP = {
     "seed": "the samples are stored in an order shuffled by it; `none` keeps the source's order",
     "labels": "label file of a source that has none",
     "classes": "file with the class names in order: another beton's manifest, or one name a line",
-    "split": "part of a source that holds several: train or test",
+    "split": "part of a source that holds several, by its names or a column: train or test, say",
     "kind": "what SRC is: auto, folder, tar, parquet or cifar",
     "label_from": "where the labels of tars are: auto, cls or json (KEY.cls, KEY.json), folder (within the tar) or tar",
     "label_key": "column or JSON key that holds the label",

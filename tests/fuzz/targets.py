@@ -500,7 +500,7 @@ class Parquet(Target):
         path.write_bytes(data)
         with tempfile.TemporaryDirectory(dir=self.folder) as work:
             try:
-                labels, _ = unpack_parquet(str(path), f"{work}/spool", 1 << 20)
+                labels, _, _ = unpack_parquet(str(path), f"{work}/spool", 1 << 20)
             except UserError:
                 raise
             except Exception as error:  # the process would end, and its caller say so

@@ -28,7 +28,7 @@ def folder(root: Path, *paths: str) -> Path:
     return root
 
 
-def listed(src: Path, tmp_path: Path, **options: object) -> Listing:
+def listed(src: str | Path, tmp_path: Path, **options: object) -> Listing:
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
     return list_source(str(src), ConvertSettings(seed=None, **options), str(work))
@@ -174,10 +174,99 @@ def test_splits_are_no_classes(tmp_path: Path) -> None:
         listed(tmp_path / "x.tar", tmp_path)
     for name in ("train", "val"):
         tar(tmp_path / "tars" / f"{name}.tar", {"1.jpg": IMAGE})
-    with pytest.raises(UserError, match="train.tar may be a class or a part"):
+    with pytest.raises(UserError, match="tars: holds train, val; choose one with --split, or --label-from tar if"):
         listed(tmp_path / "tars", tmp_path)
+    assert listed(tmp_path / "tars", tmp_path, label_from="tar").classes == ["train", "val"]
+    with pytest.raises(UserError, match="train.tar: its images carry no labels"):
+        listed(tmp_path / "tars", tmp_path, split="train")
     with pytest.raises(UserError, match=r"\(train, val\) are splits without classes"):
         listed(folder(tmp_path / "src", "train/1.jpg", "val/1.jpg"), tmp_path)
+
+
+def shard(path: Path, key: str, label: bytes = b"0") -> None:
+    tar(path, {f"{key}.jpg": IMAGE, f"{key}.cls": label})
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_one_split_of_several_in_tars_is_chosen(url: bool, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    for name in ("imagenet1k-train-0000", "imagenet1k-train-0001", "imagenet1k-validation-00"):
+        shard(src / f"{name}.tar", name[-2:])
+    path: str | Path = src
+    if url:
+        fsspec = pytest.importorskip("fsspec")
+        fsspec.filesystem("memory").put(str(src), "/splits", recursive=True)
+        path = "memory://splits/*.tar"
+    with pytest.raises(UserError, match="holds train, validation; choose one with --split"):
+        listed(path, tmp_path)
+    names = [f"imagenet1k-train-000{i}.tar/0{i}.jpg" for i in range(2)]
+    assert listed(path, tmp_path, split="train").names == names
+    with pytest.raises(UserError, match="^--split 'val': .* holds train, validation; choose one of them"):
+        listed(path, tmp_path, split="val")
+
+
+def test_names_of_tars_that_are_no_splits(tmp_path: Path) -> None:
+    names = ("n01440764", "test-tube", "train-part")
+    for name in names:
+        tar(tmp_path / "src" / f"{name}.tar", {"1.jpg": IMAGE})
+    assert listed(tmp_path / "src", tmp_path).classes == sorted(names)
+    with pytest.raises(UserError, match="split 'train': no tar in .*src is called so; leave it out"):
+        listed(tmp_path / "src", tmp_path, split="train")
+
+
+@pytest.mark.parametrize("above", ["", "default", "data"])
+def test_folders_of_splits(above: str, tmp_path: Path) -> None:
+    """As the hub's converted files lie, and as tars may."""
+    src = tmp_path / "src"
+    for label, split in enumerate(("train", "test")):
+        (src / "parquet" / above / split).mkdir(parents=True)
+        parquet(src / "parquet" / above / split / "0000.parquet", [label], names=["ant", "bee"])
+        (src / "tar" / above / split).mkdir(parents=True)
+        shard(src / "tar" / above / split / "0000.tar", split)
+    for kind, labels in (("parquet", [1]), ("tar", [0])):
+        with pytest.raises(UserError, match=f"{kind}: holds test, train; choose one with --split"):
+            listed(src / kind, tmp_path)
+        listing = listed(src / kind, tmp_path, split="test")
+        assert listing.labels.tolist() == labels and not listing.ignored and not listing.faults
+        assert f"test/0000.{kind}" in listing.names[0]
+    manifest = convert(str(src / "tar"), str(tmp_path / "x.beton"), settings=ConvertSettings(split="test"), workers=1)
+    assert manifest["samples"] == 1
+
+
+@pytest.mark.parametrize("column", ["split", "Subset"])
+def test_a_label_file_with_a_column_of_splits(column: str, tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    labels = tmp_path / "labels.csv"
+    rows = f"image,breed,{column}\na.jpg,ant,train\nb.jpg,bee,val\nc.jpg,bee,train\n"
+    labels.write_text(rows)
+    with pytest.raises(UserError, match="^--labels .*labels.csv: holds train, val; choose one with --split"):
+        listed(src, tmp_path, labels=str(labels))
+    listing = listed(src, tmp_path, labels=str(labels), split="train")
+    assert classes_of(listing) == {"a.jpg": "ant", "c.jpg": "bee"} and listing.ignored == ["b.jpg"]
+    assert [name for name, _ in listing.faults] == ["d.jpg"]
+    with pytest.raises(UserError, match="split 'test': --labels .* holds train, val; choose one of them"):
+        listed(src, tmp_path, labels=str(labels), split="test")
+    tar(tmp_path / "x.tar", {f"{name}.jpg": IMAGE for name in "abc"})
+    assert listed(tmp_path / "x.tar", tmp_path, labels=str(labels), split="val").names == ["x.tar/b.jpg"]
+    labels.write_text(rows.replace("val", "train"))
+    assert len(listed(src, tmp_path, labels=str(labels))) == 3
+    labels.write_text("image,split\na.jpg,train\nb.jpg,val\nc.jpg,train\nd.jpg,val\n")  # they are the labels
+    assert listed(src, tmp_path, labels=str(labels)).classes == ["train", "val"]
+
+
+def test_parquet_with_a_column_of_splits(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    columns = {"image": [IMAGE] * 3, "label": [0, 1, 1], "split": ["train", "val", "train"]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet: holds train, val; choose one with --split"):
+        listed(tmp_path / "x.parquet", tmp_path)
+    assert listed(tmp_path / "x.parquet", tmp_path, split="train").labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="split 'test': .*x.parquet holds train, val"):
+        listed(tmp_path / "x.parquet", tmp_path, split="test")
+    with pytest.raises(UserError, match="split 'test': .*y.parquet is not called so, and has no column split"):
+        listed(parquet(tmp_path / "y.parquet", [0]), tmp_path, split="test")
 
 
 def test_a_label_file_comes_before_cls(tmp_path: Path) -> None:
@@ -257,7 +346,7 @@ def test_what_lies_beside_tars(tmp_path: Path) -> None:
 
 def test_options_that_do_nothing_are_refused(tmp_path: Path) -> None:
     src = folder(tmp_path / "src", "a/1.jpg")
-    with pytest.raises(UserError, match="split 'train': only parquet and CIFAR"):
+    with pytest.raises(UserError, match="split 'train': .*src is an image folder; convert the folder of"):
         listed(src, tmp_path, split="train")
     with pytest.raises(UserError, match="label-from 'json': .* holds no tars"):
         listed(src, tmp_path, label_from="json")

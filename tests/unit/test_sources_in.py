@@ -262,7 +262,7 @@ def test_parquet_of_several_splits_needs_a_choice(contents: dict, tmp_path: Path
     (tmp_path / "src").mkdir()
     parquet(tmp_path / "src" / "train-00000.parquet", contents, True)
     parquet(tmp_path / "src" / "test-00000.parquet", dict(list(contents.items())[:1]), True)
-    with pytest.raises(UserError, match="holds test, train; choose one of them as `split`"):
+    with pytest.raises(UserError, match="holds test, train; choose one with --split$"):
         list_source(str(tmp_path / "src"), KEEP, str(tmp_path))
     with pytest.raises(UserError, match="split 'val'"):
         list_source(str(tmp_path / "src"), ConvertSettings(split="val"), str(tmp_path))

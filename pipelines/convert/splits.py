@@ -1,0 +1,90 @@
+"""Splits of a data set (train, val, test) in one source: by the names of its files and folders, or by a column.
+
+Files of several splits are never converted together: one is chosen, or the source is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from pipelines.convert.trees import Entry, Tree
+from pipelines.errors import UserError, printable
+from pipelines.read.image_prep import ConvertSettings
+
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+SPLIT_COLUMNS = ("split", "subset")
+"""column of a label file or of parquet that holds the split of each image"""
+CONTAINERS = ("data", "default")
+"""folders of the Hugging Face hub that are no splits: a repository's files, and a configuration's"""
+
+
+def is_split(name: str) -> bool:
+    return name.lower().removeprefix("partial-") in SPLIT_NAMES  # the hub's name for the first part of a large split
+
+
+def split_of(path: str) -> str:
+    """Split of a parquet file or tar: its folder, else the words before the number of a parquet file
+    (train-00000-of-00014.parquet), and the one word of SPLIT_NAMES in the name of a tar if it comes last or a number
+    ends the name (imagenet1k-train-0000.tar, but not test-tube.tar); "" where these do not tell."""
+    folder, _, name = path.rpartition("/")
+    folder = folder.rpartition("/")[2]
+    if folder and folder not in CONTAINERS:
+        return folder
+    if name.lower().endswith(".parquet"):
+        return re.split(r"^\d+|[-_.]\d|\.parquet$", name)[0]
+    stem = name[:-4].lower()
+    words = [word for word in re.split(r"[-_.\s\d]+", stem) if word]
+    found = {word for word in words if word in SPLIT_NAMES}
+    certain = len(found) == 1 and (stem[-1].isdigit() or words[-1] in found)
+    return found.pop() if certain else ""
+
+
+def choose_split(where: str, entries: list[Entry], settings: ConvertSettings) -> tuple[list[Entry], ConvertSettings]:
+    """Files of the wanted split, all of them tars or parquet. In the settings, `split` is None where names have decided
+    it; else a column has to. Raises UserError where there are several and none is chosen, or not the one asked for."""
+    tars = entries[0].name.lower().endswith(".tar")
+    splits = {entry.name: split_of(entry.name) for entry in entries}
+    found = set(splits.values()) - ({""} if tars else set())
+    chosen = [entry for entry in entries if splits[entry.name] == settings.split]
+    if chosen:
+        return chosen, replace(settings, split=None)
+    if len(found) > 1 and (settings.split is not None or settings.label_from != "tar"):
+        raise wrong_split(where, found, settings.split, ", or --label-from tar if each tar is a class" if tars else "")
+    if settings.split is not None and tars and settings.labels is None:
+        raise UserError(f"--split {settings.split!r}: no tar in {where} is called so; leave it out")
+    return entries, settings
+
+
+def are_several(splits: Collection[str]) -> bool:
+    """Whether the values of a column are splits, and more than one."""
+    return len(splits) > 1 and any(map(is_split, splits))
+
+
+def wrong_split(where: str, found: Collection[str], asked: str | None, otherwise: str = "") -> UserError:
+    names = ", ".join(map(printable, sorted(found)))
+    if asked is not None:
+        return UserError(f"--split {asked!r}: {where} holds {names}; choose one of them")
+    return UserError(f"{where}: holds {names}; choose one with --split{otherwise}")
+
+
+def split_column(columns: Sequence[str], label: str) -> str | None:
+    """The column that holds the splits, if there is one; label: the one that holds the labels."""
+    return next((name for name in columns if name.lower() in SPLIT_COLUMNS and name != label), None)
+
+
+def in_split_folders(tree: Tree, entries: list[Entry], prefix: str = "") -> list[Entry]:
+    """Files that lie in folders as the Hugging Face hub has them: data/, SPLIT/, default/SPLIT/; under their paths from
+    the root. entries: of the folder `prefix`."""
+    names = [entry.name for entry in entries if entry.is_folder and not entry.name.startswith(".")]
+    if not any(map(is_split, names)):
+        names = [name for name in names if name == "data" or names == ["default"]]
+    found: list[Entry] = []
+    for name in names:
+        inner = tree.children(prefix + name)
+        visible = [entry for entry in inner if not (entry.is_folder or entry.name.startswith("."))]
+        found += [entry._replace(name=f"{prefix}{name}/{entry.name}") for entry in visible]
+        if name in CONTAINERS and not prefix:
+            found += in_split_folders(tree, inner, f"{name}/")
+    return found
