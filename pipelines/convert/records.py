@@ -35,6 +35,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
         entries = [entry for entry in entries if starts and entry.name.startswith(starts)]
         if not entries:
             raise UserError(f"--split {settings.split!r}: not in {printable(tree.source)}; choose train or test")
+    add_missing_parts(tree, entries, builder)
     hundred = entries[0].name in ("train.bin", "test.bin")
     record = CIFAR_PIXELS + (2 if hundred else 1)
     for entry in entries:

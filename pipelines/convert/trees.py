@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pipelines.errors import UserError, printable
 from pipelines.read.folder import scan
 
 MAX_PARTS = 100_000
+log = logging.getLogger("std_fast")
 
 
 class Entry(NamedTuple):
@@ -86,19 +88,35 @@ class LocalTree:
 
 
 def add_missing_parts(tree: Tree, entries: list[Entry], builder: Builder) -> None:
-    """Files called PART-of-PARTS (train-00003-of-00014.parquet) that a folder lacks are faults."""
+    """Files called PART-of-PARTS (train-00003-of-00014.parquet) that a folder lacks are faults. Gaps between files that
+    only have numbers (train-000003.tar) are warned of: parts of a data set are used on purpose, and where more numbers
+    are missing than there, they are none of parts (n01440764.tar)."""
     if tree.named:
         return
     found: dict[tuple[str, str, str], set[str]] = {}
+    numbered: dict[tuple[str, str], set[str]] = {}
     for entry in entries:
         match = re.fullmatch(r"(.*?)(\d+)-of-(\d+)(\D*)", entry.name)
         if match:
             found.setdefault((match[1], match[3], match[4]), set()).add(match[2])
+        elif match := re.fullmatch(r"(.*?)(\d+)(\.\w+)", entry.name):
+            numbered.setdefault((match[1], match[3]), set()).add(match[2])
     for (before, total, after), parts in found.items():
         width = len(next(iter(parts)))
         for number in range(min(int(total), MAX_PARTS)):
             if (part := str(number).zfill(width)) not in parts:
                 builder.fault(f"{before}{part}-of-{total}{after}", "this file of the data set is missing")
+    for (before, after), parts in numbered.items():
+        numbers, width = set(map(int, parts)), min(map(len, parts))
+        first, last = min(numbers), max(numbers)
+        count = last - first + 1 - len(numbers)
+        if 0 < count <= len(numbers):
+            gap = next(number for number in range(first, last) if number not in numbers)
+            log.warning(
+                "%s: %d of the files between %s and %s are not there, e.g. %s: add them, unless a part is wanted",
+                *(printable(tree.root), count),
+                *(printable(f"{before}{str(number).zfill(width)}{after}") for number in (first, last, gap)),
+            )
 
 
 def _entry(folder: str, name: str) -> Entry:

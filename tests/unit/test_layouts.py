@@ -459,6 +459,30 @@ def test_files_of_a_data_set_that_are_missing(tmp_path: Path) -> None:
     assert listed(tmp_path / "tars", tmp_path).faults == [("x-1-of-2.tar", reason)]
 
 
+def test_gaps_between_numbered_files_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not between class tars, whose numbers count nothing."""
+    for number in (8, 9, 11):
+        shard(tmp_path / "a" / f"train-0000{number:02}.tar", str(number))
+    (tmp_path / "b").mkdir()
+    for number in (0, 2):
+        parquet(tmp_path / "b" / f"part-0000{number}.parquet", [0])
+    (tmp_path / "c").mkdir()
+    for number in (1, 2, 4, 5):
+        (tmp_path / "c" / f"data_batch_{number}.bin").write_bytes(bytes(3073))
+    for src in "abc":
+        assert not listed(tmp_path / src, tmp_path).faults
+    said = [
+        "1 of the files between train-000008.tar and train-000011.tar are not there, e.g. train-000010.tar: add them",
+        "1 of the files between part-00000.parquet and part-00002.parquet are not there, e.g. part-00001.parquet",
+        "1 of the files between data_batch_1.bin and data_batch_5.bin are not there, e.g. data_batch_3.bin",
+    ]
+    assert len(caplog.messages) == 3 and all(map(str.__contains__, caplog.messages, said))
+    caplog.clear()
+    for name in ("n01440764", "n01443537", "n01484850"):
+        tar(tmp_path / "d" / f"{name}.tar", {"1.jpg": IMAGE})
+    assert listed(tmp_path / "d", tmp_path).classes[0] == "n01440764" and not caplog.messages
+
+
 def test_parquet_files_called_by_numbers(tmp_path: Path) -> None:
     """The hub's converted files; they are no splits."""
     (tmp_path / "src").mkdir()
