@@ -59,13 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), help="bfloat16 pays on a CPU with AVX512-BF16 [auto]"
     )
-    parser.add_argument("--time", nargs="+", metavar="RECIPE", help="only time a step of each, in turns, on one core")
+    parser.add_argument(
+        "--students",
+        nargs="+",
+        metavar="RUN",
+        help="only the table of these runs' students; times a step of each, in turns",
+    )
     parser.add_argument("--costs", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> harness.Report:
-    if args.time:
-        return {"variant": "times", "timed": best_student.time_steps(args.time), "rows": []}
+    if args.students:
+        return best_student.collect(args.students, args)
     if args.stored:
         report = json.loads(Path(args.stored).read_text(encoding="utf-8"))
         if not {"seconds_per_sample", "students"} & report.keys():
@@ -119,10 +124,6 @@ def work_off(study: Study, args: argparse.Namespace) -> list[str]:
 def show_any(report: harness.Report) -> str:
     if "listed" in report:
         return "\n".join(f"{'done' if done else '    '}  {job}" for job, done in report["listed"].items())
-    if "timed" in report:
-        return harness.table(
-            report["timed"], {"recipe": "recipe", "ms": "median", "least": "lowest", "most": "highest"}
-        )
     if "students" in report:
         return best_student.show(report)
     return show(report) if "runs" in report else ""

@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def measure_costs(study: Study, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = study.out("costs")
     folder.mkdir(exist_ok=True)
-    parts = {}
+    wanted = {}
     for student in study.size.students:
         for name in study.size.settings:
             setting = SETTINGS[name]
@@ -238,19 +239,25 @@ def measure_costs(study: Study, args: argparse.Namespace) -> None:
             path = folder / f"{run_name(student, name, 0)}.yaml"
             recipe = study._student(setting, student, "costs", 0, f"{study.size.epochs} epochs")
             path.write_text(yaml.safe_dump(merge(recipe, study.size.costs)), encoding="utf-8")
-            parts[cost_name(student, name)] = build(recipes.load(str(path)))
-    try:
-        times = harness.measure({name: one_step(p) for name, p in parts.items()}, args)
-    finally:
-        for p in parts.values():
-            p.close()
-    batch = next(iter(parts.values())).recipe.run.batch
+            wanted[cost_name(student, name)] = recipes.load(str(path))
+    times = time_steps(wanted, args)
+    batch = next(iter(wanted.values())).run.batch
     report = {
         "seconds_per_sample": {name: t.seconds / batch for name, t in times.items()},
         "rows": [harness.row(name, t, batch) for name, t in times.items()],
         "conditions": harness.conditions(args.device),
     }
     write_atomic(folder / "costs.json", json.dumps(report, indent=1))
+
+
+def time_steps(wanted: Mapping[str, recipes.Recipe], args: argparse.Namespace) -> dict[str, harness.Times]:
+    """A training step of each recipe, all in turns. UserError where one cannot be built."""
+    with ExitStack() as stack:
+        parts = {}
+        for name, recipe in wanted.items():
+            parts[name] = build(recipe)
+            stack.callback(parts[name].close)
+        return harness.measure({name: one_step(p) for name, p in parts.items()}, args)
 
 
 def collect(study: Study) -> harness.Report:

@@ -35,6 +35,13 @@ class Group(NamedTuple):
                 found[run["init"]] = unpack(predictions[chosen]) == unpack(predictions["labels"])
         return found
 
+    def accuracy(self) -> tuple[float, float]:
+        """Mean over initialisations, %, and its standard error over images and initialisations together."""
+        correct = np.stack(list(self.correct().values())) * 100.0  # [inits, images]
+        over_images = float(correct.mean(0).std() / math.sqrt(correct.shape[1]))
+        over_inits = standard_error(correct.mean(1).tolist()) if len(correct) > 1 else 0.0
+        return float(correct.mean()), math.hypot(over_images, over_inits)
+
 
 def groups(report: harness.Report) -> Iterator[Group]:
     """In the order in which the report has them, which is that of the study."""
@@ -201,7 +208,7 @@ def draw(report: harness.Report, path: Path) -> None:
         1, max(1, len(students)), figsize=(7.5 * max(1, len(students)), 4.8), squeeze=False, layout="constrained"
     )
     colors: dict[str, str] = {}
-    lowest = [100.0] * len(students)
+    lowest: dict[Any, float] = {}
     ends: list[tuple[Any, float]] = []
     for group in every:
         repeats = group.setting.removesuffix(", STD's cost")
@@ -211,22 +218,19 @@ def draw(report: harness.Report, path: Path) -> None:
         points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
         x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
         axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)
-        correct = np.stack(list(group.correct().values())) * 100.0  # [inits, images]
-        error = float(correct.mean(0).std() / math.sqrt(correct.shape[1]))
-        if len(correct) > 1:
-            error = math.hypot(error, standard_error(correct.mean(1).tolist()))
+        accuracy, error = group.accuracy()
         end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
         beside = end * (1 + 0.02 * sum(a is axis and abs(x - end) < 0.015 * end for a, x in ends))
         ends.append((axis, end))
-        label = f"{group.setting} ({len(correct)})"
-        lowest[students.index(group.student)] = min(lowest[students.index(group.student)], correct.mean() - error)
-        axis.errorbar(beside, correct.mean(), error, fmt=marker, color=color, capsize=3, markersize=5, label=label)
+        label = f"{group.setting} ({len(group.correct())})"
+        lowest[axis] = min(lowest.get(axis, 100.0), accuracy - error)
+        axis.errorbar(beside, accuracy, error, fmt=marker, color=color, capsize=3, markersize=5, label=label)
     unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{12}$ multiply-accumulates of the student"
-    for axis, student, low in zip(axes[0], students, lowest, strict=False):
+    for axis, student in zip(axes[0], students, strict=False):
         axis.set(
             xlabel=f"{unit}, teachers' excluded", ylabel="top-1, %", title=f"Mixer {student}, Imagenette at 128 px"
         )
-        axis.set_ylim(bottom=low - 8)  # the end, which is what is compared
+        axis.set_ylim(bottom=lowest[axis] - 8)  # the end, which is what is compared
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower right", title="validation (initialisations)")
     path.parent.mkdir(parents=True, exist_ok=True)

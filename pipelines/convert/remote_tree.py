@@ -55,6 +55,9 @@ class RemoteTree:
             return self._copied[path]
         return self._files[path].url if path in self._files else f"{self._base}/{path}" if path else self._base
 
+    def is_copied(self, path: str) -> bool:
+        return path in self._copied
+
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Reader]:
         file = self._files[path]

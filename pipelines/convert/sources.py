@@ -112,8 +112,7 @@ def list_tree(tree: Tree, settings: ConvertSettings, work: str) -> Listing:
     lists: dict[str, Callable[..., Listing]] = {"tar": list_tars, "parquet": list_parquet, "cifar": list_cifar}
     listing = lists[kind](tree, used, settings, builder, work)
     if kind != "parquet":  # whose images are copied when they are listed, as are files of some servers
-        read_later = [entry for entry in used if is_url(tree.place(entry.name)) == is_url(tree.source)]
-        listing.archives = {entry.name: entry.stamp for entry in read_later}
+        listing.archives = {entry.name: entry.stamp for entry in used if not tree.is_copied(entry.name)}
     return listing
 
 

@@ -45,6 +45,10 @@ class Tree(Protocol):
         """Path or URL of a folder or file: what `Listing.files` holds."""
         ...
 
+    def is_copied(self, path: str) -> bool:
+        """Whether the file was copied to this machine, where `place` is."""
+        ...
+
     def open(self, path: str) -> contextlib.AbstractContextManager[Reader]:
         """For reading parts of a file. Raises UserError."""
         ...
@@ -70,6 +74,9 @@ class LocalTree:
 
     def place(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
+
+    def is_copied(self, path: str) -> bool:
+        return False
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Reader]:

@@ -150,7 +150,7 @@ class Trainer:
         last, every = len(micro_batches) - 1, []
         # for models that draw from torch's generator, as timm's do
         torch.manual_seed((self.seed * 1_000_003 + now.step + (self.world.rank << 40)) % 2**63)
-        with self.mine_over(micro_batches, now, send):
+        with self.full_batch_mine(micro_batches, now, send):
             for i, micro in enumerate(micro_batches):
                 with nullcontext() if send and i == last else self.no_sync():
                     images = resize_images(micro.images, now.image_size)
@@ -176,7 +176,7 @@ class Trainer:
         """Inside, gradients add up on this rank and are not sent."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext()
 
-    def mine_over(
+    def full_batch_mine(
         self, micro_batches: list[TrainBatch], now: StepSettings, send: bool
     ) -> contextlib.AbstractContextManager:
         """Inside, MINE sees the complete batch; where that is one micro-batch, it does so by itself."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import best_student, evidence, harness, study_sizes
+from benchmarks import evidence, harness, study_sizes
 from benchmarks import study as studies
 from benchmarks.study_data import pack, unpack
 from benchmarks.study_report import Group, difference, mcnemar
@@ -112,30 +112,30 @@ def test_the_tables_of_the_pages_are_drawn_from_its_stored_results(tmp_path, cap
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-def test_steps_of_recipes_are_timed_in_turns(image_folder, tmp_path, monkeypatch):
-    clock, order = [0.0], []
-
-    def one_step(parts):
-        real = studies.one_step(parts)
-
-        def step():
-            real()
-            order.append(parts.recipe.run.batch)
-            clock[0] += parts.recipe.run.batch / 1000 + (len(order) < 5)  # the first two turns are slow
-
-        return step
-
-    monkeypatch.setattr(best_student, "one_step", one_step)
-    monkeypatch.setattr(best_student.time, "process_time", lambda: clock[0])
-    names = []
-    for batch in (4, 8):
-        recipe = small_recipe(image_folder, tmp_path / str(batch), run={"batch": batch})
-        names.append(write_recipe(recipe, tmp_path / f"{batch}.yaml"))
-    rows = best_student.time_steps(names, turns=3)
-    assert order == [4, 8] * 5
-    for name, batch, row in zip(names, (4, 8), rows, strict=True):
-        assert row["recipe"] == name
-        assert [row[key] for key in ("median", "lowest", "highest")] == pytest.approx([batch] * 3)
+def test_the_table_of_the_best_students_is_made_from_runs(image_folder, tmp_path, monkeypatch, capsys):
+    """One that was held out, and two initialisations of a run of the study, which count by their predictions."""
+    monkeypatch.setattr(studies.harness.Times, "seconds", property(lambda times: 0.06))
+    predicted = {"plain-0": [0, 1, 1, 0], "plain-1": [0, 1, 1, 1]}
+    for name in ("muon", *predicted):
+        (folder := tmp_path / name).mkdir()
+        val, run = {"train": str(image_folder), "val": "held-out.beton"}, {"init_seed": int(name[-1] == "1")}
+        optim = {"name": "muon" if name == "muon" else "adamw"}
+        write_recipe(small_recipe(image_folder, folder, data=val, run=run, optim=optim), folder / "recipe.yaml")
+        summary = {"parameters": 12_000, "samples": 8000, "epochs": 2.0, "result": {"top1": 50.0, "images": 100}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+        if name in predicted:
+            labels = {"labels": pack(np.array([0, 1, 1, 1])), "class": pack(np.array(predicted[name]))}
+            (folder / "predictions.json").write_text(json.dumps(labels))
+    words = ["--students", *(str(tmp_path / name) for name in ("muon", *predicted)), "--smoke", "--out", str(tmp_path)]
+    assert evidence.command(words) == 0
+    out = capsys.readouterr().out
+    over_both = math.hypot(np.std([100, 100, 100, 50]) / 2, 12.5)  # over images, over initialisations
+    assert "| mixer 16 | 0.01 M | muon, plain | 60 | 1 | 2.0 | 50.0 ± 5.0 |" in out
+    assert f"| mixer 16 | 0.01 M | adamw, plain | 60 | 1 | 2.0 | 87.5 ± {over_both:.1f} |" in out
+    assert len(list(tmp_path.glob("evidence-best-student-*.png"))) == 1
+    (tmp_path / "muon" / "summary.json").unlink()
+    assert evidence.command(words) == 2 and "muon: holds no summary.json" in capsys.readouterr().err
 
 
 def run_with(init: int, correct: list[int]) -> harness.Report:
