@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -231,21 +230,3 @@ def make(folder: Path) -> list[Kind]:
     for kind in made:
         kind.make(folder / CLASS / kind.name)
     return made
-
-
-def main(folder: str) -> None:
-    from pipelines.convert.job import ConvertSettings, convert
-    from pipelines.errors import printable
-
-    made = make(Path(folder))
-    manifest = convert(folder, f"{folder}.beton", settings=ConvertSettings(seed=None), on_error="skip")
-    reasons = {fault["name"]: f"refused: {fault['reason']}" for fault in manifest["faults"]}
-    reasons |= dict.fromkeys(manifest["ignored"], "passed over, listed as ignored")
-    print("| kind | outcome |\n|---|---|")
-    for kind in made:
-        name = printable(f"{CLASS}/{kind.name}")
-        print(f"| {name[4:40]} | {reasons.get(name, f'stored, {kind.size[0]}x{kind.size[1]}')} |")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the children: sums in one or
 
 import numpy as np
 
-from benchmarks.conditions import conditions
+from benchmarks import harness
 from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.ground import FAULTS, Ground
 from tests.killing import get_ready
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--json", default="", metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     seed = args.seed if args.seed is not None else int(time.time())
-    show(f"seed {seed}")
+    harness.progress(f"seed {seed}")
     chosen = [fault for fault in FAULTS if re.search(args.only, fault.name)]
     table, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="std_fast-faults-") as name:
@@ -52,11 +52,9 @@ def main() -> int:
                 row |= {"seconds_to_notice": None}
             row["seconds"] = round(time.monotonic() - started, 1)
             table.append(row)
-            print(
-                f"{'ok ' if row['well'] else 'BAD'} {row['seconds']:6.1f} s  {fault.name}", file=sys.stderr, flush=True
-            )
+            harness.progress(f"{'ok ' if row['well'] else 'BAD'} {row['seconds']:6.1f} s  {fault.name}")
             if not row["well"]:
-                print(f"     {row['happened'][:3000]}", file=sys.stderr, flush=True)
+                harness.progress(f"     {row['happened'][:3000]}")
     print(as_text(table))
     well = sum(row["well"] for row in table)
     tried = sum(row["tried"] for row in table)
@@ -69,20 +67,16 @@ def main() -> int:
 
 def as_json(seed: int, table: list[dict]) -> str:
     """The table with what it was made on: machine, versions and commit."""
-    return json.dumps({"seed": seed, "conditions": conditions(), "rows": table}, indent=1)
-
-
-def show(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return json.dumps({"seed": seed, "conditions": harness.conditions(), "rows": table}, indent=1)
 
 
 def as_text(table: list[dict]) -> str:
-    lines = ["| fault | should | happened | tried | noticed after, s | lost |", "|---|---|---|---|---|---|"]
+    shown = []
     for row in table:
-        notice = "-" if row["seconds_to_notice"] is None else f"{row['seconds_to_notice']:.1f}"
         happened = ("" if row["well"] else "**NOT SO**: ") + " ".join(row["happened"].split())[:120].replace("|", "/")
-        lines.append(f"| {row['fault']} | {row['should']} | {happened} | {row['tried']} | {notice} | {row['lost']} |")
-    return "\n".join(lines)
+        shown.append(row | {"happened": happened})
+    names = {name: name for name in ("fault", "should", "happened", "tried", "lost")}
+    return harness.table(shown, names | {"noticed after, s": "seconds_to_notice"})
 
 
 if __name__ == "__main__":

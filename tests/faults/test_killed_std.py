@@ -8,20 +8,17 @@ kills fifty times. What is random comes from STD_FAST_SEED.
 
 import functools
 import os
-import shutil
 import signal
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from std_fast.commands.arguments import STOPPED
 from std_fast.runtime import checkpoint
-from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.step import Trainer
-from tests.killing import Child, get_ready, kill_again_and_again
-from tests.small_runs import assert_same_bits, final_tensors, small_recipe, write_recipe
+from tests.faults.ground import steps_saved
+from tests.faults.kills import KilledTraining
+from tests.small_runs import small_recipe
 
 KILLS = int(os.environ.get("STD_FAST_KILLS", "4"))
 STEPS = 18
@@ -29,63 +26,25 @@ SEED = int(os.environ.get("STD_FAST_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
-def recipe(image_folder, teacher, tmp_path_factory):
+def training(image_folder, teacher, tmp_path_factory):
     """Six epochs of two views: the first two ask the teachers and store what they say, the others read it."""
     folder = tmp_path_factory.mktemp("std")
     distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "views": 2}
     distill |= {"mine": {"every": "2 steps", "ema": 0.1}, "target_cache": str(folder / "run" / "targets")}
-    return small_recipe(
-        image_folder, folder / "run", distill=distill, run={"length": "6 epochs", "eval_every": "1 epoch"}
-    )
+    run = {"length": "6 epochs", "eval_every": "1 epoch"}
+    made = KilledTraining(small_recipe(image_folder, folder / "run", distill=distill, run=run), folder)
+    tensors, targets, steps = made.undisturbed[1]
+    assert len(targets) == 2 and len(steps) == 9 and any(".psi." in name for name in tensors)
+    return made
 
 
-@pytest.fixture(scope="module")
-def undisturbed(recipe):
-    """Seconds of a process that nobody disturbs, and what it leaves."""
-    out = Path(recipe.run.out)
-    path = write_recipe(recipe, out.parent / "recipe.yaml")
-    get_ready(out.parent)
-    began = time.monotonic()
-    with Child(["train", path, "--quiet", "--resume"], out.parent / "log") as child:
-        assert child.wait() == 0, child.text
-    duration = time.monotonic() - began
-    left = leavings(out)
-    assert len(left[1]) == 2 and len(left[2]) == 9 and any(".psi." in name for name in left[0])
-    shutil.rmtree(out)
-    return path, duration, left
-
-
-def leavings(out):
-    """Tensors of the last checkpoint, bytes of the targets, steps of the log."""
-    targets = {file.name: file.read_bytes() for file in (out / "targets").glob("epoch-*.targets")}
-    return final_tensors(out), targets, [r["step"] for r in read_jsonl(out / "metrics.jsonl") if r["kind"] == "train"]
-
-
-def check_end(out, expected):
-    tensors, targets, steps = leavings(out)
-    assert_same_bits(tensors, expected[0])
-    assert targets == expected[1] and steps == expected[2]
-    shutil.rmtree(out)
-
-
-def test_killed_at_random_moments(recipe, undisturbed):
-    path, duration, expected = undisturbed
-    out = Path(recipe.run.out)
+def test_killed_at_random_moments(training):
     reached = []
-
-    def killed():
-        saved = checkpoint.listed(out / "checkpoints")
-        reached.append(int(saved[-1].stem.removeprefix("step-")) if saved else 0)
-
-    def start():
-        return Child(["train", path, "--quiet", "--resume"], out.parent / "log")
-
-    random = np.random.default_rng(SEED)
-    seen = kill_again_and_again(start, lambda: check_end(out, expected), KILLS, duration, random, killed)
+    seen = training.run(KILLS, np.random.default_rng(SEED), lambda: reached.append(steps_saved(training.out)))
     first, last = min(seen.moments), max(seen.moments)
     print(
         f"\nseed {SEED}: {KILLS} kills, {first:.2f} to {last:.2f} s after the start of a process "
-        f"({duration:.2f} s undisturbed)"
+        f"({training.undisturbed[0]:.2f} s undisturbed)"
     )
     print(f"newest checkpoint then: step {reached}; {seen.finished} runs came to their end, all with the same bits")
     assert len(seen.moments) == KILLS and seen.finished >= 1
@@ -102,25 +61,22 @@ def note_steps(path):
     Trainer.step = step
 
 
-def test_asked_to_stop_at_random_moments(recipe, undisturbed):
-    path, duration, expected = undisturbed
-    out = Path(recipe.run.out)
-    noted, random, codes = out.parent / "noted", np.random.default_rng(SEED), []
+def test_asked_to_stop_at_random_moments(training):
+    noted, random, codes = training.folder / "noted", np.random.default_rng(SEED), []
     done = 0
     while len(codes) < KILLS or codes[-1] != 0:
-        before = functools.partial(note_steps, str(noted))
-        with Child(["train", path, "--quiet", "--resume"], out.parent / "log", before=before) as child:
+        with training.start(functools.partial(note_steps, str(noted))) as child:
             if len(codes) < KILLS:
-                child.sleep(float(random.uniform(0, duration)))
+                child.sleep(float(random.uniform(0, training.undisturbed[0])))
                 child.send(signal.SIGTERM if random.random() < 0.5 else signal.SIGUSR1)
             codes.append(child.wait())
         earlier, done = done, int(noted.read_text() or 0) if noted.exists() else 0
-        saved = checkpoint.newest(out / "checkpoints")
+        saved = checkpoint.newest(training.out / "checkpoints")
         assert (saved[2]["step"] if saved else 0) == done, child.text
         if codes[-1] not in (0, STOPPED):  # no handler yet, and nothing done; or none any more, and all done
             assert codes[-1] in (-signal.SIGTERM, -signal.SIGUSR1) and done in (earlier, STEPS), child.text
         if codes[-1] == 0:
-            check_end(out, expected)
+            training.check_end()
             noted.unlink()
             done = 0
     print(f"\nseed {SEED}: exit codes {codes}")

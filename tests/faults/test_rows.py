@@ -11,10 +11,8 @@ import pytest
 from tests.faults import rows  # noqa: F401 - registers them
 from tests.faults.__main__ import as_json
 from tests.faults.ground import FAULTS, Ground
-from tests.faults.kills import KilledTraining
-from tests.small_runs import small_recipe
 
-QUICK = ("beton is cut off while in use", "has a flipped bit", "all checkpoints", "the reader of its log")
+QUICK = ("beton is cut off while", "has a flipped bit", "all checkpoints", "the reader of its log", "convert: kill")
 
 
 def test_a_table_carries_its_conditions() -> None:
@@ -36,11 +34,3 @@ def test_a_row(fault, shared: Path, tmp_path: Path) -> None:
     seed = time.time_ns()
     print("seed", seed)
     fault.run(Ground(tmp_path, shared, np.random.default_rng([seed, zlib.crc32(fault.name.encode())])))
-
-
-def test_a_training_killed_at_random_moments_ends_with_the_same_bits(image_folder: Path, tmp_path: Path) -> None:
-    seed = time.time_ns()
-    print("seed", seed)
-    recipe = small_recipe(image_folder, tmp_path / "run", run={"length": "10 epochs"})
-    seen = KilledTraining(recipe, tmp_path).run(2, np.random.default_rng(seed))
-    assert len(seen.moments) == 2 and seen.finished >= 1

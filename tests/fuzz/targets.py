@@ -29,7 +29,7 @@ import PIL.Image
 import torch
 
 from pipelines.errors import UserError
-from tests.archives import tar_bytes
+from tests.archives import devkit_files, tar_bytes
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
 
 LONGEST_MESSAGE = 2000  # characters
@@ -382,14 +382,7 @@ class Devkit(Labels):
     max_bytes = 6144
 
     def seeds(self) -> list[bytes]:
-        import scipy.io
-
-        columns = [("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)]
-        table = np.array([(1, "n02", 0), (2, "n01", 0)], columns)
-        mat = io.BytesIO()
-        scipy.io.savemat(mat, {"synsets": table})
-        files = {"meta.mat": mat.getvalue(), "ILSVRC2012_validation_ground_truth.txt": b"1\n2\n2\n"}
-        return [tar_of({f"devkit/data/{name}": data for name, data in files.items()})]
+        return [tar_of(devkit_files({"n02": 1, "n01": 2}, [1, 2, 2]))]
 
     def read(self, data: bytes) -> None:
         path = self.folder / "devkit.tar.gz"

@@ -9,19 +9,12 @@ from safetensors.torch import save_file
 
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
+from tests.small_runs import ON_A_GPU
 
-SMALL = {
+SMALL = ON_A_GPU | {
     "data": {"image_size": 16, "crop": {"scale": [0.5, 1.0]}, "threads": 1, "backend": "torch"},
-    "student": {
-        "name": "mixer", "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-    "run": {
-        "batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "device": "cuda", "compile": "off",
-        "overlap": "off",
-    },
-}  # fmt: skip
+    "run": ON_A_GPU["run"] | {"overlap": "off"},
+}
 
 
 @pytest.fixture(scope="session")

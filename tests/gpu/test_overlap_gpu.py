@@ -11,8 +11,8 @@ from std_fast.runtime import checkpoint
 from std_fast.teachers.overlap import Overlap, Trial, tensors_of
 from std_fast.teachers.stream import BatchStream, TeacherSource
 from std_fast.training.build import build, build_teachers
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
+from tests.small_runs import train_until
 
 pytestmark = pytest.mark.gpu
 reads_losses = pytest.mark.not_rehearsed("a run reads its losses, and goes on by them", ways=("lazy",))
@@ -42,13 +42,8 @@ def test_a_run_has_the_weights_of_a_serial_one(at, has_values, mode):
 @reads_losses
 def test_an_interrupted_run_goes_on_the_other_way(at, has_values):
     serial, beside = at("serial"), at("beside", overlap="on")
-
-    def ask(run):
-        run.stop_wanted = run.step == 4
-
     train(serial, quiet=True)
-    with pytest.raises(Stopped):
-        train(beside, quiet=True, on_step=ask)
+    train_until(beside, 4)
     train(at("beside", overlap="off"), resume=True, quiet=True)
     assert_same(weights(beside), weights(serial), has_values)
 

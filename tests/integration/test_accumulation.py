@@ -9,9 +9,8 @@ import torch
 from std_fast.method.student import Student
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
-from tests.small_runs import EARLY, assert_same_bits, at, final_tensors, small_recipe
+from tests.small_runs import EARLY, assert_same_bits, at, final_tensors, small_recipe, train_until
 
 
 @pytest.fixture
@@ -93,12 +92,7 @@ def test_memory_that_runs_out_later_loses_nothing(recipe, memory, tmp_path):
 def test_a_resumed_run_goes_on_with_what_it_had_found(recipe, memory, tmp_path):
     auto = at(recipe, tmp_path / "parts", micro_batch="auto")
     train(at(recipe, tmp_path / "once", micro_batch="auto"), quiet=True)
-
-    def ask(run):
-        run.stop_wanted = run.step == 3
-
-    with pytest.raises(Stopped):
-        train(auto, quiet=True, on_step=ask)
+    train_until(auto, 3)
     assert checkpoint.newest(tmp_path / "parts" / "checkpoints")[2]["micro_batch"] == 4
     memory.seen.clear()
     train(auto, quiet=True, resume=True)
@@ -107,11 +101,7 @@ def test_a_resumed_run_goes_on_with_what_it_had_found(recipe, memory, tmp_path):
 
 
 def test_a_run_may_be_resumed_with_another_micro_batch(recipe, tmp_path):
-    def ask(run):
-        run.stop_wanted = run.step == 3
-
-    with pytest.raises(Stopped):
-        train(at(recipe, tmp_path / "run", micro_batch=4), quiet=True, on_step=ask)
+    train_until(at(recipe, tmp_path / "run", micro_batch=4), 3)
     assert train(at(recipe, tmp_path / "run"), quiet=True, resume=True)["steps"] == 6
 
 

@@ -9,9 +9,8 @@ from std_fast.config import recipe as recipes
 from std_fast.method.losses import distillation_loss
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.teachers.stream import LabelSource
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
-from tests.small_runs import assert_same_bits, at, final_tensors, small_recipe
+from tests.small_runs import assert_same_bits, at, final_tensors, small_recipe, train_until
 
 
 def test_of_a_mixed_image_the_label_with_the_larger_share():
@@ -33,13 +32,8 @@ def test_it_trains_stops_and_is_exported_without_a_teacher(image_folder, tmp_pat
     assert result["result"]["top1_distill"] >= 0
     last = [record for record in read_jsonl(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"][-1]
     assert "loss_distill" in last and "teacher_weight_0" not in last  # there is no teacher
-
-    def stop(run):
-        run.stop_wanted = run.step == 4
-
     stopped = at(recipe, tmp_path / "stopped")
-    with pytest.raises(Stopped):
-        train(stopped, quiet=True, on_step=stop)
+    train_until(stopped, 4)
     train(stopped, quiet=True, resume=True)
     assert_same_bits(final_tensors(tmp_path / "stopped"), final_tensors(tmp_path / "run"))
     assert "timm" in export_run(tmp_path / "run", tmp_path / "export", ("timm",))["differences"]

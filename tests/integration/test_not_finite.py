@@ -6,38 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from std_fast.config.recipe import Recipe
-from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training.not_finite import NotFinite
 from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
+from tests.small_runs import RESNET, small_recipe
 
 STEPS = 9  # of three epochs
-
-
-def recipe_for(data, out, student=None, distill=None, **run):
-    return from_dict(
-        Recipe,
-        {
-            "data": {"train": str(data), "image_size": 16, "threads": 1, "backend": "torch"},
-            "student": student or {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3}},
-            "distill": distill or {"mode": "none"},
-            "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8},
-            "run": {"batch": 8, "length": f"{STEPS} steps", "eval_every": "0 steps", "log_every": 4, "device": "cpu",
-                    "out": str(out)} | run,
-        },
-    )  # fmt: skip
+RUN = {"length": f"{STEPS} steps", "eval_every": "0 steps", "log_every": 4, "save_every": "10 minutes"}
 
 
 @pytest.fixture(params=["std with MINE's average", "batch norms"])
 def recipe(request, image_folder, teacher, tmp_path):
-    if request.param == "batch norms":
-        return recipe_for(image_folder, tmp_path / "run", student={"name": "test_resnet", "options": {}})
-    distill = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "1 step", "ema": 0.1}}
-    return recipe_for(image_folder, tmp_path / "run", distill=distill)
+    std = {"mode": "std", "teachers": [{"weights": str(teacher)}] * 2, "mine": {"every": "1 step", "ema": 0.1}}
+    sections = {"student": RESNET} if request.param == "batch norms" else {"distill": std}
+    return small_recipe(image_folder, tmp_path / "run", data={"val": ""}, run=RUN, **sections)
 
 
 def under(recipe, out, kind, **more):
@@ -109,8 +94,8 @@ def test_rolled_back_steps_are_as_if_never_taken(recipe, tmp_path, steps, bad, v
 @pytest.mark.parametrize("bad", [6, 5])  # noticed at 6, where an evaluation is due
 def test_an_evaluation_that_is_due_at_a_rolled_back_step_is_made_once(image_folder, tmp_path, steps, bad):
     steps(bad=(bad,))
-    run = recipe_for(image_folder, tmp_path, not_finite="rollback", rollback_every="3 steps", eval_every="3 steps")
-    train(replace(run, data=replace(run.data, val=str(image_folder))), quiet=True)
+    run = RUN | {"not_finite": "rollback", "rollback_every": "3 steps", "eval_every": "3 steps"}
+    train(small_recipe(image_folder, tmp_path, run=run), quiet=True)
     records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6, 9]
 

@@ -14,10 +14,9 @@ from std_fast.models.drop_path import GROUP
 from std_fast.teachers.teacher import Teachers
 from std_fast.training import build
 from std_fast.training.evaluate import trained_student
-from std_fast.training.run import Stopped
 from std_fast.training.step import Trainer
 from std_fast.training.train import train
-from tests.small_runs import CYCLE, EARLY, assert_same_bits, at, final_tensors, small_recipe, write_recipe
+from tests.small_runs import CYCLE, EARLY, assert_same_bits, at, final_tensors, small_recipe, train_until, write_recipe
 
 
 @pytest.fixture
@@ -68,12 +67,7 @@ def test_it_goes_on_to_the_bit_and_reads_what_others_stored(recipe, tmp_path):
     expected = final_tensors(tmp_path / "run")
     for stop_at in (1, 3):
         part = at(recipe, tmp_path / str(stop_at))
-
-        def ask(run, stop_at=stop_at):
-            run.stop_wanted = run.step == stop_at
-
-        with pytest.raises(Stopped):
-            train(part, quiet=True, on_step=ask)
+        train_until(part, stop_at)
         train(part, quiet=True, resume=True)
         assert_same_bits(final_tensors(tmp_path / str(stop_at)), expected)
     # targets stored by a run that always sees full-size images
@@ -99,12 +93,7 @@ def test_skipping_trains_and_goes_on_to_the_bit(recipe, image_folder, tmp_path):
     recipe = at(replace(recipe, distill=recipes.Distill(mode="none")), tmp_path / "run", batch=GROUP)
     train(recipe, quiet=True)
     assert trained_student(tmp_path / "run").step == 4
-
-    def ask(run):
-        run.stop_wanted = run.step == 3
-
-    with pytest.raises(Stopped):
-        train(at(recipe, tmp_path / "part"), quiet=True, on_step=ask)
+    train_until(at(recipe, tmp_path / "part"), 3)
     train(at(recipe, tmp_path / "part"), quiet=True, resume=True)
     assert_same_bits(final_tensors(tmp_path / "part"), final_tensors(tmp_path / "run"))
 

@@ -2,24 +2,23 @@
 
 import gzip
 import importlib.util
-import io
 import os
 import re
 import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import yaml
-from PIL import Image
 from safetensors.torch import save_file
 
 from std_fast import cli
 from std_fast.config.files import RECIPES
+from tests.archives import devkit_files, tar_bytes
+from tests.beton_tools import encoded
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361")
@@ -34,41 +33,21 @@ MIXER = {"name": "mixer", "options": {"patch_size": 8, "dim": 16, "depth": 3, "t
 
 
 def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
-def tar(files: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return out.getvalue()
+    return encoded(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), np.uint8), quality=90)
 
 
 def write_imagenet(folder: Path) -> None:
     """The train tar of tars, the flat validation images and the devkit, of four classes."""
-    scipy_io = pytest.importorskip("scipy.io")
+    pytest.importorskip("scipy.io")
     folder.mkdir()
-    inner = {
-        f"{wnid}.tar": tar({f"{wnid}_{i}.JPEG": jpeg(20 * c + i) for i in range(16)}) for c, wnid in enumerate(CLASSES)
-    }
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
+    inner = {}
+    for c, wnid in enumerate(CLASSES):
+        inner[f"{wnid}.tar"] = tar_bytes({f"{wnid}_{i}.JPEG": jpeg(20 * c + i) for i in range(16)})
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
     validation = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(100 + i) for i in range(1, 17)}
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(validation))
-    rows = np.zeros((1, 4), [("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)])
-    for i, wnid in enumerate(CLASSES):
-        rows[0, i] = (i + 1, wnid, 0)
-    table = io.BytesIO()
-    scipy_io.savemat(table, {"synsets": rows})
-    truth = "".join(f"{1 + i % 4}\n" for i in range(16)).encode()
-    root = "ILSVRC2012_devkit_t12/data"
-    devkit = {f"{root}/meta.mat": table.getvalue(), f"{root}/ILSVRC2012_validation_ground_truth.txt": truth}
-    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar(devkit)))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(validation))
+    devkit = devkit_files({wnid: 1 + i for i, wnid in enumerate(CLASSES)}, [1 + i % 4 for i in range(16)])
+    (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar_bytes(devkit)))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from PIL import Image
 from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.commands import report, report_data, report_plots
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
-from tests.small_runs import RESNET, small_recipe
+from tests.small_runs import RESNET, small_recipe, train_until
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -39,12 +38,7 @@ def runs(image_folder, tmp_path_factory):
     train(replace(recipe("teacher", student=RESNET), summary=NASTY, name=NASTY), quiet=True)
     std = {"mode": "std", "teachers": [{"weights": str(folder / "teacher")}] * 2}
     train(recipe("std", distill=std), quiet=True)
-
-    def stop(run):
-        run.stop_wanted = run.step == 2
-
-    with pytest.raises(Stopped):
-        train(recipe("stopped"), quiet=True, on_step=stop)
+    train_until(recipe("stopped"), 2)
     return [folder / name for name in ("teacher", "std", "stopped")]
 
 

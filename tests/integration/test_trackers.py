@@ -17,9 +17,8 @@ from pipelines.errors import UserError
 from std_fast.runtime import trackers
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.write_faults import WriteFaults
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
-from tests.small_runs import small_recipe
+from tests.small_runs import small_recipe, train_until
 
 TRACKIO = """
 import json, os
@@ -59,12 +58,7 @@ def of(recipe, *names):
 
 def stopped_and_resumed(recipe):
     """Stopped after step 5, of which step 4 was the last that is logged; its summary."""
-
-    def ask(run):
-        run.stop_wanted = run.step == 5
-
-    with pytest.raises(Stopped):
-        train(recipe, quiet=True, on_step=ask)
+    train_until(recipe, 5)
     return train(recipe, resume=True, quiet=True)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from pipelines.errors import DataError, UserError
 from std_fast import cli
@@ -27,14 +26,9 @@ from std_fast.training.evaluate import evaluate_run
 from std_fast.training.existing import unused_beside
 from std_fast.training.run import Run, Stopped
 from std_fast.training.train import train
-from tests.small_runs import small_recipe, write_recipe
+from tests.small_runs import assert_same_bits, at, small_recipe, train_until, write_recipe
 
 THREE_EPOCHS = {"length": "3 epochs", "eval_every": "1 epoch", "save_every": "10 minutes"}
-
-
-def at(recipe, out, data, **run):
-    data_section = replace(recipe.data, train=str(data), val=str(data))
-    return replace(recipe, data=data_section, run=replace(recipe.run, out=str(out), **run))
 
 
 @pytest.fixture
@@ -49,33 +43,26 @@ def weights(folder):
 
 
 def test_interrupted_after_any_step_and_resumed_is_bit_identical(recipe, tmp_path):
-    complete = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)
+    complete = train(at(recipe, tmp_path / "complete"), quiet=True)
     expected, _ = weights(tmp_path / "complete")
     assert complete["steps"] == 9 and complete["samples"] == 72
     assert any(name.startswith("ema.") for name in expected) and any(name.endswith("exp_avg_sq") for name in expected)
     for stop_at in (1, 4, 6):  # within an epoch and at its end, before and after a step with MINE
-        part = at(recipe, tmp_path / f"part{stop_at}", recipe.data.train)
-
-        def ask(run, stop_at=stop_at):
-            run.stop_wanted = run.step == stop_at
-
-        with pytest.raises(Stopped, match=f"step {stop_at}"):
-            train(part, quiet=True, on_step=ask)
+        part = at(recipe, tmp_path / f"part{stop_at}")
+        train_until(part, stop_at)
         again = train(part, resume=True, quiet=True)
         assert again["result"] == complete["result"]
         got, _ = weights(tmp_path / f"part{stop_at}")
-        assert got.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(got[name].nan_to_num(), tensor.nan_to_num()), (stop_at, name)
+        assert_same_bits(got, expected)
         steps = [r["step"] for r in read_jsonl(tmp_path / f"part{stop_at}" / "metrics.jsonl") if r["kind"] == "train"]
         assert steps == sorted(set(steps)) and steps[-1] == 9  # nothing is logged twice
 
 
 @pytest.mark.parametrize("where", ["train", "val"])
 def test_data_that_cannot_be_read_any_more_ends_a_run_with_its_steps_saved(recipe, tmp_path, where):
-    expected = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)["result"]
+    expected = train(at(recipe, tmp_path / "complete"), quiet=True)["result"]
     shutil.copytree(recipe.data.train, tmp_path / "images")
-    recipe = at(recipe, tmp_path / "run", recipe.data.train)
+    recipe = at(recipe, tmp_path / "run")
     recipe = replace(recipe, data=replace(recipe.data, backend="torch", **{where: str(tmp_path / "images")}))
     image = min((tmp_path / "images").rglob("*.*"))
     content = image.read_bytes()
@@ -104,8 +91,8 @@ def test_data_that_another_rank_cannot_read(recipe):
 @pytest.mark.parametrize("where", [3, 9])  # in the middle of the training, and in its last evaluation
 def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, capsys, where):
     """Which a scheduler's grace may be too short for; it is made up for when the run goes on."""
-    recipe = at(recipe, tmp_path / "part", recipe.data.train, eval_batch=8)
-    complete = train(at(recipe, tmp_path / "complete", recipe.data.train), quiet=True)
+    recipe = at(recipe, tmp_path / "part", eval_batch=8)
+    complete = train(at(recipe, tmp_path / "complete"), quiet=True)
     shown = []
 
     def ask(run):
@@ -135,8 +122,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(recipe, tmp_path, capsys, where)
         patch.setattr("std_fast.training.evaluator.evaluate", lambda *_: pytest.fail("evaluates"))
         assert train(recipe, resume=True)["result"] == complete["result"]
     assert f"{tmp_path}/part is complete" in capsys.readouterr().err
-    expected, got = (weights(tmp_path / name)[0] for name in ("complete", "part"))
-    assert all(torch.equal(got[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in expected.items())
+    assert_same_bits(*(weights(tmp_path / name)[0] for name in ("complete", "part")))
     kept = ("step", "top1", "loss")
     evaluations = [
         [{key: r[key] for key in kept} for r in read_jsonl(tmp_path / name / "metrics.jsonl") if r["kind"] == "eval"]
@@ -309,7 +295,7 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
     monkeypatch.setattr(run_log, "RATE_SECONDS", 0.0)
     monkeypatch.setattr(evaluator, "LINE_SECONDS", -1.0)
     monkeypatch.setattr(metrics, "SILENT_SECONDS", -1.0)
-    recipe = at(recipe, tmp_path / "run", recipe.data.train)
+    recipe = at(recipe, tmp_path / "run")
     train(replace(recipe, run=replace(recipe.run, length=length, log_every=100)))
     lines = capsys.readouterr().err.splitlines()
     rates = [line for line in lines if line.endswith(" of training to the end; std-fast plan says what a budget buys")]
@@ -324,7 +310,7 @@ def test_rate_and_evaluations_are_reported_without_waiting_for_the_log(
 
 def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeypatch):
     """The disk is full from step 2 to step 7; standard error leads to a reader that has left."""
-    undisturbed = train(at(recipe, tmp_path / "undisturbed", recipe.data.train), quiet=True)
+    undisturbed = train(at(recipe, tmp_path / "undisturbed"), quiet=True)
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     reader, writer = os.pipe()
     os.close(reader)
@@ -335,7 +321,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(recipe, tmp_path, monkeyp
     with open(writer, "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         try:
-            summary = train(at(recipe, tmp_path / "run", recipe.data.train, log_every=1), on_step=fill)
+            summary = train(at(recipe, tmp_path / "run", log_every=1), on_step=fill)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, kept)
             os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
@@ -399,4 +385,4 @@ def test_a_teacher_of_other_classes_is_refused(recipe, image_folder, tmp_path):
     for name in ("ant", "bee"):
         (fewer / f"small {name}").symlink_to(image_folder / name)
     with pytest.raises(UserError, match="the teacher lacks the class 'small ant' of the data"):
-        train(at(recipe, tmp_path / "other", fewer), quiet=True)
+        train(replace(recipe, data=replace(recipe.data, train=str(fewer), val="")), quiet=True)

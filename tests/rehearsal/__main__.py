@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import fake_gpu
+from benchmarks import fake_gpu, harness
 from tests.rehearsal import commands, ways
 
 
@@ -37,8 +37,8 @@ def main() -> int:
         failed = [one for one in outcomes if one.state == "failed"]
         for one in failed:
             print(f"{one.test} ({one.way}): {one.reason}", file=sys.stderr)
-        print(ways.table(outcomes) if outcomes else "", commands.table(found) if found else "", sep="\n\n")
-    return 1 if failed or any(one.reason for one in found) else 0
+        print(ways.table(outcomes), harness.table(found, {"command": "name", "outcome": "outcome"}), sep="\n\n")
+    return 1 if failed or any(one["reason"] for one in found) else 0
 
 
 if __name__ == "__main__":

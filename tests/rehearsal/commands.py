@@ -10,31 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from benchmarks import fake_gpu, gpu_suite, harness, workload
 from benchmarks.harness import ROOT
-from std_fast.runtime import checkpoint
 from tests.rehearsal import steps
-from tests.small_runs import small_study
+from tests.small_runs import ON_A_GPU, assert_same_bits, final_tensors, small_study
 
 VALUES, COMPILES = {"FAKE_GPU_VALUES": "1"}, {"FAKE_GPU_VALUES": "compile"}
 LIMIT = 1200.0  # seconds that any command may take
-RECIPE = {
+RECIPE = ON_A_GPU | {
     "data": {"train": "images", "val": "images", "image_size": 16, "threads": 1, "backend": "torch"},
-    "student": {
-        "name": "mixer", "drop_path": 0.2,
-        "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32},
-    },
     "distill": {"mode": "std", "teachers": [{"weights": "teacher"}] * 2, "mine": {"every": "2 steps"}},
-    "optim": {"lr": 1e-3, "lr_batch": 0, "warmup": "2 steps", "ema": 0.9, "ema_batch": 8, "clip": 1.0},
-    "run": {
-        "batch": 8, "length": "3 epochs", "eval_every": "1 epoch", "log_every": 3, "device": "cuda", "compile": "off",
-    },
-}  # fmt: skip
+}
 
 
 class Ground:
@@ -68,16 +58,8 @@ class Ground:
         assert found == code, f"exit code {found}: " + " | ".join(text.strip().splitlines()[-3:])
         return text
 
-    def weights(self, run: str) -> dict:
-        found = checkpoint.newest(self.folder / run / "checkpoints")
-        assert found is not None, f"{run} holds no complete checkpoint"
-        return found[1]
-
     def same_weights(self, one: str, two: str) -> None:
-        first, second = self.weights(one), self.weights(two)
-        assert first.keys() == second.keys()
-        wrong = [name for name, tensor in first.items() if not tensor.nan_to_num().equal(second[name].nan_to_num())]
-        assert not wrong, f"{one} and {two} differ: {wrong[:3]}"
+        assert_same_bits(final_tensors(self.folder / one), final_tensors(self.folder / two))
 
 
 def train(g: Ground, out: str, words: str = "", settings: dict[str, str] = VALUES, code: int = 0) -> str:
@@ -245,15 +227,9 @@ COMMANDS: dict[str, Callable[[Ground], None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    name: str
-    reason: str
-    """why it is not as it should be; empty where it is"""
-
-
-def rehearse(tool: Path, folder: Path, only: str = "") -> list[Outcome]:
-    """Runs the commands whose names the pattern finds, in order; later ones use what earlier ones made."""
+def rehearse(tool: Path, folder: Path, only: str = "") -> list[dict[str, str]]:
+    """Runs the commands whose names the pattern finds, in order; later ones use what earlier ones made. `reason`: why
+    one is not as it should be; empty where it is."""
     chosen = [name for name in COMMANDS if re.search(only, name)] if only != "-" else []
     ground, found = Ground(folder, tool), []
     for name in chosen:
@@ -262,11 +238,6 @@ def rehearse(tool: Path, folder: Path, only: str = "") -> list[Outcome]:
             COMMANDS[name](ground)
         except Exception as error:  # one that fails must not end the others
             reason = f"{type(error).__name__}: {error}"
-        found.append(Outcome(name, reason))
+        found.append({"name": name, "reason": reason, "outcome": reason or "as it should"})
         print(f"{name}: {reason or 'ok'}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found
-
-
-def table(found: list[Outcome]) -> str:
-    lines = ["| command | outcome |", "|---|---|"]
-    return "\n".join(lines + [f"| {o.name} | {o.reason or 'as it should'} |" for o in found])

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import fake_gpu, gpu_suite
+from benchmarks import fake_gpu, gpu_suite, harness
 from benchmarks.harness import ROOT
 
 WAYS = {
@@ -61,11 +61,11 @@ def table(outcomes: list[Outcome]) -> str:
     """A line for each test function, a column for each way; the reasons of what was skipped or failed below."""
     ways = list(dict.fromkeys(one.way for one in outcomes))
     functions = list(dict.fromkeys(one.function for one in outcomes))
-    lines = [f"| test | {' | '.join(ways)} |", "|---" * (1 + len(ways)) + "|"]
-    for function in functions:
-        cells = [counted(one for one in outcomes if (one.function, one.way) == (function, way)) for way in ways]
-        lines.append(f"| {function} | {' | '.join(cells)} |")
-    lines += [f"| all | {' | '.join(counted(one for one in outcomes if one.way == way) for way in ways)} |", ""]
+    rows = []
+    for function in (*functions, "all"):
+        of = [one for one in outcomes if function in (one.function, "all")]
+        rows.append({"test": function} | {way: counted(one for one in of if one.way == way) for way in ways})
+    lines = [harness.table(rows, {name: name for name in ("test", *ways)}), ""]
     for state in ("failed", "skipped"):
         reasons = Counter((one.reason, one.way) for one in outcomes if one.state == state)
         lines += [f"- {state}, {way}, {count}: {reason}" for (reason, way), count in reasons.items()]

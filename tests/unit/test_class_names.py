@@ -13,12 +13,11 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.errors import UserError
 from pipelines.read.source import open_source
 from std_fast.commands.export import export_run
-from std_fast.config.recipe import Recipe, dump
-from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classes import DataClasses, class_in_words, relabel, select_classes
 from std_fast.training.build import build, build_student, open_val_loader
 from std_fast.training.evaluate import evaluate_run
+from tests.small_runs import small_recipe, store_run
 
 LETTERS = ("a", "b", "c", "d")
 COUNTED = tuple(map(str, range(11)))
@@ -111,15 +110,7 @@ def pictures(folder, classes):
 
 
 def make_recipe(train, val, **student):
-    options = {"patch_size": 8, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}
-    return from_dict(
-        Recipe,
-        {
-            "student": {"name": "mixer", "options": options, **student},
-            "data": {"train": str(train), "val": str(val), "image_size": 16, "backend": "torch", "threads": 1},
-            "run": {"batch": 8, "device": "cpu", "compile": "off"},
-        },
-    )
+    return small_recipe(train, "run", data={"val": str(val)}, student=student)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +120,7 @@ def run(tmp_path_factory):
     recipe = make_recipe("", pictures(folder / "all", LETTERS))
     torch.manual_seed(2)
     tensors = {f"model.{name}": torch.randn_like(t) for name, t in build_student(recipe, 4).state_dict().items()}
-    meta = {"step": 1, "recipe": dump(recipe), "num_classes": 4, "class_names": list(LETTERS)}
-    checkpoint.save(folder / "run" / "checkpoints" / "step-00000001.safetensors", tensors, meta)
-    (folder / "run" / "recipe.yaml").write_text(dump(recipe))
+    store_run(folder / "run", recipe, tensors, 4, list(LETTERS))
     return folder
 
 

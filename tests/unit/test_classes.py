@@ -14,12 +14,12 @@ from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import TeacherSpec
-from std_fast.runtime import checkpoint
 from std_fast.teachers.classes import DataClasses, select_classes
 from std_fast.teachers.classifiers import build_classifier
 from std_fast.teachers.fingerprint import fingerprint
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher
 from std_fast.training.build import build_student, open_train_loader, open_val_loader
+from tests.small_runs import store_run
 
 HALF = (0.5, 0.5, 0.5)  # the normalisation of timm's test models
 SHAPE = dict(patch_size=8, dim=16, depth=3, token_dim=8, channel_dim=16)
@@ -115,10 +115,8 @@ def teachers_with_names(folder, names: list[str]) -> dict[str, dict]:
     student = replace(recipe.student, name="mixer", options=SHAPE)
     augment = replace(recipe.augment, mean=HALF, std=HALF)
     recipe = replace(recipe, student=student, augment=augment, data=replace(recipe.data, image_size=32))
-    meta = {"step": 1, "recipe": recipes.dump(recipe), "num_classes": len(names), "class_names": names}
     tensors = {f"model.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.save(folder / "run" / "checkpoints" / "step-00000001.safetensors", tensors, meta)
-    (folder / "run" / "recipe.yaml").write_text(recipes.dump(recipe))
+    store_run(folder / "run", recipe, tensors, len(names), names)
     hub = timm.create_model("test_resnet", num_classes=len(names))
     timm.models.save_for_hf(hub, folder / "hub", model_config={"label_names": names}, safe_serialization=True)
     assert json.loads((folder / "hub" / "config.json").read_text())["label_names"] == names

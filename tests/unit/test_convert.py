@@ -4,7 +4,6 @@ import base64
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from pipelines.read import image_prep
 from pipelines.read.beton import BetonSource
 from pipelines.read.source import open_source
 from tests import odd_images
+from tests.unit.test_journal import full_after
 
 KEEP = ConvertSettings(seed=None)
 ODD = odd_images.kinds()
@@ -419,15 +419,9 @@ def _samples(line: bytes) -> bytes:
 def test_a_full_disk_is_reported_and_the_work_is_kept(images: Path, reference: Path, tmp_path: Path) -> None:
     """A limit on the file's size stands for the full disk. What was written before it is used afterwards."""
     path = tmp_path / "x.beton"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((1 << 23) + 30_000, before[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"x.beton: writing failed \(File too large; .* are free\); free some space"
-        ):
-            convert(str(images), str(path), settings=ConvertSettings(size=12))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"x.beton: writing failed \(File too large; .* are free\); free some space"
+    with full_after((1 << 23) + 30_000), pytest.raises(UserError, match=message):
+        convert(str(images), str(path), settings=ConvertSettings(size=12))
     assert not path.exists()
     convert(str(images), str(path), settings=ConvertSettings(size=12))
     assert path.read_bytes() == reference.read_bytes()

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from std_fast.config.recipe import Recipe, dump
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
+from tests.unit.test_journal import full_after
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 3
@@ -239,13 +239,8 @@ def run_apart(folder, code, **environment):
 def test_a_full_disk_ends_every_format_in_one_line(name, tmp_path):
     """A limit on the size of files, as `ulimit -f` sets it."""
     make_run(tmp_path / "run")
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, most))
-    try:
-        with pytest.raises(UserError, match="out: cannot be written .* make room"):
-            export_run(tmp_path / "run", tmp_path / "out", (name,))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    with full_after(9000), pytest.raises(UserError, match="out: cannot be written .* make room"):
+        export_run(tmp_path / "run", tmp_path / "out", (name,))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 

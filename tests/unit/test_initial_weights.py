@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipelines.errors import UserError
 from std_fast.config import files
-from std_fast.config.recipe import Recipe, dump
+from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.teachers.classes import imagenet
@@ -19,6 +19,7 @@ from std_fast.teachers.classifiers import build_classifier
 from std_fast.training.build import build_student
 from std_fast.training.evaluate import evaluate_run, trained_student
 from std_fast.training.initial_weights import read_initial_weights
+from tests.small_runs import store_run
 
 OPTIONS = {"patch_size": 8, "dim": 16, "depth": 2, "token_dim": 8, "channel_dim": 32}
 STD = {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}
@@ -43,10 +44,7 @@ def run(tmp_path_factory):
     recipe = recipe_of(STD)
     student = build_student(recipe, 3)
     tensors = {f"model.{name}": torch.randn_like(t) for name, t in student.state_dict().items()}
-    meta = {"step": 1, "recipe": dump(recipe), "num_classes": 3, "class_names": None}
-    checkpoint.save(folder / "checkpoints" / "step-00000001.safetensors", tensors, meta)
-    (folder / "recipe.yaml").write_text(dump(recipe))
-    return folder
+    return store_run(folder, recipe, tensors, 3)
 
 
 def stored(run):

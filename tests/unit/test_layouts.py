@@ -10,7 +10,7 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.listing import Listing
 from pipelines.convert.sources import list_source
 from pipelines.errors import DataError, UserError
-from tests.archives import tar_bytes
+from tests.archives import tar_bytes, write_parquet
 from tests.beton_tools import encoded, pixels
 
 IMAGE = encoded(pixels(8, 9))
@@ -381,15 +381,8 @@ def test_a_source_of_faults_alone_has_no_classes(tmp_path: Path) -> None:
 
 
 def parquet(path: Path, labels: list, column: str = "label", names: list[str] | None = None) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    table = pa.table({"image": [IMAGE] * len(labels), column: labels})
-    if names:
-        info = {"info": {"features": {column: {"names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    pq.write_table(table, path)
-    return path
+    pytest.importorskip("pyarrow")
+    return write_parquet(path, [IMAGE] * len(labels), labels, column, names)
 
 
 @pytest.mark.parametrize("labels", [["0", "2", "10"], [0.0, 2.0, 10.0], ["0.0", "2.0", "10.0"]])

@@ -12,8 +12,8 @@ from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, parameter_groups, set_learning_rates
 from std_fast.training.optimizers import Muon, _on_device, orthogonal
-from std_fast.training.run import Stopped
 from std_fast.training.train import train
+from tests.small_runs import assert_same_bits, final_tensors, small_recipe, train_until
 
 CPU = torch.device("cpu")
 STUDENTS = {
@@ -175,20 +175,12 @@ def test_state_survives_a_checkpoint_to_the_bit(tmp_path, name):
 
 def test_a_run_with_muon_is_resumed_to_the_bit(image_folder, tmp_path):
     def at(name):
-        data = {"train": str(image_folder), "image_size": 16, "threads": 1, "backend": "torch"}
-        run = {"out": str(tmp_path / name), "batch": 8, "length": "5 steps", "device": "cpu"}
-        student = {"name": "mixer", "options": STUDENTS["mixer"]}
-        return from_dict(Recipe, {"data": data, "student": student, "optim": {"name": "muon", "lr": 0.01}, "run": run})
-
-    def ask(run):
-        run.stop_wanted = run.step == 2
+        return small_recipe(image_folder, tmp_path / name, optim={"name": "muon"}, run={"length": "5 steps"})
 
     train(at("one"), quiet=True)
-    with pytest.raises(Stopped):
-        train(at("parts"), quiet=True, on_step=ask)
+    train_until(at("parts"), 2)
     train(at("parts"), resume=True, quiet=True)
-    one, two = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("one", "parts"))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert_same_bits(*(final_tensors(tmp_path / name) for name in ("one", "parts")))
 
 
 class CountsAsApex(torch.optim.Optimizer):

@@ -16,12 +16,13 @@ from pipelines.errors import UserError
 from pipelines.loaders.ffcv import library
 from std_fast import cli, export_run
 from std_fast.commands.predict import evaluate_export, list_images, predict_images
-from std_fast.config.recipe import Recipe, dump
+from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime import checkpoint
 from std_fast.training.build import build_student
 from std_fast.training.evaluate import evaluate_run
 from tests.odd_images import encoded, picture, turned
+from tests.small_runs import store_run
 
 NAMES = ["n01440764", "bee", "n02102040_springer"]
 OPTIONS = {"patch_size": 8, "dim": 16, "depth": 2}
@@ -54,10 +55,7 @@ def make_run(folder, val, distill=STD, backend="torch", **data):
     )
     student = build_student(recipe, len(NAMES))
     tensors = {f"model.{name}": torch.randn_like(t) * 0.3 for name, t in student.state_dict().items()}
-    meta = {"step": 1, "recipe": dump(recipe), "num_classes": len(NAMES), "class_names": NAMES}
-    checkpoint.save(folder / "checkpoints" / "step-00000001.safetensors", tensors, meta)
-    (folder / "recipe.yaml").write_text(dump(recipe))
-    return folder
+    return store_run(folder, recipe, tensors, len(NAMES), NAMES)
 
 
 def correct(model, val, **options):

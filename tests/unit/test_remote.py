@@ -21,6 +21,7 @@ from pipelines.convert.warm import warm
 from pipelines.errors import DataError, UserError
 from pipelines.read import remote
 from pipelines.read.source import open_source
+from tests.archives import write_parquet
 from tests.beton_tools import encoded, pixels
 from tests.file_server import FileServer
 from tests.unit.test_sources_in import tar, tar_bytes
@@ -53,10 +54,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
             files |= {f"{key}.cls": b"%d" % label, f"{key}.jpg": data}
         tar(root / "shards" / f"x-00{shard}.tar", files)
     tar(root / "train.tar", {f"{name}.tar": tar_bytes(files) for name, files in images.items()})
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"image": [row[2] for row in rows], "label": [row[1] for row in rows]}), root / "x.parquet")
+    pytest.importorskip("pyarrow")
+    write_parquet(root / "x.parquet", [row[2] for row in rows], [row[1] for row in rows])
     (root / "names.txt").write_text("\n".join(CLASSES))
     return root
 

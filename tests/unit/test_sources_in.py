@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -16,7 +15,7 @@ from pipelines.convert.sources import list_source
 from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
 from pipelines.read.beton import BetonSource
-from tests.archives import tar_bytes
+from tests.archives import devkit_files, tar_bytes, write_parquet
 from tests.beton_tools import encoded, pixels
 
 CLASSES = ("n01", "n02", "n07")
@@ -101,25 +100,16 @@ def test_flat_images_with_a_label_file(
 
 def test_imagenets_devkit(contents: dict, expected: bytes, tmp_path: Path) -> None:
     """Its numbers are not in the order of the WordNet ids; its table says what they stand for."""
-    scipy_io = pytest.importorskip("scipy.io")
-    ids = {"n07": 1, "n01": 2, "n02": 3}
-    rows = np.zeros(4, dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)])
-    for row, (name, number) in zip(rows, [*ids.items(), ("n00", 1000)], strict=True):
-        row["ILSVRC2012_ID"], row["WNID"], row["num_children"] = number, name, 3 if number == 1000 else 0
-    table = io.BytesIO()
-    scipy_io.savemat(table, {"synsets": rows})
+    pytest.importorskip("scipy.io")
+    ids = {"n07": 1, "n01": 2, "n02": 3, "n00": 1000}
     files = flat(contents)
-    truth = "\n".join(str(ids[name[:3]]) for name in sorted(files)).encode()
-    parts = {
-        "ILSVRC2012_devkit_t12/data/meta.mat": table.getvalue(),
-        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth,
-    }
+    parts = devkit_files(ids, [ids[name[:3]] for name in sorted(files)], parents=1)
     devkit = tmp_path / "devkit.tar.gz"
     devkit.write_bytes(gzip.compress(tar_bytes(parts)))
     tar(tmp_path / "val.tar", files)
     beton, manifest = made(tmp_path / "val.tar", tmp_path, labels=str(devkit))
     assert beton == expected and manifest["classes"] == list(CLASSES)
-    (tmp_path / "truth.txt").write_bytes(truth)
+    (tmp_path / "truth.txt").write_bytes(list(parts.values())[1])
     with pytest.raises(UserError, match="numbers begin at 1; .* give the devkit"):
         list_source(str(tmp_path / "val.tar"), ConvertSettings(labels=str(tmp_path / "truth.txt")), str(tmp_path))
 
@@ -233,16 +223,10 @@ def test_a_tar_without_labels_asks_for_them(contents: dict, tmp_path: Path) -> N
 
 
 def parquet(path: Path, contents: dict, struct: bool) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
+    pytest.importorskip("pyarrow")
     rows = [(data, label) for label, files in enumerate(contents.values()) for data in files.values()]
     images = [{"bytes": data, "path": None} if struct else data for data, _ in rows]
-    table = pa.table({"image": images, "label": [label for _, label in rows]})
-    if struct:
-        info = {"info": {"features": {"label": {"names": list(CLASSES)}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    pq.write_table(table, path, row_group_size=5)
+    write_parquet(path, images, [label for _, label in rows], names=list(CLASSES) if struct else None)
 
 
 @pytest.mark.parametrize("struct", [True, False])
@@ -286,7 +270,7 @@ def test_parquet_without_its_columns_or_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b"x"], "label": [0]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet: no column image or img or jpg among picture, label"):
         list_source(str(tmp_path / "a.parquet"), KEEP, str(tmp_path))
-    pq.write_table(pa.table({"image": [b"x", None, b"y"], "label": [0, 0, None]}), tmp_path / "b.parquet")
+    write_parquet(tmp_path / "b.parquet", [b"x", None, b"y"], [0, 0, None])
     assert faults_of(tmp_path / "b.parquet", tmp_path) == {
         "b.parquet/1": "the row has no image bytes",
         "b.parquet/2": "the row has no label",

@@ -15,9 +15,9 @@ from std_fast.method.student import ModulePlan, StudentOutput, plan_modules, pre
 from std_fast.training.build import build_student
 from std_fast.training.optim import build_optimizer, parameter_groups
 from std_fast.training.step import Objective
+from tests.small_runs import MIXER
 
 K, SIZE = 5, 16
-MIXER = {"name": "mixer", "options": {"patch_size": 4, "dim": 16, "depth": 3, "token_dim": 8, "channel_dim": 32}}
 RESMLP = {"name": "resmlp", "options": {"patch_size": 4, "dim": 16, "depth": 3}}
 CYCLE = {
     "name": "cyclemlp_b1",

@@ -1,7 +1,6 @@
 """The format of stored targets: nothing is lost, and nothing damaged, foreign or unfinished is ever read."""
 
 import json
-import resource
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from std_fast.method.losses import all_log_probs, kl, targets_from_logits
 from std_fast.teachers.fingerprint import check_same
 from std_fast.teachers.target_cache import TargetCache, open_target_cache
 from std_fast.teachers.target_format import Header, bytes_per_epoch, pack, read_header, unpack
+from tests.unit.test_journal import full_after
 
 CLASSES, TEACHERS, BATCH = 300, 2, 8
 KEYS = ("format", "fingerprint", "classes", "teachers", "top_k")
@@ -146,13 +146,8 @@ def test_two_writers_of_one_epoch(tmp_path):
 
 def test_a_full_disk_is_noticed_before_the_epoch_begins(tmp_path):
     store = make_store(tmp_path, rows=1 << 16)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot be written.*free space"):
-            store.writer(0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_after(1 << 16), pytest.raises(UserError, match=r"cannot be written.*free space"):
+        store.writer(0)
     store.close()
 
 

@@ -20,10 +20,10 @@ from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
-from std_fast.runtime import checkpoint
 from std_fast.teachers.classifiers import build_classifier, read_weights
 from std_fast.teachers.teacher import Teacher, Teachers, build_teacher, in_precision
 from std_fast.training.build import build_teachers, teacher_dtype
+from tests.small_runs import store_run
 
 K = 4
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)  # the student's
@@ -198,12 +198,9 @@ def write_folder(path: Path, model: nn.Module, **changes) -> Path:
 
 
 def write_run(path: Path, state: dict, recipe: recipes.Recipe, classes: int = K) -> Path:
-    meta = {"step": 1, "recipe": recipes.dump(recipe), "num_classes": classes}
     tensors = {f"model.backbone.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
     tensors |= {f"ema.backbone.{name}": tensor for name, tensor in state.items()}  # the moving average is preferred
-    checkpoint.save(path / "checkpoints" / "step-00000001.safetensors", tensors, meta)
-    (path / "recipe.yaml").write_text(recipes.dump(recipe))
-    return path
+    return store_run(path, recipe, tensors, classes)
 
 
 def plain_recipe(name: str = "test_resnet", **options) -> recipes.Recipe:
