@@ -44,12 +44,10 @@ def show(report: harness.Report) -> str:
 
 def draw(report: harness.Report, path: Path) -> None:
     """Validation accuracy over processor time, a line for each family of students and way of training."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axis = figure.subplots()
     lines: dict[str, list[harness.Report]] = {}
     for row in report["students"]:
         if row["images"] == "validation":
@@ -65,9 +63,7 @@ def draw(report: harness.Report, path: Path) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def collect(folders: Sequence[str], args: argparse.Namespace) -> harness.Report:

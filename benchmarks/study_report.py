@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -197,42 +197,34 @@ def draw(report: harness.Report, path: Path) -> None:
     Mean over initialisations; bars are standard errors over images and initialisations together. A setting that only
     lasts longer has the colour of what it repeats. Points of equal cost are drawn beside each other.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     every = [group for group in groups(report) if not group.setting.endswith((" views", ", other loss"))]
+    settings = list(dict.fromkeys(group.setting.removesuffix(", STD's cost") for group in every))
     students = list(dict.fromkeys(group.student for group in every))
-    figure, axes = plt.subplots(
-        1, max(1, len(students)), figsize=(7.5 * max(1, len(students)), 4.8), squeeze=False, layout="constrained"
-    )
-    colors: dict[str, str] = {}
-    lowest: dict[Any, float] = {}
-    ends: list[tuple[Any, float]] = []
-    for group in every:
-        repeats = group.setting.removesuffix(", STD's cost")
-        color = colors.setdefault(repeats, f"C{len(colors)}")
-        marker = "o" if repeats == group.setting else "s"
-        axis = axes[0][students.index(group.student)]
-        points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
-        x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
-        axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.45, linewidth=1)
-        accuracy, error = group.accuracy()
-        end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
-        beside = end * (1 + 0.02 * sum(a is axis and abs(x - end) < 0.015 * end for a, x in ends))
-        ends.append((axis, end))
-        label = f"{group.setting} ({len(group.correct())})"
-        lowest[axis] = min(lowest.get(axis, 100.0), accuracy - error)
-        axis.errorbar(beside, accuracy, error, fmt=marker, color=color, capsize=3, markersize=5, label=label)
     unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{12}$ multiply-accumulates of the student"
-    for axis, student in zip(axes[0], students, strict=False):
-        axis.set(
-            xlabel=f"{unit}, teachers' excluded", ylabel="top-1, %", title=f"Mixer {student}, Imagenette at 128 px"
-        )
-        axis.set_ylim(bottom=lowest[axis] - 8)  # the end, which is what is compared
+    figure = Figure(figsize=(7.5 * max(1, len(students)), 4.8), layout="constrained")
+    axes = figure.subplots(1, max(1, len(students)), squeeze=False)[0]
+    for axis, student in zip(axes, students, strict=False):
+        ends: list[float] = []
+        lows: list[float] = []
+        for group in (one for one in every if one.student == student):
+            repeats = group.setting.removesuffix(", STD's cost")
+            color, marker = f"C{settings.index(repeats)}", "o" if repeats == group.setting else "s"
+            points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
+            x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
+            y = [statistics.mean(e["top1"] for e in at) for at in points]
+            axis.plot(x, y, color=color, alpha=0.45, linewidth=1)
+            accuracy, error = group.accuracy()
+            end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
+            beside = end * (1 + 0.02 * sum(abs(x - end) < 0.015 * end for x in ends))
+            label = f"{group.setting} ({len(group.correct())})"
+            axis.errorbar(beside, accuracy, error, fmt=marker, color=color, capsize=3, markersize=5, label=label)
+            ends.append(end)
+            lows.append(accuracy - error)
+        title = f"Mixer {student}, Imagenette at 128 px"
+        axis.set(xlabel=f"{unit}, teachers' excluded", ylabel="top-1, %", title=title)
+        axis.set_ylim(bottom=min(lows) - 8)  # the end, which is what is compared
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower right", title="validation (initialisations)")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -179,12 +179,10 @@ def text(rows: dict, out: Path, seconds: float) -> str:
 
 def plot(rows: dict, path: Path) -> None:
     """Validation accuracy against samples seen, one thin line a run."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.subplots()
     for color, (name, runs) in zip(("0.5", "tab:blue", "tab:red"), rows.items(), strict=True):
         for i, run in enumerate(runs):
             x, y = [r["samples"] for r in run["evals"]], [r["top1"] for r in run["evals"]]
@@ -199,4 +197,3 @@ def plot(rows: dict, path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
