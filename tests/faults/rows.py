@@ -22,7 +22,7 @@ from std_fast.runtime.metrics import read_jsonl
 from std_fast.runtime.process import SAME_PRESS
 from tests.faults.ground import Ground, Seen, ends, enlarge, fault, logged, small_disk, steps_saved
 from tests.faults.kills import KilledTraining
-from tests.killing import ROOT, Child, kill_again_and_again
+from tests.killing import Child, kill_again_and_again
 from tests.small_runs import assert_same_bits, final_tensors
 
 SINCE_THE_SAVE = "steps since the last save"
@@ -91,9 +91,8 @@ def _(ground: Ground) -> Seen:
 def _(ground: Ground) -> Seen:
     kills = 4 * ground.scale
     reference, killed = ground.folder / "reference.beton", ground.folder / "killed.beton"
-    words = ["--size", "100", "--workers", "2"]
     began = time.monotonic()
-    ground.finish(["convert", str(ground.many_images), str(reference), *words])
+    ground.finish(conversion(ground, reference))
     duration = time.monotonic() - began
 
     def finished() -> None:
@@ -103,7 +102,7 @@ def _(ground: Ground) -> Seen:
         Path(f"{killed}.json").unlink()
 
     def start() -> Child:
-        return ground.start(["convert", str(ground.many_images), str(killed), *words], before=commit_often)
+        return ground.start(conversion(ground, killed), before=commit_often)
 
     done = [0]
 
@@ -115,6 +114,10 @@ def _(ground: Ground) -> Seen:
     seen = kill_again_and_again(start, finished, kills, duration, ground.random, check)
     assert max(done), "no kill came after work that a later start could go on from"
     return Seen(f"{seen.finished} times to the end, the same bytes", kills, lost="the last second of converting")
+
+
+def conversion(ground: Ground, path: Path) -> list[str]:
+    return ["convert", str(ground.many_images), str(path), "--size", "100", "--workers", "2"]
 
 
 def commit_often() -> None:
@@ -184,21 +187,20 @@ def _(ground: Ground) -> Seen:
 
 @fault("convert: disk full", "exit 2 with one line; with room made it continues, to the same bytes")
 def _(ground: Ground) -> Seen:
-    words = ["--size", "100", "--workers", "2"]
     reference = ground.folder / "reference.beton"
-    ground.finish(["convert", str(ground.many_images), str(reference), *words])
+    ground.finish(conversion(ground, reference))
     needed = reference.stat().st_size // 1024
     with small_disk(ground.folder / "disk", needed + 600) as disk:
         (disk / "ballast").write_bytes(bytes(1024))
         beton = disk / "x.beton"
-        with ground.start(["convert", str(ground.many_images), str(beton), *words]) as child:
+        with ground.start(conversion(ground, beton)) as child:
             child.until(lambda: (disk / ".x.beton.converting" / "data").exists())
             fill(disk / "ballast")  # another program fills the disk
             seconds, line = ends(child, 2, r"(No space left|are free)")
         assert not beton.exists()
         (disk / "ballast").unlink()
         enlarge(disk, 4 * needed)
-        ground.finish(["convert", str(ground.many_images), str(beton), *words])
+        ground.finish(conversion(ground, beton))
         assert beton.read_bytes() == reference.read_bytes()
     return Seen(line[10:110], notice=seconds)
 
@@ -331,44 +333,22 @@ def _(ground: Ground) -> Seen:
     recipe = ground.recipe(
         ground.beton, data={"backend": "ffcv"}, run={"length": "3000 steps", "eval_every": "0 steps"}
     )
-    with FailingDisk(ground, "own.beton", trigger, recipe_path=ground.write(recipe)) as (process, log):
-        wait_for(process, log, lambda: logged(ground.folder / "run") >= 2)
-        began = time.monotonic()
+    shim = str(ground.folder / "shim.so")
+    source = str(Path(__file__).with_name("failing_disk.c"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
+    words = [shim, "own.beton", str(trigger), ground.write(recipe)]
+    with ground.start(words, target=train_on_failing_disk) as child:
+        child.until(lambda: logged(ground.folder / "run") >= 2)
         trigger.touch()
-        code = process.wait(60)
-    text = log.read_text()
-    assert code == 2 and "Traceback" not in text and "own.beton: cannot be read at byte" in text, text[-1500:]
-    last = text.strip().splitlines()[-1]
-    return Seen(last[10:].split("/")[-1], notice=time.monotonic() - began, lost=SINCE_THE_SAVE)
+        seconds, line = ends(child, 2, r"own\.beton: cannot be read at byte")
+    return Seen(line[10:].split("/")[-1], notice=seconds, lost=SINCE_THE_SAVE)
 
 
-class FailingDisk:
-    """`std-fast train` under a shim of `pread` that fails with EIO for one file, once `trigger` is there."""
-
-    def __init__(self, ground: Ground, name: str, trigger: Path, recipe_path: str) -> None:
-        shim = ground.folder / "shim.so"
-        source = Path(__file__).with_name("failing_disk.c")
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl"], check=True)
-        self.log = ground.folder / "shim.log"
-        environment = os.environ | {"LD_PRELOAD": str(shim), "FAIL_FILE": name, "FAIL_WHEN": str(trigger)}
-        command = [sys.executable, "-m", "std_fast.cli", "train", recipe_path, "--quiet", "--resume"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-    def __enter__(self) -> tuple[subprocess.Popen, Path]:
-        return self.process, self.log
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def wait_for(process: subprocess.Popen, log: Path, seen) -> None:
-    end = time.monotonic() + 90
-    while not seen():
-        assert process.poll() is None, log.read_text()[-1500:]
-        assert time.monotonic() < end, "nothing seen"
-        time.sleep(0.005)
+def train_on_failing_disk(shim: str, name: str, trigger: str, recipe: str) -> None:
+    """`std-fast train` under a shim of `pread` that fails with EIO for the file `name`, once `trigger` is there."""
+    environment = os.environ | {"LD_PRELOAD": shim, "FAIL_FILE": name, "FAIL_WHEN": trigger}
+    words = ["-m", "std_fast.cli", "train", recipe, "--quiet", "--resume"]
+    os.execve(sys.executable, [sys.executable, *words], environment)
 
 
 @fault("train: its folder is removed", "exit 2, one line")
@@ -386,12 +366,11 @@ def _(ground: Ground) -> Seen:
 # -- processes ------------------------------------------------------------------------------------------------------
 
 
-def converting(ground: Ground, name: str = "x.beton", **more) -> tuple[Child, list[int]]:
+def converting(ground: Ground, **more) -> tuple[Child, list[int]]:
     """A conversion that is under way, and its workers' process numbers."""
-    child = ground.start(
-        ["convert", str(ground.many_images), str(ground.folder / name), "--size", "100", "--workers", "2"], **more
-    )
-    child.until(lambda: len(children_of(child.pid)) >= 2 and (ground.folder / f".{name}.converting" / "data").exists())
+    child = ground.start(conversion(ground, ground.folder / "x.beton"), **more)
+    data = ground.folder / ".x.beton.converting" / "data"
+    child.until(lambda: len(children_of(child.pid)) >= 2 and data.exists())
     return child, children_of(child.pid)
 
 
@@ -408,7 +387,7 @@ def children_of(pid: int) -> list[int]:
 def converts_to_the_end(ground: Ground) -> None:
     reference, beton = ground.folder / "reference.beton", ground.folder / "x.beton"
     for path in (reference, beton):
-        ground.finish(["convert", str(ground.many_images), str(path), "--size", "100", "--workers", "2"])
+        ground.finish(conversion(ground, path))
     assert reference.read_bytes() == beton.read_bytes()
 
 
@@ -653,9 +632,7 @@ def _(ground: Ground) -> Seen:
 def _(ground: Ground) -> Seen:
     child, _ = converting(ground)
     with child:
-        with ground.start(
-            ["convert", str(ground.many_images), str(ground.folder / "x.beton"), "--size", "100"]
-        ) as second:
+        with ground.start(conversion(ground, ground.folder / "x.beton")) as second:
             seconds, line = ends(second, 2, "another process is converting to it")
         assert child.wait() == 0, child.text[-1500:]
     converts_to_the_end(ground)

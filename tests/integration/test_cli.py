@@ -118,12 +118,9 @@ def test_info_and_recipes(capsys):
         (["train", "/"], "/: is no recipe; give it as --data.train /, or name the folder of a run"),
         (
             ["train", "digits_mixer", "--data.train", "", "--data.val", "", "--run.out", __file__],
-            "run.out: " + __file__ + " is a file, or lies below one; name",
+            f"run.out: {__file__} is a file, or lies below one; name",
         ),
-        (
-            ["train", "digits_mixer", "--resume", "--run.out", __file__ + "/x"],
-            __file__ + "/x is a file, or lies below one; name",
-        ),
+        (["train", "digits_mixer", "--resume", "--run.out", __file__ + "/x"], "/x is a file, or lies below one; name"),
         (
             ["train", "digits_mixer", "--data.train", str(ROOT / "tests"), "--data.val", ""]
             + ["--run.out", str(ROOT / "tests" / "run")],

@@ -16,11 +16,8 @@ from tests.small_runs import small_recipe
     ("error", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "run.batch: 8 does not fit in the device's memory (CUDA out"),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            "run.batch: memory was short with 8 images a step",
-        ),
-        (MemoryError("std::bad_alloc"), "run.batch: memory was short with 8 images a step"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "run.batch: memory was short with 8 images"),
+        (MemoryError("std::bad_alloc"), "run.batch: memory was short with 8 images"),
     ],
 )
 def test_the_line_names_the_batch(image_folder, tmp_path, monkeypatch, capsys, error, expected):

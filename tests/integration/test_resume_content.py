@@ -176,7 +176,7 @@ def test_checkpoints_of_earlier_versions_compare_paths(here, base):
         ({"distill": {"mode": "std", "teachers": [{"name": "test_resnet"}]}}, "distill.teachers.0.weights: is empty"),
         (
             {"student": {"name": "cyclemlp_b1", "options": {}, "weights": "pretrained"}},
-            "timm has no pretrained weights for cyclemlp_b1",
+            "no pretrained weights for cycle",
         ),
         ({"student": {"weights": "nowhere"}}, "nowhere: no such weights file"),
     ],

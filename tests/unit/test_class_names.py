@@ -71,18 +71,8 @@ def test_labels_become_the_models(model, names, labels, expected):
         (LETTERS, None, [0, 4, 3], "val: has 5 classes, the run 4, and val has no class names"),
         (2, None, [0, 4, 3], "val: has 5 classes, the run 2, and val has no class names"),
         (("tench", "b"), ("n01440764", "n01440764_tench"), [0, 1, 0], "and another class of the data mean one class"),
-        (
-            11,
-            ("1", "10"),
-            [0, 1, 1],
-            "10 may be number 10 of the run, or number 2, as in the order of text; convert it",
-        ),
-        (
-            11,
-            TEN_AND_ONE,
-            [0, 2, 3],
-            "10 may be number 10 of the run, or number 2, as in the order of text; convert it",
-        ),
+        (11, ("1", "10"), [0, 1, 1], "10 may be number 10 of the run, or number 2, as in the order of text; convert"),
+        (11, TEN_AND_ONE, [0, 2, 3], "10 may be number 10 of the run, or number 2, as in the order of text; convert"),
         (TEN_AND_ONE, "klmnopqrstu", [0, 2, 10], "val: the classes of the run are numbers: 10 may be number 10 of the"),
     ],
 )

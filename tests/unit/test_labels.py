@@ -124,17 +124,11 @@ def test_comments_are_no_labels(text: str, rows: str, tmp_path: Path, caplog: py
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "a.jpg 0\nb.jpg cat\n",
-            "some labels are numbers .0. and others names .cat.; write one kind, or give --classes",
-        ),
+        ("a.jpg 0\nb.jpg cat\n", "labels are numbers .0. and others names .cat.; write one kind, or give --classes"),
         ("a.jpg 0.5\nb.jpg 1\n", "label 0.5 is no class number"),
         ("a.jpg 0x0\nb.jpg 0x1f\n", "labels such as 0x0 may be numbers or names; write decimal numbers, or give --cl"),
         ("a.jpg 0\na.jpg 1\nb.jpg 0\n", "a.jpg has two labels, 0 and 1; keep one"),
-        (
-            "x.jpg 0\ny.jpg 1\n",
-            "no line is an image's name and its label: its first is 'x.jpg 0', an image is called 'a.jpg'",
-        ),
+        ("x.jpg 0\ny.jpg 1\n", "an image's name and its label: its first is 'x.jpg 0', an image is called 'a.jpg'"),
         ("x,0\ny,1\n", "no line is an image's name and its label"),
         ("a.jpg:0\nb.jpg:1\n", "no line is an image's name and its label"),
         ("a|ant\nb|bee\n", "no line is an image's name and its label"),

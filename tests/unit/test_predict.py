@@ -99,10 +99,7 @@ def test_an_export_is_evaluated_by_the_same_command(run, val, tmp_path, capsys):
     assert results[0]["images"] == 8 and results[0]["top1"] == results[1]["top1"]
     for words, complaint in (
         ([], f"an export names no data; name it: std-fast eval {tmp_path}/export DATA"),
-        (
-            [str(val), "--data.image_size", "8"],
-            "--data.image_size: a trained model is evaluated as its recipe says; it",
-        ),
+        ([str(val), "--data.image_size", "8"], "data.image_size: a trained model is evaluated as its recipe says; it"),
     ):
         assert cli.main(["eval", str(tmp_path / "export"), *words]) == 2
         assert complaint in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Sources and betons by URL: the same bytes as from the disk, whatever the server does on the way."""
 
+import contextlib
 import json
 import logging
 import os
@@ -62,9 +63,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(disk: Path) -> Iterator[FileServer]:
-    made = FileServer(disk)
-    yield made
-    made.close()
+    with contextlib.closing(FileServer(disk)) as made:
+        yield made
 
 
 @pytest.fixture
@@ -182,13 +182,11 @@ def test_a_file_that_is_replaced_while_it_is_read(
         monkeypatch.setattr(workers.Workers, "run", lambda *args: [*made_task(*args), replace("", 20)][:-1])
     server.fail = replace
     src = str(tmp_path / "train.tar") if where == "disk" else f"{server.url}/train.tar"
-    try:
+    with contextlib.closing(server):
         with pytest.raises(UserError, match="train.tar: was replaced or removed while it was read; run the same"):
             made(src, tmp_path / "x.beton")
         assert not (tmp_path / "x.beton").exists()
         assert made(src, tmp_path / "x.beton")[0] == made(str(tmp_path / "train.tar"), tmp_path / "y.beton")[0]
-    finally:
-        server.close()
 
 
 def test_a_file_that_was_copied_may_get_another_date(
@@ -202,11 +200,8 @@ def test_a_file_that_was_copied_may_get_another_date(
         return made_task(*args)
 
     monkeypatch.setattr(workers.Workers, "run", touch_first)
-    server = FileServer(tmp_path, ranges=False)
-    try:
+    with contextlib.closing(FileServer(tmp_path, ranges=False)) as server:
         assert made(f"{server.url}/train.tar", tmp_path / "x.beton")[0]
-    finally:
-        server.close()
 
 
 @pytest.mark.parametrize(

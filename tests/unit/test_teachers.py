@@ -361,10 +361,7 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ({"name": "test_resnet", "weights": "{tmp}/none.pth"}, "none.pth: no such weights file"),
         ({"name": "test_vit", "weights": "{weights}"}, "does not fit the model: lacks "),
         ({"name": "resnet18", "weights": "{weights}", "options": {"layers": [1]}}, "timm cannot build it with {{"),
-        (
-            {"name": "resnet18", "weights": "{weights}", "options": {"num_classes": 1}},
-            "options.num_classes: has its own place",
-        ),
+        ({"name": "resnet18", "weights": "{weights}", "options": {"num_classes": 1}}, "num_classes: has its own place"),
         ({"name": "test_resnet", "weights": "{weights}", "std": (0.1, 0.0, 0.1)}, "teacher.std: must be positive"),
         ({"name": "test_resnet", "weights": "{weights}", "options": {"deep": 1}}, "unexpected keyword argument 'deep'"),
         ({"name": "test_mambaout", "weights": "{weights}"}, "more besides; name the model that it was trained as"),
@@ -375,10 +372,7 @@ def test_without_a_network_it_says_which_file_to_put_where(monkeypatch, tmp_path
         ({"weights": "{tmp}/torn"}, "torn/config.json: describes no timm model (JSONDecodeError"),
         ({"weights": "{tmp}/bare"}, "bare/model.safetensors: no such weights file"),
         ({"weights": "{tmp}/mixer", "image_size": 48}, "image_size: the model cannot take 48 px"),
-        (
-            {"name": "test_resnet", "weights": "{tmp}/nan.pth"},
-            "weights: a random image gets logits that are not finite",
-        ),
+        ({"name": "test_resnet", "weights": "{tmp}/nan.pth"}, "a random image gets logits that are not finite"),
         ({"weights": "{tmp}/student"}, "is a distilled student; a teacher is a plain run"),
     ],
 )
