@@ -170,8 +170,7 @@ def warm(args: argparse.Namespace) -> None:
 def add_preview(parser: Parser) -> None:
     add_recipe(parser)
     parser.add_argument("--out", default="preview.png", help="the PNG to write [preview.png]")
-    parser.add_argument("--epoch", type=int, default=0, help="the epoch that is drawn [0]")
-    parser.add_argument("--images", type=int, default=64, help="how many of the epoch's first images [64]")
+    parser.add_argument("--images", type=int, default=64, help="how many of the first epoch's first images [64]")
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -181,7 +180,7 @@ def preview(args: argparse.Namespace) -> None:
 
     from std_fast.commands.preview import preview as draw
 
-    draw(recipe, Path(args.out), args.epoch, args.images)
+    draw(recipe, Path(args.out), args.images)
     print(args.out)
 
 

@@ -16,8 +16,8 @@ from std_fast.training.build import open_train_loader, pick_device
 log = logging.getLogger("std_fast")
 
 
-def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None:
-    """Draws the first images of an epoch, augmented as the student will see them, as a PNG.
+def preview(recipe: Recipe, out: Path, images: int) -> None:
+    """Draws the first images of the first epoch, augmented as the student will see them, as a PNG.
 
     Raises:
         UserError: data that cannot be read, fewer than four images, or a PNG that cannot be written.
@@ -32,5 +32,5 @@ def preview(recipe: Recipe, out: Path, epoch: int = 0, images: int = 64) -> None
     except UserError as error:
         raise UserError(str(error).replace("run.batch:", "--images:", 1)) from None
     with opened as loader:
-        mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(epoch))))
+        mixed = Augment(recipe.augment, recipe.run.seed).to(device)(next(iter(loader.epoch(0))))
         contact_sheet(mixed, out, recipe.augment, [class_in_words(name) for name in loader.source.class_names or ()])

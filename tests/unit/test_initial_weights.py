@@ -19,7 +19,7 @@ from std_fast.teachers.classifiers import build_classifier
 from std_fast.training.build import build_student
 from std_fast.training.evaluate import evaluate_run, trained_student
 from std_fast.training.initial_weights import read_initial_weights
-from tests.small_runs import store_run
+from tests.small_runs import store_run, write_recipe
 
 OPTIONS = {"patch_size": 8, "dim": 16, "depth": 2, "token_dim": 8, "channel_dim": 32}
 STD = {"mode": "std", "teachers": [{"name": "a"}, {"name": "b"}]}
@@ -153,5 +153,5 @@ def test_evaluating_from_another_folder_names_the_way_on(run, tmp_path, monkeypa
 def test_a_run_that_began_with_a_new_head_is_built_without_its_first_weights(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     recipe = recipe_of(STD, weights=str(tmp_path / "gone"), new_head=True)
-    (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
+    write_recipe(recipe, tmp_path / "run" / "recipe.yaml")
     assert trained_student(tmp_path / "run").student.num_classes == 3
