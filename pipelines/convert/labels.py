@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.convert.devkit import devkit_labels, is_devkit
-from pipelines.convert.listing import has_image_ending, in_order, read_text, refuse_without_zero
+from pipelines.convert.listing import SOURCES, has_image_ending, in_order, read_text, refuse_without_zero
 from pipelines.convert.splits import SPLIT_COLUMNS, are_several, split_column, wrong_split
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
@@ -140,6 +140,8 @@ def read_labels(
     Raises UserError.
     """
     where = f"--labels {printable(path)}"
+    if not names:
+        raise UserError(f"{where}: the source holds no image that it could label; give {SOURCES}")
     if is_devkit(path):
         if key is not None or split is not None:
             option = "--split" if key is None else "--label-key"
@@ -335,7 +337,7 @@ def _labels_in_order(lines: list[str], names: list[str], where: str) -> list[tup
     if _are_more_than_labels(lines, names):
         raise UserError(
             f"{where}: no line is an image's name and its label: its first is {printable(lines[0])!r}, an image is "
-            f"called {printable(names[0]) if names else 'nothing'!r}; write NAME and LABEL with a tab between them, or "
+            f"called {printable(names[0])!r}; write NAME and LABEL with a tab between them, or "
             "one label a line"
         )
     images = [name for name in names if has_image_ending(name)]

@@ -11,7 +11,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pipelines.convert.labels import fixed_classes, is_number, read_labels
@@ -22,12 +22,12 @@ from pipelines.convert.splits import choose_split, in_split_folders, is_split
 from pipelines.convert.tars import list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError, printable
+from pipelines.read.folder import NOT_CLASSES
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.remote import is_url, replaced
 
 COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tar\.\w+|zip|7z|rar)", re.IGNORECASE)
-NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipynb_checkpoints", ".cache")
-"""folders that tools leave, even where they hold images"""
+MAX_DEPTH = 4  # of folders in folders: links may go round in circles
 
 
 def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
@@ -165,25 +165,40 @@ def _has_class_folder(tree: Tree, visible: list[Entry]) -> bool:
 
 
 def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder) -> Listing:
-    """SRC/IMAGE with a label file."""
+    """Images in a folder and below it, with a label file: which folder they lie in is not their class."""
     assert settings.labels is not None
-    found = [entry for entry in entries if not is_clutter(entry.name) and not entry.is_folder]
+    found = list(_files_below(tree, entries, settings.labels, builder))
     label_of, classes = read_labels(
-        settings.labels, [entry.name for entry in found], builder.fixed_classes, settings.label_key, settings.split
+        settings.labels, [path for path, _ in found], builder.fixed_classes, settings.label_key, settings.split
     )
-    folder = builder.file(tree.root)
-    for entry in entries:
-        if is_clutter(entry.name):
-            _ignore_hidden(tree, entry, builder)
-        elif entry.is_folder:
-            builder.fault(entry.name, "a folder where an image should be: move its images up, or remove it")
-        elif entry.name not in label_of:
-            builder.fault(entry.name, f"has no label in {printable(settings.labels)}")
-        elif (label := label_of[entry.name]) is None:
-            builder.listing.ignored.append(printable(entry.name))
+    numbers: dict[str, int] = {}
+    for path, entry in found:
+        folder = path.rpartition("/")[0]
+        if folder not in numbers:
+            numbers[folder] = builder.file(tree.place(folder))
+        if path not in label_of:
+            builder.fault(path, f"has no label in {printable(settings.labels)}")
+        elif (label := label_of[path]) is None:
+            builder.listing.ignored.append(printable(path))
         else:
-            _add_file(builder, folder, entry.name, entry, label)
+            _add_file(builder, numbers[folder], path, entry, label)
     return builder.done(tree.source, classes)
+
+
+def _files_below(
+    tree: Tree, entries: list[Entry], labels: str, builder: Builder, folder: str = ""
+) -> Iterator[tuple[str, Entry]]:
+    """Files of a folder and of those in it, with their paths from the root; but for the label file."""
+    for entry in entries:
+        path = f"{folder}/{entry.name}".lstrip("/")
+        if is_clutter(entry.name) or (entry.is_folder and entry.name.lower() in NOT_CLASSES):
+            _ignore_hidden(tree, path, entry, builder)
+        elif entry.is_folder and path.count("/") < MAX_DEPTH:
+            yield from _files_below(tree, tree.children(path), labels, builder, path)
+        elif entry.is_folder:
+            builder.fault(path, "lies too deep in folders: move it up, or remove it")
+        elif entry.name != os.path.basename(labels) or os.path.realpath(tree.place(path)) != os.path.realpath(labels):
+            yield path, entry
 
 
 def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder) -> Listing:
@@ -192,7 +207,7 @@ def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     classes = []
     for entry in entries:
         if is_clutter(entry.name) or entry.name.lower() in NOT_CLASSES:
-            _ignore_hidden(tree, entry, builder)
+            _ignore_hidden(tree, entry.name, entry, builder)
             continue
         if not entry.is_folder:
             _unused(entry, builder)
@@ -222,13 +237,13 @@ def _list_folder(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     return builder.done(tree.source, classes)
 
 
-def _ignore_hidden(tree: Tree, entry: Entry, builder: Builder) -> None:
+def _ignore_hidden(tree: Tree, path: str, entry: Entry, builder: Builder) -> None:
     """A hidden folder of images may be a class: that is for the user to say."""
     if entry.is_folder and entry.name.lower() not in NOT_CLASSES and not entry.name.startswith(".Trash"):
-        if any(has_image_ending(inner.name) for inner in tree.children(entry.name)):
-            builder.fault(entry.name, "a hidden folder that holds images: rename it if it is a class, or remove it")
+        if any(has_image_ending(inner.name) for inner in tree.children(path)):
+            builder.fault(path, "a hidden folder that holds images: rename it if it is a class, or remove it")
             return
-    builder.listing.ignored.append(printable(entry.name))
+    builder.listing.ignored.append(printable(path))
 
 
 def _add_file(builder: Builder, folder: int, name: str, entry: Entry, label: int | str) -> None:

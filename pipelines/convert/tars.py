@@ -24,6 +24,7 @@ from pipelines.convert.splits import is_split
 from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
+from pipelines.read.folder import NOT_CLASSES
 from pipelines.read.image_prep import ConvertSettings
 
 LISTED_AT_ONCE = 8
@@ -108,7 +109,7 @@ def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
                     base = member.name.rpartition("/")[2]
                     if member.fault:
                         tar.faults.append((prefix + member.name, member.fault))
-                    elif is_clutter(base) or member.name.startswith("__MACOSX/"):
+                    elif is_clutter(base) or _is_tools(member.name):
                         tar.clutter.append(prefix + member.name)
                     else:
                         yield member
@@ -125,6 +126,11 @@ def _read_tar(tree: Tree, entry: Entry, label_key: str | None) -> Tar:
                 tar.files.append(member._replace(name=member.name.removeprefix("./")))
                 _keep_text(reader, member, tar, label_key)
     return tar
+
+
+def _is_tools(path: str) -> bool:
+    """Whether a file lies in a folder that tools leave."""
+    return not {part.lower() for part in path.split("/")[:-1]}.isdisjoint(NOT_CLASSES)
 
 
 def _keep_text(reader: Reader, member: Member, tar: Tar, label_key: str | None) -> None:

@@ -20,6 +20,8 @@ log = logging.getLogger("std_fast")
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """endings of image files, in lower or upper case: torchvision's list and .gif"""
+NOT_CLASSES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", ".git", ".ipynb_checkpoints", ".cache")
+"""folders that tools leave, even where they hold images; in lower case"""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """formats that PIL may recognise in a file, whatever its name; its other readers do not see untrusted files (EPS runs a
 program)"""
@@ -111,8 +113,8 @@ class FileSource:
 class FolderSource(FileSource):
     """An image folder: SRC/CLASS/IMAGE. Classes are numbered by name, images are ordered by class and name.
 
-    Hidden entries are skipped; so are files with other endings and folders within a class, with a warning. Folders
-    within a class are not opened, so that circular links do no harm.
+    Hidden entries are skipped; so are, with a warning, NOT_CLASSES, files with other endings and folders within a
+    class, which are not opened, so that circular links do no harm.
     """
 
     def __init__(self, path: str) -> None:
@@ -121,7 +123,7 @@ class FolderSource(FileSource):
         counts: list[int] = []
         ignored: list[str] = []
         for entry in scan(path, hidden=False):
-            if not _is_folder(entry):
+            if entry.name.lower() in NOT_CLASSES or not _is_folder(entry):
                 ignored.append(entry.path)
                 continue
             images = []

@@ -25,7 +25,7 @@ import pipelines
 from pipelines.augment.device import Augment
 from pipelines.errors import DataError, UserError, printable
 from pipelines.read.batch import Loader, LoaderSpec
-from pipelines.read.folder import EXTENSIONS, FileSource
+from pipelines.read.folder import EXTENSIONS, NOT_CLASSES, FileSource
 from pipelines.read.remote import is_url
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
@@ -152,7 +152,7 @@ def _in_folder(folder: str) -> list[str]:
     """Image files in a folder and below it, by name; hidden ones are passed over, links to folders not followed."""
     found: list[str] = []
     for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or name.lower() in NOT_CLASSES))
         images = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         found += [os.path.join(where, name) for name in sorted(images)]
     return found

@@ -10,6 +10,7 @@ from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.listing import Listing
 from pipelines.convert.sources import list_source
 from pipelines.errors import DataError, UserError
+from pipelines.read.folder import FolderSource
 from tests.archives import tar_bytes, write_parquet
 from tests.beton_tools import encoded, pixels
 
@@ -294,8 +295,26 @@ def test_a_label_file_within_the_folder(tmp_path: Path) -> None:
     assert listing.labels.tolist() == [5, 0, 7] and [name for name, _ in listing.faults] == ["README"]
 
 
+def test_a_label_file_comes_before_folders(tmp_path: Path) -> None:
+    src = folder(tmp_path / "src", "x/0.jpg", "y/0.jpg", "y/z/1.jpg", "y/.b/1.jpg", "2.jpg", "__MACOSX/x/0.jpg")
+    labels = src / "y" / "labels.csv"
+    labels.write_text("x/0.jpg,ant\ny/0.jpg,bee\ny/z/1.jpg,ant\n2.jpg,bee\n")
+    listing = listed(src, tmp_path, labels=str(labels))
+    assert classes_of(listing) == {"2.jpg": "bee", "x/0.jpg": "ant", "y/0.jpg": "bee", "y/z/1.jpg": "ant"}
+    assert listing.ignored == ["__MACOSX"] and [name for name, _ in listing.faults] == ["y/.b"]
+    (src / "y" / ".b" / "1.jpg").unlink()
+    manifest = convert(str(src), str(tmp_path / "x.beton"), settings=ConvertSettings(labels=str(labels)), workers=1)
+    assert manifest["samples"] == 4
+    labels.write_text("0.jpg,ant\n")
+    with pytest.raises(UserError, match="'0.jpg' may mean x/0.jpg or y/0.jpg; write names with their folders"):
+        listed(src, tmp_path, labels=str(labels))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="labels.csv: the source holds no image that it could label; give an image fol"):
+        listed(tmp_path / "empty", tmp_path, labels=str(labels))
+
+
 def test_hidden_folders_and_loose_images_are_faults(tmp_path: Path) -> None:
-    src = folder(tmp_path / "src", "a/1.jpg", ".b/1.jpg", "loose.jpg", ".git/logo.png", "__MACOSX/x.jpg")
+    src = folder(tmp_path / "src", "a/1.jpg", ".b/1.jpg", "loose.jpg", ".git/logo.png", "__MACOSX/a/x.jpg")
     (src / "README.txt").write_text("")
     listing = listed(src, tmp_path)
     assert dict(listing.faults) == {
@@ -303,6 +322,10 @@ def test_hidden_folders_and_loose_images_are_faults(tmp_path: Path) -> None:
         "loose.jpg": "an image beside the files that are converted: not read",
     }
     assert listing.classes == ["a"] and sorted(listing.ignored) == [".git", "README.txt", "__MACOSX"]
+    assert FolderSource(str(src)).class_names == ["a"]
+    tar(tmp_path / "x.tar", {"a/1.jpg": IMAGE, "b/2.jpg": IMAGE, "__MACOSX/a/3.jpg": IMAGE, "b/@eaDir/4.jpg": IMAGE})
+    listing = listed(tmp_path / "x.tar", tmp_path)
+    assert listing.classes == ["a", "b"] and listing.ignored == ["x.tar/__MACOSX/a/3.jpg", "x.tar/b/@eaDir/4.jpg"]
 
 
 def test_folders_named_by_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -191,7 +191,15 @@ def test_what_is_no_image_is_named_and_the_others_are_predicted(run, val, tmp_pa
 
 def test_folders_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b/2.png", "b/.hidden.png", "b/deep/1.JPEG", "b/notes.txt", "a[1].jpg", "b/.git/x.png"):
+    for name in (
+        "b/2.png",
+        "b/.hidden.png",
+        "b/deep/1.JPEG",
+        "b/notes.txt",
+        "a[1].jpg",
+        "b/.git/x.png",
+        "b/__MACOSX/x.png",
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(encoded(picture(), "PNG"))
     assert list_images(["b"]) == ["b/2.png", "b/deep/1.JPEG"]
