@@ -18,7 +18,7 @@ from pipelines.convert.listing import SOURCES, has_image_ending, in_order, read_
 from pipelines.convert.splits import SPLIT_COLUMNS, are_several, split_column, wrong_split
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
-from pipelines.read.manifest import printable_names
+from pipelines.read.manifest import normal, printable_names
 
 log = logging.getLogger("std_fast")
 
@@ -45,7 +45,11 @@ def read_classes(path: str) -> list[str]:
         elif text.lstrip().startswith("["):
             found = json.loads(text)
         else:
-            found = [line for line in text.splitlines() if line.split()[:1] != ["#"]]  # `#1` may be a class
+            lines = text.rstrip().splitlines()
+            found = [line for line in lines if line.split()[:1] != ["#"]]  # `#1` may be a class
+            if "" in map(str.strip, found):
+                number = next(i for i, line in enumerate(lines, 1) if not line.strip())
+                raise UserError(f"--classes {printable(path)}: line {number} is empty; name a class there or remove it")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
             f"--classes {printable(path)}: JSON without a list `classes`; give a beton's manifest"
@@ -69,14 +73,14 @@ def parse_labels(texts: Sequence[str], classes: list[str] | None, where: str) ->
     """
     texts = [text.strip() for text in texts]
     numeric = [is_number(text) for text in texts]
-    given = set(classes or ())
-    if texts and all(map(_OTHER_BASE.fullmatch, texts)) and not given.issuperset(texts):
+    are_given = set(normal(classes or ())).issuperset(normal(texts))
+    if texts and all(map(_OTHER_BASE.fullmatch, texts)) and not are_given:
         raise UserError(
             f"{where}: labels such as {printable(texts[0])} may be numbers or names; write decimal numbers, or give "
             "--classes that names all of them"
         )
     if not all(numeric):
-        if any(numeric) and not given.issuperset(texts):
+        if any(numeric) and not are_given:
             number, name = texts[numeric.index(True)], texts[numeric.index(False)]
             raise UserError(
                 f"{where}: some labels are numbers ({printable(number)}) and others names ({printable(name)}); write "
@@ -87,7 +91,7 @@ def parse_labels(texts: Sequence[str], classes: list[str] | None, where: str) ->
     if broken is not None:
         raise UserError(f"{where}: label {printable(broken)} is no class number and no name; number classes from 0")
     numbers = [int(float(text)) for text in texts]
-    if classes is not None and given.issuperset(texts):
+    if classes is not None and are_given:
         index = {name: i for i, name in enumerate(classes)}
         differs = next((text for text, number in zip(texts, numbers, strict=True) if index[text] != number), None)
         if differs is not None:
@@ -104,17 +108,19 @@ class ImageNames:
     def __init__(self, names: Iterable[str]) -> None:
         """names: paths from the source's root."""
         self._by_base: dict[str, list[str]] = {}
-        for name in names:
-            base = name.rpartition("/")[2]
+        names = list(names)
+        self._own = dict(zip(names, normal(names), strict=True))
+        for name, compared in self._own.items():
+            base = compared.rpartition("/")[2]
             for key in {base, os.path.splitext(base)[0]}:
                 self._by_base.setdefault(key, []).append(name)
 
     def find(self, key: str) -> list[str]:
         """Images called so: by their path or the end of it, with or without ending. An exact name excludes others."""
-        key = key.strip().replace("\\", "/").removeprefix("./")
+        key = normal([key])[0].strip().replace("\\", "/").removeprefix("./")
         found = self._by_base.get(key.rpartition("/")[2], ())
         for shorten in (str, lambda name: os.path.splitext(name)[0]):
-            ends = {name: f"/{shorten(name)}" for name in found}
+            ends = {name: f"/{shorten(self._own[name])}" for name in found}
             fitting = [name for name in found if ends[name].endswith(f"/{key}") or f"/{key}".endswith(ends[name])]
             exact = [name for name in fitting if ends[name] == f"/{key}"]
             if exact or fitting:

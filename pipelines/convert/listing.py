@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pipelines.errors import UserError, printable
 from pipelines.read.base import MAX_CLASSES
+from pipelines.read.manifest import normal
 from pipelines.untrusted import read_bytes
 
 CLUTTER = ("thumbs.db", "desktop.ini")
@@ -124,8 +125,9 @@ class Builder:
                 classes = [str(i) for i in range(highest + 1)]
             if highest >= len(classes):
                 raise too_few(src, highest, classes)
-        if len(set(classes)) != len(classes):
-            twice = next(name for name in classes if classes.count(name) > 1)
+        compared = normal(classes)
+        if len(set(compared)) != len(compared):
+            twice = next(name for name in compared if compared.count(name) > 1)
             raise UserError(f"{printable(src)}: two classes are called {twice!r}; rename one")
         listing.classes = classes
         return listing
@@ -135,7 +137,7 @@ class Builder:
         """Numbers of the classes called so, and all classes. Names that are numbers, none of them a class's name, are
         those of classes, as in a label file. Raises UserError for a name that is not among them."""
         classes = classes or sorted(set(names))
-        number = {name: i for i, name in enumerate(classes)}
+        number, names = {name: i for i, name in enumerate(normal(classes))}, normal(names)
         unknown = sorted(set(names) - number.keys())
         if len(unknown) == len(set(names)) and all(name.isascii() and name.isdecimal() for name in unknown):
             highest = max(map(int, unknown))

@@ -17,6 +17,7 @@ from pipelines.convert.splits import are_several, split_column, wrong_split
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
+from pipelines.read.manifest import normal
 from pipelines.untrusted import Refused, confined
 
 IMAGE_COLUMNS = ("image", "img", "jpg")
@@ -89,7 +90,7 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
         splits.update(split_of)
         if settings.split is None and are_several(splits):
             raise wrong_split(printable(tree.source), splits, None)
-        if classes and its_classes and classes != its_classes:
+        if classes and its_classes and normal(classes) != normal(its_classes):
             raise UserError(f"{printable(tree.place(entry.name))}: names other classes than the files before it")
         classes = classes or its_classes
         offsets = np.load(f"{base}.npy", allow_pickle=False)

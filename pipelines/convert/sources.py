@@ -22,6 +22,7 @@ from pipelines.convert.splits import choose_split, in_split_folders, is_split
 from pipelines.convert.tars import list_tars
 from pipelines.convert.trees import Entry, LocalTree, Tree
 from pipelines.errors import UserError, printable
+from pipelines.read import remote
 from pipelines.read.folder import NOT_CLASSES
 from pipelines.read.image_prep import ConvertSettings
 from pipelines.read.remote import is_url, replaced
@@ -49,6 +50,8 @@ def list_source(src: str, settings: ConvertSettings, work: str) -> Listing:
 def open_tree(src: str, work: str) -> Tree:
     """The files of a source by path or URL. Raises UserError where it is none."""
     if is_url(src):
+        if COMPRESSED.fullmatch(remote.file_name(src)):
+            raise compressed(src)
         return remote_tree(src, work)
     try:
         status = os.stat(src)
@@ -58,6 +61,11 @@ def open_tree(src: str, work: str) -> Tree:
             reason = f"{reason}: only a URL may be a pattern, for files on a disk name their folder"
         raise UserError(f"{printable(src)}: cannot be opened ({reason}); give {SOURCES}") from None
     return LocalTree(src) if stat.S_ISDIR(status.st_mode) else LocalTree(*named_file(src))
+
+
+def compressed(src: str) -> UserError:
+    shown = remote.shown(src) if is_url(src) else printable(src)
+    return UserError(f"{shown}: a compressed archive cannot be read in place; unpack it and give the folder")
 
 
 def refuse_replaced(listing: Listing, src: str, work: str) -> None:
@@ -75,7 +83,7 @@ def named_file(src: str) -> tuple[str, list[str]]:
     """Folder and name of a source that is one file. Raises UserError where it is of no kind."""
     folder, name = os.path.split(src)
     if COMPRESSED.fullmatch(name):
-        raise UserError(f"{printable(src)}: a compressed archive cannot be read in place; unpack it to a .tar first")
+        raise compressed(src)
     if not name.lower().endswith((".parquet", ".bin", ".tar")):
         raise UserError(f"{printable(src)}: not a known source; give {SOURCES}")
     return folder or ".", [name]

@@ -26,6 +26,7 @@ from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.folder import NOT_CLASSES
 from pipelines.read.image_prep import ConvertSettings
+from pipelines.read.manifest import normal
 
 LISTED_AT_ONCE = 8
 MAX_CLS, MAX_JSON = 4096, 1 << 20  # bytes
@@ -253,7 +254,10 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
             shown = ", ".join(map(printable, sorted(parents if len(parents) > 1 else names)[:3]))
             raise UserError(f"{where}: images lie in several folders of classes ({shown}); make a tar of each")
         one_each = len(tars) > 1 and all(len(some) == 1 for some in folders)
-        same = all({tar.stem} >= {f.rpartition("/")[2] for f in some} for tar, some in zip(tars, folders, strict=True))
+        same = all(
+            set(normal([tar.stem])) >= set(normal(folder.rpartition("/")[2] for folder in some))
+            for tar, some in zip(tars, folders, strict=True)
+        )
         certain += ["folder", "tar"] if one_each and not same else ["folder"]
     if len(certain) > 1:
         raise UserError(f"{where}: labels may be from {' or '.join(certain)}; choose with --label-from")
@@ -318,7 +322,8 @@ def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Bu
 def _without_names(labelled: list[tuple[Tar, Member, str]], builder: Builder) -> list[tuple[Tar, Member, str]]:
     """Where .cls files hold numbers, those that hold anything else are faults."""
     numbers = [row for row in labelled if is_number(row[2])]
-    if not numbers or set(fixed := builder.fixed_classes or ()).issuperset(text for _, _, text in labelled) and fixed:
+    fixed = set(normal(builder.fixed_classes or ()))
+    if not numbers or (fixed and fixed.issuperset(normal(text for _, _, text in labelled))):
         return labelled
     for tar, member, text in labelled:
         if not is_number(text):

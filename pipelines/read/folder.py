@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from pipelines.errors import CorruptImage, DataError, UserError, printable
 from pipelines.read.base import MAX_BYTES, Bytes, Integers
 from pipelines.read.exif import orientation
+from pipelines.read.manifest import normal
 from pipelines.untrusted import open_regular, read_bytes
 
 log = logging.getLogger("std_fast")
@@ -101,12 +101,12 @@ class FileSource:
     def fingerprint(self) -> str:
         """Digest of the files' names, in order and in any Unicode normal form, and their lengths in bytes."""
         digest = hashlib.sha256(b"folder\n")
-        for index, file in enumerate(self._files):
+        for index, file in enumerate(normal(self._files)):
             try:
                 size = os.stat(self.file(index)).st_size
             except OSError as error:
                 raise self._unreadable(index, error.strerror) from error
-            digest.update(os.fsencode(unicodedata.normalize("NFC", file)) + b"\0%d\n" % size)
+            digest.update(os.fsencode(file) + b"\0%d\n" % size)
         return digest.hexdigest()
 
 

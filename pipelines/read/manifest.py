@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pipelines.errors import UserError, printable
@@ -46,6 +48,11 @@ def read_manifest(path: str) -> Manifest | None:
 def _is_shard(value: Any) -> bool:
     numbers = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
     return numbers and 0 <= value[0] < value[1]
+
+
+def normal(names: Iterable[str]) -> list[str]:
+    """Names in the form in which they are compared: macOS stores an accent as a character of its own."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def printable_names(names: Any) -> list[str] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from pipelines.convert.labels import read_classes
 from pipelines.errors import UserError
 from pipelines.read.base import Source
+from pipelines.read.manifest import normal
 
 IMAGENET = "imagenet-1k"
 SUBSET_OF = {1000: IMAGENET, 11221: "imagenet-21k-miil", 11821: "imagenet-12k", 21841: "imagenet-22k"}
@@ -92,11 +92,6 @@ def wrong_classes(where: str, found: int, needed: int) -> str:
         f"{where}: a teacher of {found} classes, but the data has {needed}; take one that was trained on this data, or "
         "name its classes (classes: imagenet-1k, or a file) and convert the data with its class names"
     )
-
-
-def normal(names: Iterable[str]) -> list[str]:
-    """Names in the form in which they are compared: macOS stores an accent as a character of its own."""
-    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def match(theirs: Sequence[str], ours: Sequence[str], side: Side) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
+from pipelines.read.manifest import normal
 from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
-from std_fast.teachers.classes import normal
 from std_fast.teachers.fingerprint import names_digest, weights_digest
 from std_fast.training.existing import check_data
 

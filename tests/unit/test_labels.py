@@ -88,6 +88,13 @@ def test_paths_tell_images_of_one_name_apart(tmp_path: Path) -> None:
         labels_of("1.jpg 0\n", names, tmp_path)
 
 
+@pytest.mark.parametrize("gap", [",", " "])
+def test_names_in_either_unicode_form(gap: str, tmp_path: Path) -> None:
+    """As macOS writes the names of files, and as others write those in a list."""
+    for there, here in (("A\u0308.jpg", "\u00c4.jpg"), ("\u00c4.jpg", "A\u0308.jpg")):
+        assert labels_of(f"{here}{gap}0\n", [there], tmp_path) == {there: 0}
+
+
 def test_the_label_column_is_chosen_by_its_name(tmp_path: Path) -> None:
     text = "image,label,category\na.jpg,0,ant\nb.jpg,1,bee\n"
     with pytest.raises(UserError, match="columns image, label, category is the label is not certain"):
@@ -173,5 +180,10 @@ def test_class_lists(tmp_path: Path) -> None:
         assert read_classes(str(path)) == ["golden retriever", "ant"]
     path.write_text("#1\nant\n", encoding="utf-8")
     assert read_classes(str(path)) == ["#1", "ant"]
+    path.write_text("ant\nbee\n\n \n", encoding="utf-8")
+    assert read_classes(str(path)) == ["ant", "bee"]
+    path.write_text("# in order\nant\n\nbee\n", encoding="utf-8")
+    with pytest.raises(UserError, match="classes: line 3 is empty; name a class there or remove it"):
+        read_classes(str(path))
     with pytest.raises(UserError, match="a folder; give a text file"):
         read_classes(str(tmp_path))

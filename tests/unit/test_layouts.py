@@ -313,6 +313,33 @@ def test_a_label_file_comes_before_folders(tmp_path: Path) -> None:
         listed(tmp_path / "empty", tmp_path, labels=str(labels))
 
 
+COMPOSED, DECOMPOSED = "\u00c4rger", "A\u0308rger"
+
+
+@pytest.mark.parametrize(("given", "own"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_class_names_in_either_unicode_form(given: str, own: str, tmp_path: Path) -> None:
+    """Folders that macOS wrote, against a list of others: the list's spelling is stored."""
+    classes = tmp_path / "classes"
+    classes.write_text(f"b\n{given}\n7\n", encoding="utf-8")
+    sources = [folder(tmp_path / "src", f"{own}/1.jpg"), tmp_path / "a.tar", tmp_path / "b.tar"]
+    tar(tmp_path / "a.tar", {f"{own}/1.jpg": IMAGE, "b/2.jpg": IMAGE})
+    tar(tmp_path / "b.tar", {"1.jpg": IMAGE, "1.cls": own.encode(), "2.jpg": IMAGE, "2.cls": b"7"})
+    for src, labels in zip(sources, ([1], [1, 0], [1, 2]), strict=True):
+        listing = listed(src, tmp_path, classes=str(classes))
+        assert listing.labels.tolist() == labels and listing.classes == ["b", given, "7"]
+    for name in (given, own):
+        tar(tmp_path / "same" / f"{name}.tar", {f"{own}/1.jpg": IMAGE})
+    with pytest.raises(UserError, match=f"two classes are called '{COMPOSED}'; rename one"):
+        listed(tmp_path / "same", tmp_path, label_from="tar")
+
+
+@pytest.mark.parametrize("src", ["d.zip", "d.tar.gz", "https://host/d.zip?key=secret"])
+def test_a_compressed_source_is_to_be_unpacked(src: str, tmp_path: Path) -> None:
+    path = src if "://" in src else folder(tmp_path, src) / src
+    with pytest.raises(UserError, match=r"d\.(zip|tar.gz): a compressed archive .* unpack it and give the folder"):
+        listed(path, tmp_path)
+
+
 def test_hidden_folders_and_loose_images_are_faults(tmp_path: Path) -> None:
     src = folder(tmp_path / "src", "a/1.jpg", ".b/1.jpg", "loose.jpg", ".git/logo.png", "__MACOSX/a/x.jpg")
     (src / "README.txt").write_text("")
