@@ -17,6 +17,9 @@ from benchmarks.study_sizes import SETTINGS
 AGAINST = ("plain", "no tokens", "STD", "plain, STD's cost", "no tokens, STD's cost")
 """settings that the others are compared with; STD with its variants, one that costs what another costs with that one"""
 
+WITH_LINES = ("plain", "no tokens", "DeiT token", "STD")
+"""settings whose course of training is drawn"""
+
 
 class Group(NamedTuple):
     """All runs of a student and a setting."""
@@ -211,10 +214,10 @@ def draw(report: harness.Report, path: Path) -> None:
         for group in (one for one in every if one.student == student):
             repeats = group.setting.removesuffix(", STD's cost")
             color, marker = f"C{settings.index(repeats)}", "o" if repeats == group.setting else "s"
-            points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
-            x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
-            y = [statistics.mean(e["top1"] for e in at) for at in points]
-            axis.plot(x, y, color=color, alpha=0.45, linewidth=1)
+            if group.setting in WITH_LINES:
+                points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
+                x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
+                axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.6)
             accuracy, error = group.accuracy()
             end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
             beside = end * (1 + 0.02 * sum(abs(x - end) < 0.015 * end for x in ends))
