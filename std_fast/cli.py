@@ -14,8 +14,12 @@ import signal
 import sys
 from typing import NoReturn
 
-if __name__ == "__main__":  # `python -m` looks into the current folder first, where `pipelines` may be a project's own
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if (  # `python -m` looks into the current folder first, where `pipelines` may be a project's own
+    __name__ == "__main__"
+    and os.path.abspath(sys.path[0]) != os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    and not getattr(sys.flags, "safe_path", False)
+):
+    sys.path.append(sys.path.pop(0))
 
 from pipelines.errors import UserError, did_you_mean, one_line
 from std_fast.commands import data_verbs, run_verbs, tool_verbs, train_verbs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict
 from std_fast.runtime.flops import count_macs
@@ -45,6 +47,7 @@ def describe_student(recipe: Recipe, classes: int = 1000) -> dict:
     Raises:
         UserError: unknown name or options.
     """
+    recipe = replace(recipe, student=replace(recipe.student, weights=""))  # which need not be here
     student = build_student(recipe, classes).eval()
     extra = student.training_only()
     count = {key: sum(p.numel() for n, p in student.named_parameters() if (n in extra) == key) for key in (True, False)}

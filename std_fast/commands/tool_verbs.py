@@ -18,7 +18,7 @@ BENCHMARKS = (
 
 
 def add_info(parser: Parser) -> None:
-    parser.add_argument("model", help="a student's, a recipe's or any timm model's name, or a recipe file")
+    parser.add_argument("model", help="name of a student, a recipe or any timm model, a recipe file, or a run's folder")
     parser.add_argument("--classes", type=int, default=1000, help="number of classes [1000]")
     group = parser.add_argument_group("of a model", "a recipe has its own")
     group.add_argument("--teachers", type=int, help="with STD modules for this many teachers [0]")
@@ -35,7 +35,11 @@ def info(args: argparse.Namespace) -> None:
 
     given = {key: getattr(args, key) for key in ("teachers", "image_size", "options")}
     given = {key: value for key, value in given.items() if value is not None}
-    if args.model.endswith((".yaml", ".yml")) or (RECIPES / f"{args.model}.yaml").is_file():
+    if (
+        args.model.endswith((".yaml", ".yml"))
+        or Path(args.model, "recipe.yaml").is_file()
+        or (RECIPES / f"{args.model}.yaml").is_file()
+    ):
         if given:
             raise UserError(f"--{next(iter(given)).replace('_', '-')}: a recipe has its own; leave it out")
         data = describe_student(recipes.load(args.model), args.classes)

@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = recipes.load(args.recipe, args.overrides)
     if args.resume and not any(key == "run.out" for key, _ in args.overrides):
-        recipe = in_its_folder(args.recipe, recipe)
+        recipe = in_its_folder(args.recipe, recipe, args.quiet)
     where = filled_in(recipe.run.out, recipe.name, recipe.run.seed)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else rank 0 looks, and tells the others
     summary = existing.finished(recipe, where) if args.resume and alone else None
@@ -75,14 +75,17 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def in_its_folder(name: str, recipe: Recipe) -> Recipe:
+def in_its_folder(name: str, recipe: Recipe, quiet: bool) -> Recipe:
     """The recipe with the folder in which it lies as `run.out`, where that is a run's: it may have been moved."""
     from std_fast.config.files import filled_in, find
+    from std_fast.training.existing import checkpoints
 
-    folder, out = find(name).parent, filled_in(recipe.run.out, recipe.name, recipe.run.seed)
-    if not (folder / "checkpoints").is_dir() or out.resolve() == folder.resolve():
+    file, out = find(name), filled_in(recipe.run.out, recipe.name, recipe.run.seed)
+    folder = file.parent
+    if file.name != "recipe.yaml" or not checkpoints(folder) or out.resolve() == folder.resolve():
         return recipe
-    say(f"{folder}: its recipe names {out}; the run continues in {folder}, as moved or copied")
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        say(f"{folder}: its recipe names {out}; the run continues in {folder}, as moved or copied")
     return replace(recipe, run=replace(recipe.run, out=str(folder)))
 
 
@@ -128,7 +131,7 @@ def teach(args: argparse.Namespace) -> int:
 
     views = [("distill.views", args.views)] if args.views else []
     recipe = recipes.load(args.recipe, [*args.overrides, *views])
-    check_data(recipe)
+    check_data(recipe, val=False)
 
     from std_fast.commands.teach import teach as store_targets
     from std_fast.runtime.distributed import PeerLost, rank

@@ -67,7 +67,6 @@ class StudentSpec:
             "student.drop_path_mode",
             "subset has no effect with student.drop_path 0; set that, or leave it out",
         )
-        require(bool(self.weights) or not self.new_head, "student.new_head", "needs student.weights; name them")
         require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
         require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")
 

@@ -144,7 +144,7 @@ def trained_student(run: Path, predict: str = "") -> TrainedStudent:
     """
     recipe, state, num_classes, names, step = read_run(run)
     distill = replace(recipe.distill, mine=replace(recipe.distill.mine, weight=0.0))
-    bare = replace(recipe, student=replace(recipe.student, weights="", new_head=False), distill=distill)
+    bare = replace(recipe, student=replace(recipe.student, weights=""), distill=distill)
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and at once replaced
         student = build_student(bare, num_classes)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}

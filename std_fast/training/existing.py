@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.read.remote import is_url
-from pipelines.untrusted import read_json
-from std_fast.config.recipe import Recipe, read_saved
+from pipelines.untrusted import MAX_JSON, open_regular, read_json
+from std_fast.config.recipe import Recipe, loads, read_saved
 from std_fast.config.schema import difference
 
 SUMMARY_TYPES = {"result": dict, "seconds": dict, "gpu_hours": float, "device": str, "steps": int, "seed": int}
@@ -46,9 +47,28 @@ def complete_line(folder: Path | str) -> str:
     return f"{folder} is complete; a longer training is a new run"
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in a run's folder, the newest last."""
+    return sorted((folder / "checkpoints").glob("step-*.safetensors"))
+
+
+def stored_recipe(checkpoint: Path) -> Recipe:
+    """The recipe in the header of a complete run's last checkpoint. UserError where it holds none."""
+    try:
+        with open_regular(checkpoint) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, MAX_JSON)))
+        meta = json.loads(header["__metadata__"]["std_fast"])  # as runtime/checkpoint.py writes it
+        if meta["complete"] is not True:
+            raise UserError(f"{checkpoint}: its run is not complete")
+        return loads(meta["recipe"], str(checkpoint))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{checkpoint}: holds no recipe ({error})") from None
+
+
 def check_unused(recipe: Recipe, folder: Path) -> None:
     """UserError where the folder holds a run: it says to resume it, if it is this one, else to take another folder."""
-    if not any((folder / "checkpoints").glob("step-*.safetensors")):
+    if not checkpoints(folder):
         return
     other = f"--run.out {unused_beside(folder)}"
     way_on = f"add --resume to continue it, or start a new one with {other}"
@@ -62,9 +82,10 @@ def check_unused(recipe: Recipe, folder: Path) -> None:
     raise UserError(f"{folder}: already holds a run; {way_on}")
 
 
-def check_data(recipe: Recipe, way_on: str = "") -> None:
-    """UserError where nothing is at the path of data. way_on: what to do, before the options; by default to convert."""
-    paths = {"--data.train": recipe.data.train, "--data.val": recipe.data.val}
+def check_data(recipe: Recipe, way_on: str = "", val: bool = True) -> None:
+    """UserError where nothing is at the path of data. way_on: what to do, before the options; by default to convert.
+    val: whether `data.val` is read."""
+    paths = {"--data.train": recipe.data.train, "--data.val": recipe.data.val if val else ""}
     gone = {
         option: os.path.abspath(path)
         for option, path in paths.items()
@@ -87,7 +108,10 @@ def read_summary(folder: Path, seed: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     typed = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in SUMMARY_TYPES.items())
-    return found if typed and found["seed"] == seed else None
+    if not typed or found["seed"] != seed:
+        return None
+    numbers = [*found["result"].values(), *found["seconds"].values()]
+    return found if all(isinstance(number, (int, float)) for number in numbers) else None
 
 
 def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -96,10 +120,12 @@ def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     None also where that is not known before the data is read, as where `data.train` is another path.
     """
     summary = read_summary(folder, recipe.run.seed)
-    if summary is None or not (folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors").is_file():
+    if summary is None or not (folder / "recipe.yaml").is_file():
         return None
     try:
-        differing = difference(recipe, read_saved(folder))
+        differing = difference(
+            recipe, stored_recipe(folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors")
+        )
     except UserError:
         return None
     return None if {*differing} - {*RESUMABLE_CHANGES} else summary

@@ -123,11 +123,13 @@ def matched_heads(stored: InitialWeights, heads: set[str], data: DataClasses, wh
     Raises:
         UserError: names a class of the data that the weights lack.
     """
-    rows_of_a_head = next((len(tensor) for name, tensor in stored.state.items() if name in heads), None)
-    count = stored.num_classes or rows_of_a_head
+    rows_of_a_head = (len(tensor) for name, tensor in stored.state.items() if name in heads and tensor.ndim)
+    count = stored.num_classes or next(rows_of_a_head, None)
     if count is None:
         return {}
     theirs = known_classes(count, stored.class_names, data)
+    if theirs.names is None and count != data.number:
+        return {}
     fix = "set student.new_head true to start with new heads"
     decides = f"convert the data with --classes FILE, in which its classes stand in their order, or {fix}"
     rows = places(theirs, data, Side(where, "the model", fix, decides))

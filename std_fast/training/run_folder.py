@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.errors import UserError
+from pipelines.errors import DataError, UserError
 from pipelines.files import replacing, write_atomic
 from pipelines.read.batch import Loader
 from std_fast import __version__
@@ -117,7 +117,7 @@ class RunFolder:
         backend = self.found.meta["content"].get("data.backend", "auto")
         if recipe.data.backend == "auto" and backend != "resident":  # which `auto` takes for the same data again
             recipe = replace(recipe, data=replace(recipe.data, backend=backend))
-        return replace(recipe, student=replace(recipe.student, weights="", new_head=False))
+        return replace(recipe, student=replace(recipe.student, weights=""))
 
     def check_data(self, train: Loader) -> None:
         """Notes what the run reads. UserError where `found` was written by a recipe that computes something else, or on
@@ -221,7 +221,8 @@ class RunFolder:
         if self._heartbeat is None or self.lock is None:
             return
         self._heartbeat.stop(step if step == self.saved_step else None)
-        if not isinstance(error, (UserError, Complete)) or step != self._first_step or not self.lock.held():
+        refused = isinstance(error, (UserError, Complete)) and not isinstance(error, DataError)
+        if not refused or step != self._first_step or not self.lock.held():
             return
         if self._held_before is None:
             (self.path / HELD).unlink(missing_ok=True)

@@ -120,6 +120,7 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
 
 
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "student.new_head": (lambda r: not r.student.weights, "student.weights '': all of the student is new"),
     "student.early_share": (lambda r: not r.student.early_size, "student.early_size 0"),
     "data.crop.fraction": (lambda r: r.data.crop.kind == "random_resized", "data.crop.kind random_resized"),
     "data.eval_crop.fraction": (lambda r: r.data.eval_crop.kind != "center", "another data.eval_crop.kind than center"),

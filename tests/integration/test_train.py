@@ -157,7 +157,11 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_p
     assert cli.main(["train", path, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["result"] == summary["result"]
     assert contents(folder) == before
-    (folder / "recipe.yaml").unlink()
+    longer = replace(recipe, run=replace(recipe.run, length="4000 steps"))
+    write_recipe(longer, folder / "recipe.yaml")
+    with pytest.raises(UserError, match=r"was written by another recipe \(run.length differs\)"):
+        train(longer, resume=True)
+    (folder / "recipe.yaml").unlink()  # and is written anew
     train(recipe, resume=True, quiet=True)
     assert contents(folder) == before
     for wrong in ("[]", json.dumps(summary | {"steps": 2}), json.dumps(summary | {"result": 5})):

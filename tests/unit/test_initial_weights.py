@@ -85,6 +85,8 @@ def test_a_file_of_imagenets_classes_gives_a_subset_its_rows(tmp_path):
     save_file(backbone.state_dict(), tmp_path / "w.safetensors")
     student = build_student(recipe, 2, names)
     assert torch.equal(student.backbone.head.weight, backbone.head.weight[[7, 3]])
+    with pytest.raises(UserError, match="of 1000 classes, but the data has 2; set student.new_head true"):
+        build_student(recipe, 2, "01")  # which may be any two of them
 
 
 def test_what_does_not_fit_names_the_field_that_makes_it_fit(run):
