@@ -65,6 +65,10 @@ def data_fails(now):  # in a batch that the loader prepares ahead
     if now.step == 4 and rank == 1:
         now.parts.train_loader.fault = DataError("a.jpg: gone")
 
+def data_fails_late(now):  # in one of the batches behind the last step, which the loader prepares too
+    if now.step == 7 and rank == 1:
+        now.parts.train_loader.fault = DataError("a.jpg: gone")
+
 def stop_evaluating(now):  # in the evaluation after step 3
     if now.step == 2 and rank == 1:
         kept = now.parts.val_loader.epoch
@@ -108,6 +112,7 @@ Student.forward = forward
 run("compiled", run={**large, "compile": "aot_eager"})
 run("stopped", stop)
 run("data_fails", data_fails)
+run("data_fails_late", data_fails_late)
 run("evaluating", stop_evaluating)
 run("poisoned", poison)
 run("skipped", once, run={"not_finite": "skip"})
@@ -254,6 +259,7 @@ def test_one_rank_is_asked_to_stop_all_stop_and_one_process_goes_on(recipe, alon
 def test_the_data_of_one_rank_will_fail_and_all_stop_before(together):
     folder, outcomes = together
     for rank in (0, 1):
+        assert outcomes[rank, "data_fails_late"] == "done"
         assert outcomes[rank, "data_fails"].startswith("DataError: a.jpg: gone; step 5 is saved, from which the run")
     assert checkpoint.newest(folder / "data_fails" / "checkpoints")[2]["step"] == 5
 

@@ -441,7 +441,9 @@ def test_prefixes_of_wrapped_models_are_taken_off(prefix, suffix, tmp_path):
 def test_a_checkpoint_of_composer(tmp_path):
     state = {"module.fc.bias": torch.ones(2), "module.conv.weight": torch.ones(2)}
     torch.save({"state": {"model": state, "optimizers": {}}}, tmp_path / "c.pt")
-    assert read_weights(tmp_path / "c.pt").keys() == {"fc.bias", "conv.weight"}
+    torch.save({"state": {"epoch": 3}, "model": state}, tmp_path / "other.pt")
+    for name in ("c.pt", "other.pt"):
+        assert read_weights(tmp_path / name).keys() == {"fc.bias", "conv.weight"}
 
 
 def test_a_model_without_stochastic_depth():
