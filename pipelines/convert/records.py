@@ -7,13 +7,14 @@ import importlib.util
 import json
 import os
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pipelines.convert.labels import LABEL_COLUMNS, parse_labels
 from pipelines.convert.listing import DISK_FULL, Builder, Listing, read_text
-from pipelines.convert.splits import are_several, split_column, wrong_split
+from pipelines.convert.splits import are_several, split_column, split_of, wrong_split
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
@@ -25,6 +26,8 @@ CIFAR_FILE = r"(data_batch_\d+|test_batch|train|test)\.bin"
 CIFAR_PIXELS = 3 * 32 * 32
 MAX_ROWS = 1 << 22  # of one parquet file; the hub's have some ten thousand
 UNPACKED_SHARE = 20  # images against the parquet file that holds them
+Unpacked = tuple[str, list[int | str | None], list[str] | None, list[str]]
+"""of a parquet file: its copy's path without ending, the labels, class names and the rows' splits, where it has them"""
 
 
 def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, builder: Builder, work: str) -> Listing:
@@ -82,22 +85,14 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
             f"{printable(tree.source)}: its images are copied beside the result while it is made, "
             f"{needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there; free some or choose another disk"
         )
-    classes: list[str] | None = None
     rows: list[tuple[str, int | str, int, int, int, int]] = []
-    splits: set[str] = set()
-    for entry in entries:
-        base, labels, its_classes, split_of = _unpacked(tree, entry, settings, work)
-        splits.update(split_of)
-        if settings.split is None and are_several(splits):
-            raise wrong_split(printable(tree.source), splits, None)
-        if classes and its_classes and normal(classes) != normal(its_classes):
-            raise UserError(f"{printable(tree.place(entry.name))}: names other classes than the files before it")
-        classes = classes or its_classes
+    parts, classes, split = _unpacked_all(tree, entries, settings, work)
+    for entry, (base, labels, _, column) in zip(entries, parts, strict=True):
         offsets = np.load(f"{base}.npy", allow_pickle=False)
         number = builder.file(f"{base}.bin")
         for i, value in enumerate(labels):
             name = f"{entry.name}/{i}"
-            if settings.split is not None and split_of[i] != settings.split:
+            if split is not None and column and column[i] != split:
                 continue
             if offsets[i, 0] < 0:
                 too_long = f"{offsets[i, 1]} bytes are more than {settings.max_bytes} (max_bytes)"
@@ -106,8 +101,6 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
                 builder.fault(name, "label -1 (an unlabelled test split?)" if value == -1 else "the row has no label")
             else:
                 rows.append((name, value, number, int(offsets[i, 0]), int(offsets[i, 1]), entry.stamp))
-    if settings.split is not None and settings.split not in splits:
-        raise wrong_split(printable(tree.source), splits, settings.split)
     values = [row[1] for row in rows]
     if any(isinstance(value, str) for value in values):
         known = builder.fixed_classes or classes
@@ -120,11 +113,37 @@ def list_parquet(tree: Tree, entries: list[Entry], settings: ConvertSettings, bu
     return builder.done(tree.source, classes)
 
 
-def _unpacked(
-    tree: Tree, entry: Entry, settings: ConvertSettings, work: str
-) -> tuple[str, list[int | str | None], list[str] | None, list[str]]:
-    """Copies one file's images into `work`, once: the copy's path without ending, the labels, the class names, and the
-    splits, where a column holds them."""
+def _unpacked_all(
+    tree: Tree, entries: list[Entry], settings: ConvertSettings, work: str
+) -> tuple[list[Unpacked], list[str] | None, str | None]:
+    """What `_unpacked` returns for each file, the class names, and the split that the rows are narrowed to, if any.
+
+    Where the files are called by the wanted split, they need no column. Raises UserError where the column holds several
+    splits and none is chosen, or not the one asked for.
+    """
+    named = split_of(entries[0].name) == settings.split
+    needed = None if named else settings.split
+    parts: list[Unpacked] = []
+    classes: list[str] | None = None
+    splits: set[str] = set()
+    for entry in entries:
+        parts.append(_unpacked(tree, entry, replace(settings, split=needed), work))
+        _, _, its_classes, column = parts[-1]
+        splits.update(column)
+        if settings.split is None and are_several(splits):
+            raise wrong_split(printable(tree.source), splits, None)
+        if classes and its_classes and normal(classes) != normal(its_classes):
+            raise UserError(f"{printable(tree.place(entry.name))}: names other classes than the files before it")
+        classes = classes or its_classes
+    if settings.split in splits:
+        return parts, classes, settings.split
+    if settings.split is not None and (not named or are_several(splits)):
+        raise wrong_split(printable(tree.source), splits, settings.split)
+    return parts, classes, None
+
+
+def _unpacked(tree: Tree, entry: Entry, settings: ConvertSettings, work: str) -> Unpacked:
+    """Copies one file's images into `work`, once."""
     place = tree.place(entry.name)
     if entry.fault:
         raise UserError(f"{printable(place)}: {entry.fault}")

@@ -143,10 +143,16 @@ def _kind(tree: Tree, entries: list[Entry], settings: ConvertSettings) -> tuple[
         "tar": [entry for entry in files if entry.name.lower().endswith(".tar")],
         "cifar": [entry for entry in files if re.fullmatch(r".*\.bin" if tree.named else CIFAR_FILE, entry.name)],
     }
-    if not found["parquet"] and not found["tar"]:
-        inner = in_split_folders(tree, visible)
-        for kind in ("parquet", "tar"):
-            found[kind] = [entry for entry in inner if entry.name.lower().endswith(f".{kind}")]
+    inner = in_split_folders(tree, visible)
+    for kind in ("parquet", "tar"):
+        below = [entry for entry in inner if entry.name.lower().endswith(f".{kind}")]
+        if found[kind] and below and settings.kind in ("auto", kind):
+            beside, path = printable(found[kind][0].name), printable(below[0].name)
+            raise UserError(
+                f"{printable(tree.source)}: holds {beside} and, in a folder, {path}; convert the folder "
+                f"{path.rpartition('/')[0]} by itself, and move {beside} to a folder of its split"
+            )
+        found[kind] = found[kind] or below
     if settings.kind != "auto":
         if settings.kind != "folder" and not found[settings.kind]:
             raise UserError(f"--kind {settings.kind!r}: {printable(tree.source)} holds no such files; give {SOURCES}")

@@ -13,9 +13,10 @@ from pipelines.convert.trees import Entry, Tree
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "eval", "holdout", "test", "testing")
 SPLIT_COLUMNS = ("split", "subset")
 """column of a label file or of parquet that holds the split of each image"""
+OR_CLASSES = ", or --label-from tar if each tar is a class"
 CONTAINERS = ("data", "default")
 """folders of the Hugging Face hub that are no splits: a repository's files, and a configuration's"""
 
@@ -42,19 +43,49 @@ def split_of(path: str) -> str:
 
 
 def choose_split(where: str, entries: list[Entry], settings: ConvertSettings) -> tuple[list[Entry], ConvertSettings]:
-    """Files of the wanted split, all of them tars or parquet. In the settings, `split` is None where names have decided
-    it; else a column has to. Raises UserError where there are several and none is chosen, or not the one asked for."""
-    tars = entries[0].name.lower().endswith(".tar")
+    """Files of the wanted split, all of them tars or parquet. For tars, the settings' `split` is None where names have
+    decided it. Raises UserError where there are several and none is chosen, or not the one asked for. Tars of which
+    some are called by a split may all be classes, which their contents show: see `refuse_mixed`."""
     splits = {entry.name: split_of(entry.name) for entry in entries}
-    found = set(splits.values()) - ({""} if tars else set())
     chosen = [entry for entry in entries if splits[entry.name] == settings.split]
+    found = set(splits.values())
+    asked = settings.split is not None
+    if not entries[0].name.lower().endswith(".tar"):
+        if len(found) > 1 and not chosen:
+            raise _several_splits(where, splits, settings.split, "")
+        return chosen or entries, settings
     if chosen:
         return chosen, replace(settings, split=None)
-    if len(found) > 1 and (settings.split is not None or settings.label_from != "tar"):
-        raise wrong_split(where, found, settings.split, ", or --label-from tar if each tar is a class" if tars else "")
-    if settings.split is not None and tars and settings.labels is None:
+    found.discard("")
+    several = len(found) > 1 and (asked or settings.label_from != "tar")
+    by_name = asked and settings.labels is None
+    if several or (by_name and found):
+        raise _several_splits(where, splits, settings.split, OR_CLASSES)
+    if by_name:
         raise UserError(f"--split {settings.split!r}: no tar in {where} is called so; leave it out")
     return entries, settings
+
+
+def refuse_mixed(where: str, tars: list[Entry]) -> None:
+    """Raises UserError where some tars that are no classes are called by a split and others are not."""
+    splits = {entry.name: split_of(entry.name) for entry in tars}
+    if len(set(splits.values())) > 1:
+        raise _several_splits(where, splits, None, OR_CLASSES)
+
+
+def _several_splits(where: str, splits: dict[str, str], asked: str | None, otherwise: str) -> UserError:
+    """The error for files of several splits, or of another than asked; splits: by the file's name."""
+    example = {split: printable(name) for name, split in splits.items()}
+    rest = example.pop("", None)
+    if rest is None:
+        return wrong_split(where, example, asked, otherwise)
+    choices = " or ".join(map(printable, sorted(example)))
+    given = "" if asked is None else f"--split {asked!r}: "
+    named = ", ".join(f"{printable(split)} ({example[split]})" for split in sorted(example))
+    return UserError(
+        f"{given}{where}: holds {named} and files without a split in their names ({rest}); choose {choices} with "
+        f"--split, or move the files of each split to a folder of their own{otherwise}"
+    )
 
 
 def are_several(splits: Collection[str]) -> bool:

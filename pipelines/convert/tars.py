@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
 from pipelines.convert.listing import IMAGE_ENDINGS, Builder, Listing, has_image_ending, is_clutter
-from pipelines.convert.splits import is_split
+from pipelines.convert.splits import is_split, refuse_mixed
 from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
 from pipelines.convert.trees import Entry, Tree, add_missing_parts
 from pipelines.errors import UserError, printable
@@ -73,8 +73,13 @@ def list_tars(tree: Tree, entries: list[Entry], settings: ConvertSettings, build
         if nested or settings.label_from != "auto":
             what = f"--label-from {settings.label_from!r}" if settings.label_from != "auto" else "the class tars within"
             raise UserError(f"--labels: {printable(tree.source)} has its labels from {what}; leave one of them out")
+        if settings.split is None:
+            refuse_mixed(printable(tree.source), entries)
         return _from_file(images, tree, settings, builder)
     choice = _label_source(tars, images, settings, tree)
+    classes = settings.label_from == "tar" or (choice == "tar" and not nested)
+    if not classes and not (choice == "folder" and _are_folders(_folders(tars, images), tars)):
+        refuse_mixed(printable(tree.source), entries)
     if settings.label_key is not None and choice != "json":
         raise UserError(
             f"--label-key: names a key of .json files, but the labels of {printable(tree.source)} are from {choice}; "
@@ -243,7 +248,7 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
         return settings.label_from
     if images.has_cls:
         return "cls"
-    folders = [_folders(tar, images) for tar in tars]
+    folders = _folders(tars, images)
     names = {folder for some in folders for folder in some}
     certain = []
     if any(images.label(tar, key, "json") for tar, _, key in images.found):
@@ -254,11 +259,7 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
             shown = ", ".join(map(printable, sorted(parents if len(parents) > 1 else names)[:3]))
             raise UserError(f"{where}: images lie in several folders of classes ({shown}); make a tar of each")
         one_each = len(tars) > 1 and all(len(some) == 1 for some in folders)
-        same = all(
-            set(normal([tar.stem])) >= set(normal(folder.rpartition("/")[2] for folder in some))
-            for tar, some in zip(tars, folders, strict=True)
-        )
-        certain += ["folder", "tar"] if one_each and not same else ["folder"]
+        certain += ["folder", "tar"] if one_each and not _are_folders(folders, tars) else ["folder"]
     if len(certain) > 1:
         raise UserError(f"{where}: labels may be from {' or '.join(certain)}; choose with --label-from")
     if certain:
@@ -270,6 +271,14 @@ def _label_source(tars: list[Tar], images: _Images, settings: ConvertSettings, t
         )
     _refuse_shards([tar.stem for tar in tars], where, settings)
     return "tar"
+
+
+def _are_folders(folders: list[set[str]], tars: list[Tar]) -> bool:
+    """Whether the folders in each tar are called as the tar is: it is a class."""
+    return all(
+        set(normal([tar.stem])) >= set(normal(folder.rpartition("/")[2] for folder in some))
+        for tar, some in zip(tars, folders, strict=True)
+    )
 
 
 def _refuse_shards(stems: list[str], where: str, settings: ConvertSettings) -> None:
@@ -285,8 +294,12 @@ def _refuse_shards(stems: list[str], where: str, settings: ConvertSettings) -> N
         )
 
 
-def _folders(tar: Tar, images: _Images) -> set[str]:
-    return {member.name.rpartition("/")[0] for t, member, _ in images.found if t is tar}
+def _folders(tars: list[Tar], images: _Images) -> list[set[str]]:
+    """Folders in each tar that hold images."""
+    folders: dict[int, set[str]] = {tar.number: set() for tar in tars}
+    for tar, member, _ in images.found:
+        folders[tar.number].add(member.name.rpartition("/")[0])
+    return list(folders.values())
 
 
 def _labels(images: _Images, choice: str, settings: ConvertSettings, builder: Builder) -> list[tuple[Tar, Member, str]]:

@@ -215,6 +215,64 @@ def test_names_of_tars_that_are_no_splits(tmp_path: Path) -> None:
         listed(tmp_path / "src", tmp_path, split="train")
 
 
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [(("ds-0", "ds-1", "ds-val-0"), "val"), (("part-0", "dev-0"), "dev"), (("extra", "eval"), "eval")],
+)
+def test_tars_of_which_only_some_name_their_split(names: tuple[str, ...], split: str, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    for name in names:
+        shard(src / f"{name}.tar", name)
+    held = (
+        rf"src: holds {split} \({names[-1]}.tar\) and files without a split in their names \({names[-2]}.tar\); choose"
+    )
+    labels = tmp_path / "labels"
+    labels.write_text("".join(f"{name}.jpg 0\n" for name in names))
+    for options in ({}, {"labels": str(labels)}, {"label_from": "cls"}):
+        with pytest.raises(UserError, match=f"{held} {split} with --split, or move the files of each split to"):
+            listed(src, tmp_path, **options)
+    with pytest.raises(UserError, match=f"^--split 'train': .*{held}"):
+        listed(src, tmp_path, split="train")
+    assert listed(src, tmp_path, split=split).names == [f"{names[-1]}.tar/{names[-1]}.jpg"]
+
+
+def test_another_split_than_that_of_all_tars(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1"):
+        shard(tmp_path / "src" / f"{name}.tar", name)
+    assert len(listed(tmp_path / "src", tmp_path)) == 2
+    for split in ("dev", "eval", "holdout"):
+        with pytest.raises(UserError, match=f"^--split '{split}': .*src holds train; choose one of them"):
+            listed(tmp_path / "src", tmp_path, split=split)
+        shard(tmp_path / f"{split}-0.tar", split)
+        assert len(listed(tmp_path / f"{split}-0.tar", tmp_path, split=split)) == 1
+
+
+@pytest.mark.parametrize("within", ["", "{}/"])
+def test_a_class_called_train(within: str, tmp_path: Path) -> None:
+    names = ("bullet train", "bus", "n01440764")
+    for name in names:
+        tar(tmp_path / "src" / f"{name}.tar", {f"{within.format(name)}1.jpg": IMAGE})
+    assert listed(tmp_path / "src", tmp_path).classes == list(names)
+
+
+def test_class_tars_within_tars_of_which_only_some_name_their_split(tmp_path: Path) -> None:
+    for name in ("img", "img_val"):
+        tar(tmp_path / "src" / f"{name}.tar", {"n01440764.tar": tar_bytes({f"{name}.jpg": IMAGE})})
+    with pytest.raises(UserError, match=r"holds val \(img_val.tar\) and files without a split .* \(img.tar\)"):
+        listed(tmp_path / "src", tmp_path)
+
+
+def test_files_beside_folders_of_splits(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    (src / "train").mkdir(parents=True)
+    shard(src / "train" / "0.tar", "0")
+    shard(src / "1.tar", "1")
+    for options in ({}, {"split": "train"}, {"kind": "tar"}):
+        with pytest.raises(UserError, match="holds 1.tar and, in a folder, train/0.tar; convert the folder train by"):
+            listed(src, tmp_path, **options)
+    assert listed(src / "1.tar", tmp_path).names == ["1.tar/1.jpg"]
+
+
 @pytest.mark.parametrize("above", ["", "default", "data"])
 def test_folders_of_splits(above: str, tmp_path: Path) -> None:
     """As the hub's converted files lie, and as tars may."""
@@ -259,7 +317,7 @@ def test_parquet_with_a_column_of_splits(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    columns = {"image": [IMAGE] * 3, "label": [0, 1, 1], "split": ["train", "val", "train"]}
+    columns = {"image": [IMAGE] * 3, "label": [0, 0, 1], "split": ["train", "val", "train"]}
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="x.parquet: holds train, val; choose one with --split"):
         listed(tmp_path / "x.parquet", tmp_path)
@@ -268,6 +326,28 @@ def test_parquet_with_a_column_of_splits(tmp_path: Path) -> None:
         listed(tmp_path / "x.parquet", tmp_path, split="test")
     with pytest.raises(UserError, match="split 'test': .*y.parquet is not called so, and has no column split"):
         listed(parquet(tmp_path / "y.parquet", [0]), tmp_path, split="test")
+    src = tmp_path / "src"
+    src.mkdir()
+    (tmp_path / "x.parquet").rename(src / "train-0.parquet")
+    parquet(src / "train-1.parquet", [0])  # no column: the name is enough
+    parquet(src / "test-0.parquet", [1])
+    names = ["train-0.parquet/0", "train-0.parquet/2", "train-1.parquet/0"]
+    assert listed(src, tmp_path, split="train").names == names
+    with pytest.raises(UserError, match="split 'val': .*src holds test, train; choose one of them"):
+        listed(src, tmp_path, split="val")
+    assert listed(src / "train-0.parquet", tmp_path, split="val").names == ["train-0.parquet/1"]
+    pq.write_table(pa.table(columns | {"split": ["val", "test", "val"]}), src / "train-0.parquet")
+    with pytest.raises(UserError, match="split 'train': .*src holds test, val; choose one of them"):
+        listed(src, tmp_path, split="train")
+
+
+def test_mixed_names_of_parquet(tmp_path: Path) -> None:
+    for name in ("0000", "test-0000"):
+        parquet(tmp_path / f"{name}.parquet", [0])
+    with pytest.raises(
+        UserError, match=r"holds test \(test-0000.parquet\) and files without .* \(0000.parquet\); choose"
+    ):
+        listed(tmp_path, tmp_path)
 
 
 def test_a_label_file_comes_before_cls(tmp_path: Path) -> None:
