@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,10 +178,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: is a checkpoint of a run; give the run's folder, {path.parent.parent}")
     # names as torch.compile, DistributedDataParallel and the modules of other trainers leave them
     data = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in data.items()}
-    while len(prefixes := {name.partition(".")[0] for name in data}) == 1 and all("." in name for name in data):
-        log.info("%s: the names of its tensors begin with %s., which is left out", path, *prefixes)
+    while (prefix := _shared_prefix(data)) not in ("", "backbone"):  # the latter is an export's own
+        log.info("%s: the names of its tensors begin with %s., which is left out", path, prefix)
         data = {name.partition(".")[2]: tensor for name, tensor in data.items()}
     return data
+
+
+def _shared_prefix(names: Iterable[str]) -> str:
+    """The first of the words between dots, where all names have the same; else ""."""
+    first = {name.partition(".")[0] if "." in name else "" for name in names}
+    return first.pop() if len(first) == 1 else ""
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

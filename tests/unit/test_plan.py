@@ -249,10 +249,10 @@ def test_the_command_measures_the_real_loop(image_folder, tmp_path, capsys, monk
         "teacher.safetensors",
         "tiny.yaml",
     ]  # nothing else is left
+    assert cli.main(["plan", str(recipe), "--seconds", "0"]) == 2
+    assert "--seconds" in capsys.readouterr().err
     # elsewhere, without the data
     recipe.write_text(recipe.read_text().replace(str(image_folder), "/nowhere"))
     assert cli.main([*command, "--from", str(saved)]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["rows"] == made["rows"]
-    assert cli.main(["plan", str(recipe), "--seconds", "0"]) == 2
-    assert "--seconds" in capsys.readouterr().err
