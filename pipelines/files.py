@@ -61,10 +61,15 @@ class AppendFile:
     def _open(self) -> FileIO:
         """The file at the path: a new one where it was removed, or its folder renamed."""
         if self._file is not None:
-            with suppress(FileNotFoundError):
+            try:
                 if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
                     return self._file
-            self._file.close()
+            except OSError as error:  # ESTALE: removed by another machine, on NFS
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+            before, self._file = self._file, None
+            with suppress(OSError):
+                before.close()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "ab", buffering=0)
         return self._file

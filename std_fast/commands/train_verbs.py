@@ -6,7 +6,6 @@ A recipe is loaded before torch is imported, which takes seconds: a mistake in o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ def add_train(parser: Parser) -> None:
 def train(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
     from std_fast.config.files import filled_in
-    from std_fast.runtime.folder_lock import FolderLock
+    from std_fast.runtime.folder_lock import check_free
     from std_fast.training import existing
 
     recipe = recipes.load(args.recipe, args.overrides)
@@ -43,9 +42,9 @@ def train(args: argparse.Namespace) -> int:
     summary = existing.finished(recipe, where) if args.resume and alone else None
     if summary is not None and not args.quiet:
         say(existing.complete_line(where))
-    if alone and not args.resume and (where / "checkpoints").is_dir():
-        with contextlib.closing(FolderLock(where)):
-            existing.check_unused(recipe, where)
+    if alone and not args.resume:
+        check_free(where)
+        existing.check_unused(recipe, where)
     if not args.resume:
         existing.check_data(recipe)
 

@@ -145,6 +145,7 @@ class RunFolder:
         """At the start of a run that is not complete: removes a summary from before, and writes `recipe.yaml`."""
         if self.lock is not None:
             self.lock.keep()
+            self.lock.claim()
             (self.path / "summary.json").unlink(missing_ok=True)
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 

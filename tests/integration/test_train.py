@@ -200,7 +200,7 @@ def test_a_folder_that_another_run_takes_is_left_to_it(recipe, tmp_path):
             train(replace(recipe, run=replace(recipe.run, length="1 steps")), quiet=True)
             left.extend(map(contents, (folder, renamed)))
 
-    with pytest.raises(UserError, match="run: was removed or renamed, and another run has begun in a new one"):
+    with pytest.raises(UserError, match="run: another run has begun in it or, if it was removed or renamed"):
         train(recipe, quiet=True, on_step=take)
     assert [*map(contents, (folder, renamed))] == left
 

@@ -1,5 +1,6 @@
 """A file is replaced in one piece or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -13,6 +14,35 @@ def test_records_after_a_file_was_removed_go_into_a_new_one(tmp_path):
         (tmp_path / "x.jsonl").unlink(missing_ok=True)
         file.append(record)
         assert (tmp_path / "x.jsonl").read_bytes() == b"0\n" + record
+    file.close()
+
+
+def test_a_file_that_could_not_be_opened_again_is_opened_with_a_later_record(tmp_path):
+    path = tmp_path / "x.jsonl"
+    file = AppendFile(path)
+    file.append(b"1\n")
+    path.unlink()
+    path.mkdir()
+    for _ in range(2):
+        with pytest.raises(IsADirectoryError):
+            file.append(b"2\n")
+    path.rmdir()
+    file.append(b"3\n")
+    assert path.read_bytes() == b"3\n"
+    file.close()
+
+
+def test_a_file_that_another_machine_removed_is_opened_again(tmp_path, monkeypatch):
+    file = AppendFile(tmp_path / "x.jsonl")
+    file.append(b"1\n")
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "samestat", stale)
+        file.append(b"2\n")
+    assert (tmp_path / "x.jsonl").read_bytes() == b"1\n2\n"
     file.close()
 
 
