@@ -78,10 +78,14 @@ def test_torchrun_passes_a_ctrl_c_on_that_is_the_same(environment, codes, monkey
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with process_module.stop_on_signal() as asked:
-        for seconds in (0, 1, 9):
-            monkeypatch.setattr(process_module.time, "monotonic", lambda seconds=seconds: float(seconds))
-            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    try:
+        with process_module.stop_on_signal() as asked:
+            for seconds in (0, 1, 9):
+                monkeypatch.setattr(process_module.time, "monotonic", lambda seconds=seconds: float(seconds))
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left == codes and len(asked) == 3
 
 
