@@ -115,10 +115,10 @@ def add_export(parser: Parser) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    if args.quiet:
-        logging.getLogger("std_fast").setLevel(logging.WARNING)
-    else:
+    if not args.quiet:
         say(f"exporting {printable(args.run)}: each format is written, read back and compared")
+    if args.quiet or not sys.stderr.isatty():  # a line for each format is for a terminal
+        logging.getLogger("std_fast").setLevel(logging.WARNING)
     from std_fast.commands.export import export_run
 
     done = export_run(args.run, args.out, tuple(args.formats), args.predict)

@@ -187,7 +187,7 @@ def test_what_cannot_be_had_is_refused_when_asked_for(tmp_path, monkeypatch):
     assert "onnx_that_is_absent not installed" in report["left_out"]["onnx"] and "onnx" not in report["differences"]
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys, caplog):
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys, caplog, monkeypatch):
     make_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -199,6 +199,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys, caplog):
     with pytest.raises(UserError, match="holds no run"):
         export_run(tmp_path / "nothing", tmp_path / "new")
     (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "empty"), "--formats", "timm"]) == 0
     assert (tmp_path / "empty" / "model.safetensors").is_file()
     assert caplog.messages == ["writing timm"]
