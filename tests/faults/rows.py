@@ -287,7 +287,7 @@ def _(ground: Ground) -> Seen:
         child.send(signal.SIGTERM)
         assert child.wait() == 3
     with ground.train(ground.recipe(ground.beton)) as child:
-        seconds, line = ends(child, 2, r"own\.beton: cannot be opened \(No such file")
+        seconds, line = ends(child, 2, r"own\.beton: not there; this run read")
     return Seen("trained on; " + line[10:].split("/")[-1], notice=seconds)
 
 
