@@ -30,7 +30,7 @@ def add_train(parser: Parser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
-    from std_fast.config.files import filled_in
+    from std_fast.config.files import check_data, filled_in
     from std_fast.runtime.folder_lock import check_free
     from std_fast.training import existing
 
@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
         check_free(where)
         existing.check_unused(recipe, where)
     if not args.resume:
-        existing.check_data(recipe)
+        check_data(recipe.data.train, recipe.data.val)
 
     from std_fast.runtime.budget import in_words, process_seconds
     from std_fast.runtime.distributed import PeerLost, rank
@@ -105,11 +105,11 @@ def add_plan(parser: Parser) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from std_fast.config import recipe as recipes
-    from std_fast.training.existing import check_data
+    from std_fast.config.files import check_data
 
     recipe = recipes.load(args.recipe, args.overrides)
     if not args.stored:
-        check_data(recipe)
+        check_data(recipe.data.train, recipe.data.val)
 
     from std_fast.commands import plan as plans
 
@@ -126,11 +126,11 @@ def add_teach(parser: Parser) -> None:
 
 def teach(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
-    from std_fast.training.existing import check_data
+    from std_fast.config.files import check_data
 
     views = [("distill.views", args.views)] if args.views else []
     recipe = recipes.load(args.recipe, [*args.overrides, *views])
-    check_data(recipe, val=False)
+    check_data(recipe.data.train)
 
     from std_fast.commands.teach import teach as store_targets
     from std_fast.runtime.distributed import PeerLost, rank

@@ -1,16 +1,19 @@
-"""Recipe files as plain values: which file a name means, what its `base` adds, and what the command line changes.
+"""Recipe files as plain values: which file a name means, what its `base` adds, what the command line changes, and
+whether the files that a recipe names are there.
 
 Imports nothing heavy; recipe.py validates.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError, did_you_mean
+from pipelines.read.remote import is_url
 from pipelines.untrusted import read_bytes
 from std_fast.config.legacy import FIELDS, upgrade_recipe, without_removed
 from std_fast.config.schema import MAX_YAML, merge, read_yaml, set_dotted
@@ -87,3 +90,21 @@ def filled_in(out: str, name: str, seed: object) -> Path:
     if longest > LONGEST_NAME or "\0" in out:
         raise UserError(f"run.out: holds a name of {longest} bytes; use at most {LONGEST_NAME}, none of them zero")
     return path
+
+
+def check_data(train: str, val: str = "", way_on: str = "") -> None:
+    """UserError where nothing is at the path of data; way_on: what to do, before the options, by default to convert."""
+    paths = {"--data.train": train, "--data.val": val}
+    gone = {
+        option: os.path.abspath(path)
+        for option, path in paths.items()
+        if path and not is_url(path) and not os.path.exists(path.partition(",")[0]) and not glob.glob(path)
+    }
+    if gone:
+        maker = "demo" if "/runs/demo/" in min(gone.values()) else "convert"
+        part = " (README: Imagenette)" if "imagenette" in min(gone.values()) else ""
+        way_on = way_on or f"make it with `std-fast {maker}`{part}, or name other data by"
+        raise UserError(
+            f"{', '.join(f'{option[2:]}: {path}' for option, path in gone.items())}: not there; {way_on} "
+            f"{' '.join(f'{option} PATH' for option in gone)}"
+        )

@@ -13,9 +13,9 @@ from pipelines.errors import UserError
 from pipelines.read.base import sampled_digest
 from pipelines.read.batch import Loader
 from pipelines.read.manifest import normal
+from std_fast.config.files import check_data
 from std_fast.config.recipe import Recipe, StudentSpec, TeacherSpec
 from std_fast.teachers.fingerprint import names_digest, weights_digest
-from std_fast.training.existing import check_data
 
 NOT_COMPARED = ("data.val", "run.device", "student.weights")
 """may differ in a resumed run: it reads no initial weights"""
@@ -47,7 +47,8 @@ def check_paths(recipe: Recipe, saved: Recipe) -> None:
         saved: the recipe of the checkpoint.
     """
     read = " and ".join(filter(None, (saved.data.train, saved.data.val)))
-    check_data(recipe, f"this run read {read}; where the same data is elsewhere now, resume with")
+    way_on = f"this run read {read}; where the same data is elsewhere now, resume with"
+    check_data(recipe.data.train, recipe.data.val, way_on)
 
 
 def check_content(recipe: Recipe, stored: dict[str, str], here: dict[str, str]) -> None:

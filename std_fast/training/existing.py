@@ -3,16 +3,13 @@ take a minute."""
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.read.remote import is_url
 from pipelines.untrusted import MAX_JSON, open_regular, read_json
 from std_fast.config.recipe import Recipe, loads, read_saved
 from std_fast.config.schema import difference
@@ -80,25 +77,6 @@ def check_unused(recipe: Recipe, folder: Path) -> None:
     except UserError:  # no recipe beside the checkpoints
         way_on = f"start this one with {other}"
     raise UserError(f"{folder}: already holds a run; {way_on}")
-
-
-def check_data(recipe: Recipe, way_on: str = "", val: bool = True) -> None:
-    """UserError where nothing is at the path of data. way_on: what to do, before the options; by default to convert.
-    val: whether `data.val` is read."""
-    paths = {"--data.train": recipe.data.train, "--data.val": recipe.data.val if val else ""}
-    gone = {
-        option: os.path.abspath(path)
-        for option, path in paths.items()
-        if path and not is_url(path) and not os.path.exists(path.partition(",")[0]) and not glob.glob(path)
-    }
-    if gone:
-        maker = "demo" if "/runs/demo/" in min(gone.values()) else "convert"
-        part = " (README: Imagenette)" if "imagenette" in min(gone.values()) else ""
-        way_on = way_on or f"make it with `std-fast {maker}`{part}, or name other data by"
-        raise UserError(
-            f"{', '.join(f'{option[2:]}: {path}' for option, path in gone.items())}: not there; {way_on} "
-            f"{' '.join(f'{option} PATH' for option in gone)}"
-        )
 
 
 def read_summary(folder: Path, seed: int) -> dict[str, Any] | None:

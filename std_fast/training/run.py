@@ -202,6 +202,7 @@ class Run:
         """Whether any rank was asked to stop, or its data will fail; all ranks also get rank 0's share of a budget (see
         `RankSync`)."""
         self.clock.cost("checkpoint", self.folder.save_seconds)
+        # near the end what was read ahead may never be needed
         near_end = self.clock.steps is not None and self.step + self.recipe.data.ahead >= self.clock.steps
         fails = self.world.size > 1 and not near_end and self.parts.train_loader.fault is not None
         stop, self.clock.share = self.ranks(self.stop_wanted or bool(self.signals) or fails, self.clock.read())
