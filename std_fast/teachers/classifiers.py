@@ -213,13 +213,12 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: cannot be read as tensors only ({reason}); save the model's state_dict() alone, as .safetensors"
         ) from None
-    while isinstance(data, dict):
-        keys = ("state_dict_ema", "model_ema", "state_dict", "model", "state")  # the last is Composer's, of a `model`
-        found = next((key for key in keys if isinstance(data.get(key), dict)), None)
-        if found is None:
-            break
-        data = data[found]
-        if found != "state":
+    keys = ("state_dict_ema", "model_ema", "state_dict", "model")
+    if isinstance(data, dict) and not data.keys() & {*keys}:
+        data = data.get("state", data)  # Composer's, of a `model`
+    for key in keys:
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
             break
     fits = isinstance(data, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
     if not fits or not data:
