@@ -40,7 +40,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._path, self._locked = folder, folder / ".lock", False
+        self.folder, self._path = folder, folder / ".lock"
         try:
             self._file = self._take()
         except (FileExistsError, NotADirectoryError):
@@ -55,12 +55,10 @@ class FolderLock:
         file = open(self._path, "ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._locked = True
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError) as error:  # SMB may say the latter
             file.close()
-            raise
+            raise BlockingIOError(*error.args) from None
         except OSError as error:  # such as Lustre, where it is mounted without flock
-            self._locked = False
             log.warning("%s: cannot be locked there (%s): start no second run into it", self.folder, error.strerror)
         return file
 
@@ -78,7 +76,8 @@ class FolderLock:
         try:
             if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
                 return False
-            return self._locked or self._path.read_bytes() in (b"", self._word)  # empty: between the calls of `_write`
+            # the word too: some disks lock on each machine alone; empty: between the calls of `_write`
+            return self._path.read_bytes() in (b"", self._word)
         except (FileNotFoundError, ValueError):  # ValueError: `keep` has just closed the file, in the other thread
             return False
         except OSError as error:  # of a disk that does not answer: the write that follows will tell

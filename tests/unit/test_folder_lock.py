@@ -143,3 +143,13 @@ def test_a_folder_that_is_gone_is_locked_again_once_the_disk_has_room(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, kept)
         lock.keep()
         assert lock.held()
+
+
+def test_two_machines_whose_disk_locks_on_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with closing(FolderLock(tmp_path)) as one, closing(FolderLock(tmp_path)) as other:
+        one.claim()
+        other.claim()
+        other.keep()
+        with pytest.raises(UserError, match="another run has begun in it"):
+            one.keep()
