@@ -5,6 +5,7 @@ Files of several splits are never converted together: one is chosen, or the sour
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -13,7 +14,10 @@ from pipelines.convert.trees import Entry, Tree
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
 
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "eval", "holdout", "test", "testing")
+SPLIT_NAMES = (
+    "train", "training", "trainset", "val", "valid", "validation", "valset", "dev", "eval", "evaluation", "holdout",
+    "test", "testing", "testset",
+)  # fmt: skip
 SPLIT_COLUMNS = ("split", "subset")
 """column of a label file or of parquet that holds the split of each image"""
 OR_CLASSES = ", or --label-from tar if each tar is a class"
@@ -25,20 +29,25 @@ def is_split(name: str) -> bool:
     return name.lower().removeprefix("partial-") in SPLIT_NAMES  # the hub's name for the first part of a large split
 
 
-def split_of(path: str) -> str:
+def split_of(path: str, anywhere: bool = False) -> str:
     """Split of a parquet file or tar: its folder, else the words before the number of a parquet file
     (train-00000-of-00014.parquet), and the one word of SPLIT_NAMES in the name of a tar if it comes last or a number
-    ends the name (imagenet1k-train-0000.tar, but not test-tube.tar); "" where these do not tell."""
+    ends the name (imagenet1k-train-0000.tar, but not test-tube.tar); "" where these do not tell.
+
+    Args:
+        anywhere: of tars that are no classes, the one word anywhere in the name (train_images.tar).
+    """
     folder, _, name = path.rpartition("/")
     folder = folder.rpartition("/")[2]
     if folder and folder not in CONTAINERS:
         return folder
-    if name.lower().endswith(".parquet"):
-        return re.split(r"^\d+|[-_.]\d|\.parquet$", name)[0]
-    stem = name[:-4].lower()
+    stem, ending = os.path.splitext(name.lower())
     words = [word for word in re.split(r"[-_.\s\d]+", stem) if word]
     found = {word for word in words if word in SPLIT_NAMES}
-    certain = len(found) == 1 and (stem[-1].isdigit() or words[-1] in found)
+    if ending == ".parquet":
+        first = re.split(r"^\d+|[-_.]\d|\.parquet$", name)[0]
+        return first if is_split(first) or len(found) != 1 else found.pop()
+    certain = len(found) == 1 and (anywhere or stem[-1].isdigit() or words[-1] in found)
     return found.pop() if certain else ""
 
 
@@ -47,6 +56,9 @@ def choose_split(where: str, entries: list[Entry], settings: ConvertSettings) ->
     decided it. Raises UserError where there are several and none is chosen, or not the one asked for. Tars of which
     some are called by a split may all be classes, which their contents show: see `refuse_mixed`."""
     splits = {entry.name: split_of(entry.name) for entry in entries}
+    loosely = {entry.name: split_of(entry.name, anywhere=True) for entry in entries}
+    if settings.split is not None and all(loosely.values()):  # so none is a class
+        splits = loosely
     chosen = [entry for entry in entries if splits[entry.name] == settings.split]
     found = set(splits.values())
     asked = settings.split is not None
@@ -68,7 +80,7 @@ def choose_split(where: str, entries: list[Entry], settings: ConvertSettings) ->
 
 def refuse_mixed(where: str, tars: list[Entry]) -> None:
     """Raises UserError where some tars that are no classes are called by a split and others are not."""
-    splits = {entry.name: split_of(entry.name) for entry in tars}
+    splits = {entry.name: split_of(entry.name, anywhere=True) for entry in tars}
     if len(set(splits.values())) > 1:
         raise _several_splits(where, splits, None, OR_CLASSES)
 

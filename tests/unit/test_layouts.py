@@ -9,6 +9,7 @@ import pytest
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.listing import Listing
 from pipelines.convert.sources import list_source
+from pipelines.convert.splits import split_of
 from pipelines.errors import DataError, UserError
 from pipelines.read.folder import FolderSource
 from tests.archives import tar_bytes, write_parquet
@@ -204,6 +205,22 @@ def test_one_split_of_several_in_tars_is_chosen(url: bool, tmp_path: Path) -> No
     assert listed(path, tmp_path, split="train").names == names
     with pytest.raises(UserError, match="^--split 'val': .* holds train, validation; choose one of them"):
         listed(path, tmp_path, split="val")
+
+
+@pytest.mark.parametrize("names", [("train_images", "val_images"), ("trainset-00", "valset-00"), ("train_split", "x")])
+def test_a_split_anywhere_in_the_names_of_tars_that_are_no_classes(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        shard(tmp_path / "src" / f"{name}.tar", "a")
+    with pytest.raises(UserError, match="holds .* with --split|holds .*; choose .* with --split"):
+        listed(tmp_path / "src", tmp_path)
+    split = {"train_images": "train", "trainset-00": "trainset"}.get(names[0])
+    if split:
+        assert listed(tmp_path / "src", tmp_path, split=split).names == [f"{names[0]}.tar/a.jpg"]
+
+
+@pytest.mark.parametrize("form", ["imagenet-1k-{}", "2012_{}", "part-00000-{}"])
+def test_parquet_whose_split_comes_behind_a_number(form: str) -> None:
+    assert [split_of(f"{form.format(split)}.parquet") for split in ("train", "val")] == ["train", "val"]
 
 
 def test_names_of_tars_that_are_no_splits(tmp_path: Path) -> None:
