@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ def stored_recipe(checkpoint: Path) -> Recipe:
         with open_regular(checkpoint) as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(size, MAX_JSON)))
-        meta = json.loads(header["__metadata__"]["std_fast"])  # as runtime/checkpoint.py writes it
+            length = os.fstat(file.fileno()).st_size
+        meta = json.loads(header.pop("__metadata__")["std_fast"])  # as runtime/checkpoint.py writes it
+        if length != 8 + size + max(tensor["data_offsets"][1] for tensor in header.values()):
+            raise UserError(f"{checkpoint}: is cut short")
         if meta["complete"] is not True:
             raise UserError(f"{checkpoint}: its run is not complete")
         return loads(meta["recipe"], str(checkpoint))

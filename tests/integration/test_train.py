@@ -23,7 +23,7 @@ from std_fast.runtime.distributed import World
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.training import evaluator, run_log
 from std_fast.training.evaluate import evaluate_run
-from std_fast.training.existing import unused_beside
+from std_fast.training.existing import finished, unused_beside
 from std_fast.training.run import Run, Stopped
 from std_fast.training.train import train
 from tests.small_runs import assert_same_bits, at, small_recipe, train_until, write_recipe
@@ -157,6 +157,11 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_p
     assert cli.main(["train", path, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["result"] == summary["result"]
     assert contents(folder) == before
+    newest = folder / "checkpoints" / "step-00000001.safetensors"
+    assert finished(recipe, folder)
+    os.truncate(newest, newest.stat().st_size - 1)
+    assert not finished(recipe, folder)
+    newest.write_bytes(before[newest])
     longer = replace(recipe, run=replace(recipe.run, length="4000 steps"))
     write_recipe(longer, folder / "recipe.yaml")
     with pytest.raises(UserError, match=r"was written by another recipe \(run.length differs\)"):
