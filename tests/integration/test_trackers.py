@@ -89,7 +89,7 @@ def test_weights_and_biases(recipe, tmp_path, monkeypatch):
     summary = stopped_and_resumed(of(recipe, "wandb"))
     assert summary["lost_writes"] == {}
     run_id = (tmp_path / "run" / "trackers" / "wandb.id").read_text().strip()
-    runs = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))
+    runs = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}*"))  # wandb adds "-1" within a second
     assert len(runs) == 2  # `wandb sync` makes one run of them, by their id
     records = [record for run in runs for record in stored(next(run.glob("*.wandb")))]
     assert [(r["step"], r["train/loss"]) for r in records if "train/loss" in r] == expected(recipe.run.out)
