@@ -101,10 +101,10 @@ class FolderLock:
             )
         try:
             file = self._take()
-        except BlockingIOError:
+        except BlockingIOError as error:
             if found:  # a copy, in which another command has begun nothing yet, and may be refused
                 return
-            raise
+            raise BlockingIOError(error.errno, "another command is starting a run there", str(self.folder)) from None
         try:
             if found != self._word:
                 self._write(file)

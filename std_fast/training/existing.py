@@ -37,8 +37,8 @@ def changed_fields(one: Recipe, two: Recipe) -> list[str]:
 
 def unused_beside(folder: Path) -> Path:
     """FOLDER-2, or the next that does not exist."""
-    folder = folder if folder.name else folder.resolve()  # such as `.`
-    return next(path for i in itertools.count(2) if not (path := Path(f"{folder}-{i}")).exists())
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    return next(path for i in itertools.count(2) if not os.path.lexists(path := Path(f"{folder}-{i}")))
 
 
 def complete_line(folder: Path | str) -> str:

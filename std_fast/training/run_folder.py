@@ -73,10 +73,7 @@ class RunFolder:
         self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
         if lock is not None:
-            checkpoint.remove_drafts(self.path / "checkpoints")
             if resume:
-                if self.found is not None:
-                    checkpoint.quarantine(self.path / "checkpoints", self.found.meta["step"])
                 self._carry()
             self._held_before = held.read_bytes() if (held := self.path / HELD).exists() else None
             self._heartbeat = Heartbeat(self.path, ledger, self._beat_every(), lock.held)
@@ -142,10 +139,13 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """At the start of a run that is not complete: removes a summary from before, and writes `recipe.yaml`."""
+        """At the start of a run that is not complete: from here on the folder is this run's, and is written."""
         if self.lock is not None:
             self.lock.keep()
             self.lock.claim()
+            checkpoint.remove_drafts(self.path / "checkpoints")
+            if self.saved_step:
+                checkpoint.quarantine(self.path / "checkpoints", self.saved_step)
             (self.path / "summary.json").unlink(missing_ok=True)
             write_atomic(self.path / "recipe.yaml", dump(self.recipe))
 

@@ -279,6 +279,7 @@ def test_the_folder_that_is_advised_where_one_is_in_use(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     assert unused_beside(Path(".")) == tmp_path / "run-2"
+    assert unused_beside(Path("..")) == tmp_path.parent / f"{tmp_path.name}-2"
     assert unused_beside(tmp_path / "run") == tmp_path / "run-2"
 
 

@@ -26,6 +26,8 @@ def test_a_folder_that_is_gone_is_made_anew_and_one_of_another_run_is_not_touche
         lock.keep()
         assert lock.held()
         folder.rename(tmp_path / "renamed")
+        with closing(FolderLock(folder)), pytest.raises(OSError, match="another command is starting a run there"):
+            lock.keep()
         for _ in range(2):  # the other run goes on, and has ended
             with closing(FolderLock(folder)) as other, pytest.raises(UserError, match="another run has begun"):
                 other.claim()
