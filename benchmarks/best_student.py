@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks import harness
 from benchmarks.study import rounded, time_steps
-from benchmarks.study_report import Group, standard_error
+from benchmarks.study_report import Group
 from pipelines.errors import UserError
 from std_fast.config import recipe as recipes
 from std_fast.config.files import RECIPES
@@ -140,4 +140,4 @@ def accuracy(runs: list[harness.Report]) -> tuple[float, float]:
     every = [result["top1"] for result in results]
     top1 = statistics.mean(every)
     over_images = math.sqrt(top1 * (100 - top1) / results[0]["images"])
-    return top1, math.hypot(over_images, standard_error(every) if len(every) > 1 else 0.0)
+    return top1, math.hypot(over_images, statistics.stdev(every) / math.sqrt(len(every)) if len(every) > 1 else 0.0)

@@ -38,12 +38,21 @@ class Group(NamedTuple):
                 found[run["init"]] = unpack(predictions[chosen]) == unpack(predictions["labels"])
         return found
 
-    def accuracy(self) -> tuple[float, float]:
-        """Mean over initialisations, %, and its standard error over images and initialisations together."""
+    def accuracies(self, head: str = "") -> list[float]:
+        """Validation accuracy of each initialisation, %."""
+        return [100 * float(correct.mean()) for correct in self.correct(head).values()]
+
+    def accuracy(self, deviation: float | None = None) -> tuple[float, float]:
+        """Mean over initialisations, %, and its standard error over images and initialisations together.
+
+        Args:
+            deviation: of initialisations, in points; by default that of these runs.
+        """
         correct = np.stack(list(self.correct().values())) * 100.0  # [inits, images]
         over_images = float(correct.mean(0).std() / math.sqrt(correct.shape[1]))
-        over_inits = standard_error(correct.mean(1).tolist()) if len(correct) > 1 else 0.0
-        return float(correct.mean()), math.hypot(over_images, over_inits)
+        if deviation is None:
+            deviation = statistics.stdev(self.accuracies()) if len(correct) > 1 else 0.0
+        return float(correct.mean()), math.hypot(over_images, deviation / math.sqrt(len(correct)))
 
 
 def groups(report: harness.Report) -> Iterator[Group]:
@@ -56,14 +65,26 @@ def groups(report: harness.Report) -> Iterator[Group]:
         yield Group(student, setting, runs)
 
 
-def mean_and_error(values: list[float]) -> str:
-    """Mean, and its standard error where there are several."""
-    mean = statistics.mean(values)
-    return f"{mean:.1f} ± {standard_error(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+class Deviation(NamedTuple):
+    """Standard deviation of accuracy over initialisations, in points, and the degrees of freedom of this estimate."""
+
+    points: float
+    freedom: int
 
 
-def standard_error(values: list[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
+def deviations(every: list[Group]) -> dict[str, Deviation]:
+    """Of each student, pooled over its settings: that of two or four runs alone is too uncertain to be an error.
+
+    A student has none where each setting has one run.
+    """
+    squares: dict[str, tuple[float, int]] = {}
+    for group in every:
+        accuracies = group.accuracies()
+        if len(accuracies) > 1:
+            total, freedom = squares.get(group.student, (0.0, 0))
+            total += statistics.variance(accuracies) * (len(accuracies) - 1)
+            squares[group.student] = total, freedom + len(accuracies) - 1
+    return {student: Deviation(math.sqrt(total / freedom), freedom) for student, (total, freedom) in squares.items()}
 
 
 class Difference(NamedTuple):
@@ -71,7 +92,7 @@ class Difference(NamedTuple):
 
     points: float
     over_images: float  # standard error of the mean over images, each image's value a mean over initialisations
-    over_inits: float | None  # standard error over the pairs of one initialisation; None for one pair
+    over_inits: float | None  # standard error over initialisations; None where their deviation is not known
     better: int  # McNemar's counts over all pairs: images that only this one gets right,
     worse: int  # and that only the other one does
     p: float  # McNemar's exact two-sided test, the largest of the pairs'
@@ -82,19 +103,24 @@ class Difference(NamedTuple):
         return math.hypot(self.over_images, self.over_inits or 0.0)
 
 
-def difference(one: Group, other: Group) -> Difference | None:
-    """None without a common initialisation."""
+def difference(one: Group, other: Group, deviation: float | None) -> Difference | None:
+    """None without a common initialisation.
+
+    Args:
+        deviation: of a run's accuracy over initialisations, in points. The two runs of a pair count as independent of
+            each other: their common first weights were found to decide nothing.
+    """
     ours, theirs = one.correct(), other.correct()
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         return None
     pairs = np.stack([ours[i].astype(float) - theirs[i] for i in both]) * 100  # [inits, images]
-    of_images, of_inits = pairs.mean(0), pairs.mean(1)
+    of_images = pairs.mean(0)
     counts = [(int((pair > 0).sum()), int((pair < 0).sum())) for pair in pairs]
     return Difference(
         float(pairs.mean()),
         float(of_images.std(ddof=1) / math.sqrt(len(of_images))),
-        standard_error(of_inits.tolist()) if len(both) > 1 else None,
+        None if deviation is None else deviation * math.sqrt(2 / len(both)),
         sum(b for b, _ in counts),
         sum(w for _, w in counts),
         max(mcnemar(b, w) for b, w in counts),
@@ -127,14 +153,17 @@ def show(report: harness.Report) -> str:
     found = report["conditions"]
     where = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, {found['cores']} cores"
     every = list(groups(report))
+    deviating = deviations(every)
     lines = [f"{where}, torch {found['versions']['torch']}, {found['date'][:10]}, commit {found['commit'][:9]}"]
     rows = []
     for group in every:
         samples = statistics.mean(run["summary"]["samples"] for run in group.runs)
         row: harness.Report = {"student": group.student, "setting": group.setting, "runs": len(group.runs)}
         for head in ("", "class", "distill"):
-            accuracies = [100 * float(correct.mean()) for correct in group.correct(head).values()]
-            row[head or "top1"] = mean_and_error(accuracies) if accuracies else None
+            accuracies = group.accuracies(head)
+            row[head or "top1"] = f"{statistics.mean(accuracies):.1f}" if accuracies else None
+        if group.student in deviating:
+            row["top1"] += f" ± {deviating[group.student].points / math.sqrt(len(group.runs)):.1f}"
         row |= {"samples": round(samples), "macs": f"{group.runs[0]['predictions']['macs'] / 1e6:.1f}"}
         row["cost"] = f"{cost(group, report, samples):.3g}"
         rows.append(row)
@@ -153,23 +182,30 @@ def show(report: harness.Report) -> str:
     for name in AGAINST:
         if table := differences(every, name):
             lines.append(table)
-    lines.append(
-        "± standard error over initialisations."
-        + (f" Not run yet: {', '.join(report['missing'])}." if report["missing"] else "")
-    )
+    known = [f"{of.points:.2f} ({name}, {of.freedom} degrees of freedom)" for name, of in deviating.items()]
+    if known:
+        lines.append(f"± standard error; deviation of a run over initialisations, in points: {', '.join(known)}.")
+    if report["missing"]:
+        lines.append(f"Not run: {', '.join(report['missing'])}.")
     return "\n\n".join(lines)
 
 
 def differences(every: list[Group], name: str) -> str:
     """Table of all settings against one, paired by images and initialisations; empty where there is none."""
     rows = []
+    deviating, cost_of = deviations(every), SETTINGS[name].cost_of
     for group in every:
         other = next((g for g in every if g.student == group.student and g.setting == name), None)
-        if other is None or group.setting == name or SETTINGS[name].cost_of not in ("", group.setting):
+        if other is None or group.setting == name:
+            continue
+        if cost_of and group.setting not in (cost_of, f"{cost_of}, true labels"):
+            continue
+        if not cost_of and group.setting in AGAINST[: AGAINST.index(name)]:  # stands in the table of that one
             continue
         if name == "STD" and not group.setting.startswith(name):
             continue
-        if (found := difference(group, other)) is None:
+        deviation = deviating[group.student].points if group.student in deviating else None
+        if (found := difference(group, other, deviation)) is None:
             continue
         rows.append(
             {
@@ -205,6 +241,7 @@ def draw(report: harness.Report, path: Path) -> None:
     every = [group for group in groups(report) if not group.setting.endswith((" views", ", other loss"))]
     settings = list(dict.fromkeys(group.setting.removesuffix(", STD's cost") for group in every))
     students = list(dict.fromkeys(group.student for group in every))
+    deviating = deviations(list(groups(report)))
     unit = "minutes of one core" if report["seconds_per_sample"] else "$10^{12}$ multiply-accumulates of the student"
     figure = Figure(figsize=(7.5 * max(1, len(students)), 4.8), layout="constrained")
     axes = figure.subplots(1, max(1, len(students)), squeeze=False)[0]
@@ -218,7 +255,7 @@ def draw(report: harness.Report, path: Path) -> None:
                 points = list(zip(*[run["evaluations"] for run in group.runs], strict=False))
                 x = [cost(group, report, statistics.mean(e["samples"] for e in at)) for at in points]
                 axis.plot(x, [statistics.mean(e["top1"] for e in at) for at in points], color=color, alpha=0.6)
-            accuracy, error = group.accuracy()
+            accuracy, error = group.accuracy(deviating[student].points if student in deviating else None)
             end = cost(group, report, statistics.mean(run["summary"]["samples"] for run in group.runs))
             beside = end * (1 + 0.02 * sum(abs(x - end) < 0.015 * end for x in ends))
             label = f"{group.setting} ({len(group.correct())})"

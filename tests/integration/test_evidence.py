@@ -14,7 +14,7 @@ import yaml
 from benchmarks import evidence, harness, study_sizes
 from benchmarks import study as studies
 from benchmarks.study_data import pack, unpack
-from benchmarks.study_report import Group, difference, mcnemar
+from benchmarks.study_report import Group, deviations, difference, mcnemar
 from tests.killing import Child
 from tests.small_runs import small_recipe, small_study, write_recipe
 
@@ -146,14 +146,24 @@ def run_with(init: int, correct: list[int]) -> harness.Report:
 def test_differences_are_paired_by_image_and_initialisation():
     one = Group("s", "a", [run_with(0, [1, 1, 1, 0]), run_with(1, [1, 1, 0, 0])])
     other = Group("s", "b", [run_with(1, [1, 0, 0, 1]), run_with(0, [1, 0, 0, 0]), run_with(2, [1, 1, 1, 1])])
-    found = difference(one, other)
+    found = difference(one, other, 30.0)
     by_init = [50.0, 0.0]  # points: images 1 and 2 of four gained; one gained, one lost
     by_image = [0.0, 100.0, 50.0, -50.0]
     assert found.points == np.mean(by_init)
     assert found.over_images == pytest.approx(np.std(by_image, ddof=1) / 2)
-    assert found.over_inits == pytest.approx(np.std(by_init, ddof=1) / math.sqrt(2))
+    assert found.over_inits == pytest.approx(30.0)  # two runs that deviate by 30 points each, a mean over two pairs
     assert (found.better, found.worse) == (3, 1)
-    assert difference(one, Group("s", "b", [run_with(2, [1, 1, 1, 1])])) is None
+    assert difference(one, Group("s", "b", [run_with(2, [1, 1, 1, 1])]), None) is None
+
+
+def test_the_deviation_over_initialisations_is_pooled_over_a_students_settings():
+    every = [
+        Group("s", "a", [run_with(0, [1, 1, 1, 0]), run_with(1, [1, 1, 0, 0])]),  # 75, 50 %: squares 312.5, freedom 1
+        Group("s", "b", [run_with(i, [1] * i + [0] * (4 - i)) for i in (1, 2, 3)]),  # 25, 50, 75: 1,250, freedom 2
+        Group("s", "c", [run_with(0, [1, 0, 0, 0])]),
+        Group("t", "a", [run_with(0, [1, 0, 0, 0])]),
+    ]
+    assert deviations(every) == {"s": (pytest.approx(math.sqrt(1562.5 / 3)), 3)}
 
 
 def test_mcnemars_exact_test():
