@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import os
@@ -57,15 +56,14 @@ def probes() -> Iterator[Callable[[], Check]]:
         yield lambda name=name: _package(name, module_of.get(name, ""), required=True)  # type: ignore[misc]
     yield _ffcv
     yield lambda: _package("nvidia-dali-cuda120", "nvidia.dali", conda=None, name="DALI")
-    yield _nvjpeg_engine
     yield _apex
     yield lambda: _package("triton", describe=lambda _: "used by torch.compile on a GPU")
     yield lambda: _package("onnx", describe=lambda _: "used by export")
     yield _compiler
     yield _python_headers
-    yield _pkg_config
-    yield lambda: _headers("OpenCV headers", "opencv4", "libopencv-dev", "opencv")
-    yield lambda: _headers("turbojpeg headers", "libturbojpeg", "libturbojpeg0-dev", "libjpeg-turbo")
+    yield lambda: _for_ffcv("pkg-config", "pkg-config", "pkg-config", "--version")
+    yield lambda: _for_ffcv("OpenCV headers", "libopencv-dev", "opencv", "--modversion", "opencv4")
+    yield lambda: _for_ffcv("turbojpeg headers", "libturbojpeg0-dev", "libjpeg-turbo", "--modversion", "libturbojpeg")
     yield _cores
     yield _memory
     yield _shared_memory
@@ -114,26 +112,9 @@ def _torch_build(torch: ModuleType) -> str:
 
 
 def _ffcv() -> Check:
-    def linked(module: ModuleType) -> str:
-        library = _linked_library(module.lib._name, "libturbojpeg")
-        return f"native library loads; decodes with libjpeg-turbo {_turbojpeg_version(library)} ({library})"
-
-    broken = _version("ffcv") != ""
-    pip = _pip_install("ffcv", again=broken)
+    pip = _pip_install("ffcv", again=_version("ffcv") != "")
     fix = {"debian": f"{FFCV_DEBIAN} && {pip}", "conda": f"{FFCV_CONDA} && {pip}", "pip": pip}
-    return _package("ffcv", "ffcv.libffcv", describe=linked, fix=fix)
-
-
-def _linked_library(path: str, stem: str) -> str:
-    """Where the loader finds the library `stem` that the shared object `path` needs; "" when it does not need one."""
-    match = re.search(rf"{stem}\S* => (\S+)", _output("ldd", path))
-    return match[1] if match else ""
-
-
-def _turbojpeg_version(library: str) -> str:
-    """libturbojpeg before 3.0 has no call that returns its version, but contains it as text."""
-    match = re.search(rb"libjpeg-turbo version (\S+)", Path(library).read_bytes()) if library else None
-    return match[1].decode() if match else "of unknown version"
+    return _package("ffcv", "ffcv.libffcv", describe=lambda _: "native library loads", fix=fix)
 
 
 def _apex() -> Check:
@@ -182,36 +163,6 @@ def _cuda_device() -> Check:
     return Check(name, False, f"driver {driver}", detail, fix)
 
 
-def _nvjpeg_engine() -> Check:
-    """The JPEG decoder in hardware that data-centre GPUs have (A100, H100, ...); DALI's "mixed" decoding uses it."""
-    name = "nvJPEG hardware decoder"
-    import torch
-
-    if not torch.cuda.is_available():
-        return Check(name, False, detail="no CUDA device")
-    places = [Path(place) for place in sys.path]
-    libraries = sorted(library for place in places for library in place.glob("nvidia/*/lib/libnvjpeg.so.*"))
-    if not libraries:
-        return Check(
-            name,
-            False,
-            detail="no libnvjpeg here: it comes with DALI",
-            fix={"pip": _pip_install("nvidia-dali-cuda120")},
-        )
-    torch.cuda.init()
-    nvjpeg = ctypes.CDLL(str(libraries[0]))
-    handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
-    code = nvjpeg.nvjpegCreateSimple(ctypes.byref(handle))
-    if code == 0:
-        code = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
-        nvjpeg.nvjpegDestroy(handle)
-    if code != 0:
-        return Check(name, False, detail=f"nvJPEG returns error {code}")
-    if engines.value == 0:
-        return Check(name, False, detail="this GPU has none: DALI decodes on its CUDA cores")
-    return Check(name, True, detail=f"{engines.value} engine(s) of {cores.value} core(s)")
-
-
 # What FFCV and torch.compile are built with
 
 
@@ -231,20 +182,14 @@ def _python_headers() -> Check:
     return Check("Python headers", ok, detail=str(header) if ok else "needed by torch.compile and FFCV", fix=fix)
 
 
-def _pkg_config() -> Check:
-    version = _output("pkg-config", "--version").strip()
-    fix = {"debian": "sudo apt-get install -y pkg-config", "conda": "conda install -c conda-forge pkg-config"}
-    ok = version != ""
-    return Check("pkg-config", ok, version, "" if ok else "needed to build FFCV", fix)
-
-
-def _headers(name: str, module: str, debian: str, conda: str) -> Check:
-    version = _output("pkg-config", "--modversion", module).strip()
-    ok = version != ""
+def _for_ffcv(name: str, debian: str, conda: str, *query: str) -> Check:
+    """What pkg-config answers to a query: FFCV's build asks it."""
+    version = _output("pkg-config", *query).strip()
     fix = {
         "debian": f"sudo apt-get install -y --no-install-recommends {debian}",
         "conda": f"conda install -c conda-forge {conda}",
     }
+    ok = version != ""
     return Check(name, ok, version, "" if ok else "needed to build FFCV", fix)
 
 
