@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 
 from pipelines.errors import UserError
+from pipelines.options import opt
 from pipelines.read.base import MAX_PIXELS, MAX_SIDE
 from pipelines.read.beton import JPEG_MODE, RAW_MODE
 from pipelines.read.exif import orientation, upright
@@ -41,37 +42,27 @@ LABEL_FROM = ("auto", "cls", "json", "folder", "tar")
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What the bytes of a converted dataset depend on, besides its source. Raises UserError for a value out of range.
+    """What the bytes of a converted dataset depend on besides its source. Raises UserError for a value out of range."""
 
-    side, size: images larger than `size` pixels on their shortest (or longest) side are reduced to it; None keeps all.
-    mode: "jpg" stores JPEGs of `quality`, and as it is any JPEG that already fits; "raw" stores RGB values;
-    "proportion" stores `raw_share` of the samples raw, chosen by a hash of their number in the source.
-    seed: the samples are stored in an order shuffled by it; None keeps the source's order (by class and name).
-    labels: label file of a source without labels: `NAME LABEL` or `LABEL` on each line, or ImageNet's devkit.
-    classes: file with the class names in order: a manifest, or text with one on each line. None: the source's own.
-    split: part of a source that holds several, "train" or "test", say.
-    kind: what the source is, of KINDS; "auto": as its files say, where they agree.
-    label_from: where the labels of tars are, of LABEL_FROM: KEY.cls or KEY.json beside KEY.jpg, the folder within the
-    tar that the image lies in, or the tar's name; "auto": as the tars say, where they agree.
-    label_key: column of parquet or of the label file, or key of KEY.json, that holds the label. None: label, cls, ...
-    page_size: bytes, a power of two; no sample may be larger.  max_pixels, max_bytes: limits on a source image.
-    """
-
-    side: str = "shortest"
-    size: int | None = None
-    quality: int = 90
-    mode: str = "jpg"
-    raw_share: float = 0.5
-    seed: int | None = 0
-    labels: str | None = None
-    classes: str | None = None
-    split: str | None = None
-    kind: str = "auto"
-    label_from: str = "auto"
-    label_key: str | None = None
-    page_size: int = 1 << 23
-    max_pixels: int = 100_000_000
-    max_bytes: int = 1 << 28
+    side: str = opt("shortest", "which side `size` limits: shortest or longest")
+    size: int | None = opt(None, "images larger than this on that side are reduced to it; default: kept as they are")
+    quality: int = opt(90, "of JPEGs that are encoded anew; one that already fits is stored as it is")
+    mode: str = opt("jpg", "jpg, raw (RGB values), or proportion (a share of them raw)")
+    raw_share: float = opt(0.5, "with mode proportion; chosen by a hash of their number in the source")
+    seed: int | None = opt(0, "the samples are stored in an order shuffled by it; `none` keeps the source's order")
+    labels: str | None = opt(
+        None, "label file of a source that has none: NAME LABEL or LABEL a line; or ImageNet's devkit"
+    )
+    classes: str | None = opt(None, "file with the class names in order: another beton's manifest, or one name a line")
+    split: str | None = opt(None, "part of a source that holds several, by its names or a column: train or test, say")
+    kind: str = opt("auto", "what SRC is: auto (as its files say), folder, tar, parquet or cifar")
+    label_from: str = opt(
+        "auto", "where the labels of tars are: auto, cls or json (KEY.cls, KEY.json), folder (within the tar) or tar"
+    )
+    label_key: str | None = opt(None, "column or JSON key that holds the label; default: label, cls, ...")
+    page_size: int = opt(1 << 23, "bytes, a power of two; no sample may be larger")
+    max_pixels: int = opt(100_000_000, "largest image that is accepted")
+    max_bytes: int = opt(1 << 28, "largest encoded image that is accepted")
 
     def __post_init__(self) -> None:
         choices = {"side": SIDES, "mode": MODES, "kind": KINDS, "label_from": LABEL_FROM}

@@ -5,29 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError, printable
 from std_fast.commands.arguments import Parser, Verb, add_json, add_recipe, show
 
-CONVERT_HELP = {
-    "side": "which side `--size` limits: shortest or longest",
-    "size": "images larger than this on that side are reduced to it; default: kept as they are",
-    "quality": "of JPEGs that are encoded anew",
-    "mode": "jpg, raw, or proportion (a share of them raw)",
-    "raw_share": "with --mode proportion",
-    "seed": "the samples are stored in an order shuffled by it; `none` keeps the source's order",
-    "labels": "label file of a source that has none",
-    "classes": "file with the class names in order: another beton's manifest, or one name a line",
-    "split": "part of a source that holds several, by its names or a column: train or test, say",
-    "kind": "what SRC is: auto, folder, tar, parquet or cifar",
-    "label_from": "where the labels of tars are: auto, cls or json (KEY.cls, KEY.json), folder (within the tar) or tar",
-    "label_key": "column or JSON key that holds the label",
-    "page_size": "bytes, a power of two; no sample may be larger",
-    "max_pixels": "largest image that is accepted",
-    "max_bytes": "largest encoded image that is accepted",
-}
 COUNTED = {
     "samples": "images stored",
     "kept": "JPEGs as they were",
@@ -42,8 +26,6 @@ COUNTED = {
 
 
 def add_convert(parser: Parser) -> None:
-    from dataclasses import fields
-
     from pipelines.convert.job import ON_ERROR, ConvertSettings
 
     parser.add_argument(
@@ -51,9 +33,8 @@ def add_convert(parser: Parser) -> None:
     )
     parser.add_argument("dst", help="the .beton to write")
     for field in fields(ConvertSettings):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", default=None, help=f"{CONVERT_HELP[field.name]} [{field.default}]"
-        )
+        text = f"{field.metadata['help']} [{field.default}]"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=text)
     parser.add_argument("--workers", type=int, default=0, help="processes [one per core]")
     parser.add_argument(
         "--on-error", choices=ON_ERROR, default="stop", help="what to do about unreadable images [stop]"
@@ -68,8 +49,8 @@ def convert(args: argparse.Namespace) -> None:
     from std_fast.config.schema import from_dict
     from std_fast.runtime.metrics import Progress
 
-    given = {name: getattr(args, name) for name in CONVERT_HELP if getattr(args, name) is not None}
-    settings = from_dict(ConvertSettings, {k: None if v == "none" else v for k, v in given.items()})
+    given = {f.name: value for f in fields(ConvertSettings) if (value := getattr(args, f.name)) is not None}
+    settings = from_dict(ConvertSettings, {name: None if value == "none" else value for name, value in given.items()})
     part, slash, parts = args.shard.partition("/")
     if not (slash and part.isdigit() and parts.isdigit()):
         raise UserError(f"--shard: {args.shard!r} is not I/N, such as 0/4")
