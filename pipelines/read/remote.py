@@ -112,7 +112,7 @@ def info(url: str) -> RemoteFile:
 def read(url: str, start: int, end: int) -> bytes:
     """Bytes start..end of a file that has them. Raises NotFound; NoRanges where the server has no parts of files; for
     whatever else is wrong, credentials that have run out say, UserError."""
-    return _asked(url, lambda: _complete(_read_part(url, start, end), end - start))
+    return _asked(url, lambda: _read_part(url, start, end))
 
 
 def read_all(file: RemoteFile) -> bytes:
@@ -198,47 +198,40 @@ def cached(url: str) -> list[str]:
 
 # -- retries and errors -------------------------------------------------------------------------------------------
 
-_FINAL = (
-    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotServed, BytesGone, ImportError,
-    UserError,
-)  # fmt: skip
-"""what is not tried again"""
-
-
-def _repeated(action: Callable[[], T]) -> T:
-    for delay in DELAYS:
-        try:
-            return action()
-        except (*_FINAL, NoRanges):
-            raise
-        except Exception:  # libraries of many kinds: what may pass is tried again
-            time.sleep(delay)
-    return action()
-
 
 def _asked(url: str, action: Callable[[], T]) -> T:
-    """Repeats, and makes UserErrors of errors, but NoRanges."""
-    try:
-        return _repeated(action)
-    except (UserError, NoRanges):
-        raise
-    except ImportError as error:
-        package = PACKAGES.get(url.partition("://")[0].lower())
-        way = f"pip install {package}" if package else _reason(error)
-        raise UserError(f"{shown(url)}: this kind of address needs a package that is not installed: {way}") from None
-    except FileNotFoundError:
-        raise NotFound(f"{shown(url)}: not found; look at the address") from None
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{shown(url)}: access is refused ({_reason(error)}); look at the credentials") from None
-    except NotServed as error:
-        raise UserError(
-            f"{shown(url)}: the server does not serve such a request ({_reason(error)}); look at the address, or "
-            "download the file first"
-        ) from None
-    except BytesGone:
-        raise replaced(url) from None
-    except Exception as error:
-        raise _unreachable(url, error) from None
+    """What `action` returns, tried again after each of DELAYS where its error may pass; other errors, but NoRanges, and
+    the last become UserErrors."""
+    delays = iter(DELAYS)
+    while True:
+        try:
+            return action()
+        except (UserError, NoRanges):
+            raise
+        except ImportError as error:
+            package = PACKAGES.get(url.partition("://")[0].lower())
+            way = f"pip install {package}" if package else _reason(error)
+            raise UserError(
+                f"{shown(url)}: this kind of address needs a package that is not installed: {way}"
+            ) from None
+        except FileNotFoundError:
+            raise NotFound(f"{shown(url)}: not found; look at the address") from None
+        except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"{shown(url)}: access is refused ({_reason(error)}); look at the credentials") from None
+        except NotServed as error:
+            raise UserError(
+                f"{shown(url)}: the server does not serve such a request ({_reason(error)}); look at the address, or "
+                "download the file first"
+            ) from None
+        except BytesGone:
+            raise replaced(url) from None
+        except Exception as error:  # libraries of many kinds: what may pass is tried again
+            if (delay := next(delays, None)) is None:
+                raise UserError(
+                    f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; look at the "
+                    "address and the network, then run the same command again: it continues where it stopped"
+                ) from None
+            time.sleep(delay)
 
 
 def replaced(url: str) -> UserError:
@@ -247,21 +240,8 @@ def replaced(url: str) -> UserError:
     return UserError(f"{name}: was replaced or removed while it was read; run the same command again")
 
 
-def _unreachable(url: str, error: Exception) -> UserError:
-    return UserError(
-        f"{shown(url)}: cannot be read ({_reason(error)}), tried {len(DELAYS) + 1} times; look at the address and the "
-        "network, then run the same command again: it continues where it stopped"
-    )
-
-
 def _reason(error: BaseException) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
-
-
-def _complete(data: bytes, length: int) -> bytes:
-    if len(data) != length:
-        raise OSError(f"{len(data)} bytes came of {length}")
-    return data
 
 
 def _stamp(value: object) -> int:
@@ -316,14 +296,18 @@ def _read_part(url: str, start: int, end: int) -> bytes:
         return b""
     if not _is_http(url):
         filesystem, path = _filesystem(url)
-        return filesystem.cat_file(path, start=start, end=end)
-    with _request(url, Range=f"bytes={start}-{end - 1}") as response:
-        if response.status != 206:
-            raise NoRanges
-        span = response.headers.get("Content-Range", "")
-        if not span.startswith(f"bytes {start}-"):  # of some proxies: the first bytes of the file
-            raise OSError(f"bytes {start}-{end - 1} were asked for, and {span or 'others'} came")
-        return response.read(end - start)
+        data = filesystem.cat_file(path, start=start, end=end)
+    else:
+        with _request(url, Range=f"bytes={start}-{end - 1}") as response:
+            if response.status != 206:
+                raise NoRanges
+            span = response.headers.get("Content-Range", "")
+            if not span.startswith(f"bytes {start}-"):  # of some proxies: the first bytes of the file
+                raise OSError(f"bytes {start}-{end - 1} were asked for, and {span or 'others'} came")
+            data = response.read(end - start)
+    if len(data) != end - start:
+        raise OSError(f"{len(data)} bytes came of {end - start}")
+    return data
 
 
 # -- fsspec -------------------------------------------------------------------------------------------------------
