@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from pipelines.errors import UserError, one_line, printable
+from pipelines.errors import CorruptImage, UserError, one_line, printable
 from pipelines.read.beton import HEADER_TYPE, BetonSource
-from pipelines.read.turbojpeg import BadImage, turbojpeg
+from pipelines.read.decode import decode_rgb
 from pipelines.sheet import draw_sheet
 from pipelines.untrusted import read_json
 
@@ -54,12 +53,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def _statistics(values: npt.NDArray[Any]) -> dict[str, float]:
-    return {
-        "min": float(values.min()),
-        "median": float(np.median(values)),
-        "mean": float(values.mean()),
-        "max": float(values.max()),
-    }
+    return {name: float(getattr(np, name)(values)) for name in ("min", "median", "mean", "max")}
 
 
 def _sides(pixels: npt.NDArray[np.int64]) -> dict[str, Any]:
@@ -93,41 +87,13 @@ def sample_sheet(path: str, out_png: str) -> None:
     images, captions = [], []
     for index in np.unique(np.linspace(0, source.num_samples - 1, SAMPLES).astype(int)).tolist():
         try:
-            images.append(PIL.Image.fromarray(decode_sample(source, index)))
-        except BadImage as error:
-            raise UserError(f"{source.name(index)}: {error}; run `std-fast verify --decode`") from None
+            images.append(PIL.Image.fromarray(decode_rgb(source, index)))
+        except CorruptImage as error:
+            raise UserError(f"{error}, or see all that are damaged: `std-fast verify --decode`") from None
         images[-1].thumbnail((THUMBNAIL, THUMBNAIL))
         label = int(source.labels[index])
         captions.append(source.class_names[label] if source.class_names else str(label))
     draw_sheet(images, captions, out_png)
-
-
-def decode_sample(source: BetonSource, index: int) -> npt.NDArray[np.uint8]:
-    """A sample's pixels, RGB uint8 [H, W, 3]. Raises BadImage when it is damaged or not of the size in the metadata."""
-    height, width = int(source.heights[index]), int(source.widths[index])
-    data = source.read(index)
-    if not source.is_jpeg(index):
-        return data.reshape(height, width, 3)
-    encoded = data.tobytes()
-    decoder = turbojpeg()
-    known = decoder.header(encoded) if decoder is not None else None
-    if decoder is not None and known is not None:
-        if (known.width, known.height) != (width, height):
-            raise BadImage(f"is {known.width}x{known.height} pixels, not {width}x{height} as the metadata says")
-        if known.is_cmyk:
-            raise BadImage("is CMYK, which loaders take for RGB")
-        pixels = np.empty((height, width, 3), np.uint8)
-        decoder.decode(encoded, known, 1, pixels)
-        return pixels
-    try:
-        with PIL.Image.open(io.BytesIO(encoded), formats=("JPEG",)) as image:
-            if image.size != (width, height):
-                raise BadImage(f"is {image.width}x{image.height} pixels, not {width}x{height} as the metadata says")
-            return np.asarray(image.convert("RGB"))
-    except BadImage:
-        raise
-    except Exception as error:  # PIL's readers raise errors of every kind on damaged files
-        raise BadImage(f"is no JPEG that can be decoded ({' '.join(str(error).split())})") from None
 
 
 def verify(path: str, decode: bool = False, threads: int = 0) -> list[str]:
@@ -155,9 +121,9 @@ def verify(path: str, decode: bool = False, threads: int = 0) -> list[str]:
 
     def fault(index: int) -> str | None:
         try:
-            decode_sample(source, index)
-        except BadImage as error:
-            return f"{source.name(index)}: {error}"
+            decode_rgb(source, index)
+        except CorruptImage as error:
+            return str(error)
         return None
 
     # Decoding leaves Python's lock; pieces keep the list of futures short.

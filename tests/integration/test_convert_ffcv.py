@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pipelines.convert.job import ConvertSettings, convert
-from pipelines.convert.verify import decode_sample
 from pipelines.read.beton import BetonSource
+from pipelines.read.decode import decode_rgb
 from tests.beton_tools import encoded, pixels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
@@ -41,6 +41,6 @@ def test_ffcv_reads_what_we_write(tmp_path: Path) -> None:
             for image, label in zip(np.asarray(images), np.asarray(labels), strict=True):
                 assert int(label[0]) == source.labels[index]
                 # FFCV asks for the fast DCT, which is a little less exact.
-                assert np.abs(image.astype(int) - decode_sample(source, index)).mean() < 2
+                assert np.abs(image.astype(int) - decode_rgb(source, index)).mean() < 2
                 index += 1
         assert index == 24

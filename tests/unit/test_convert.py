@@ -20,10 +20,11 @@ from pipelines.convert import workers as convert_workers
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.journal import WorkFolder
 from pipelines.convert.progress import ConvertProgress
-from pipelines.convert.verify import decode_sample, verify
+from pipelines.convert.verify import verify
 from pipelines.errors import DataError, UserError, printable
 from pipelines.read import image_prep
 from pipelines.read.beton import BetonSource
+from pipelines.read.decode import decode_rgb
 from pipelines.read.source import open_source
 from tests import odd_images
 from tests.unit.test_journal import full_after
@@ -94,7 +95,7 @@ def test_odd_image(number: int, odd: tuple[list[odd_images.Kind], BetonSource, d
     assert name not in reasons
     stored = sorted(k.name for k in made if not k.reason)
     index = stored.index(kind.name)
-    pixels = decode_sample(source, index).astype(int)
+    pixels = decode_rgb(source, index).astype(int)
     height, width = pixels.shape[:2]
     assert (width, height) == kind.size
     for colour, (y, x) in zip(kind.colours, ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)), strict=True):
@@ -253,7 +254,7 @@ def test_order_and_labels(images: Path, reference: Path) -> None:
     for index in (0, 57, 129):
         with PIL.Image.open(images / names[order[index]]) as image:
             expected = np.asarray(image.resize((18, 12), PIL.Image.Resampling.BICUBIC)).astype(int)
-        assert np.abs(decode_sample(source, index) - expected).mean() < 12
+        assert np.abs(decode_rgb(source, index) - expected).mean() < 12
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -12,9 +12,9 @@ import pytest
 
 from pipelines.convert.job import ConvertSettings, convert
 from pipelines.convert.sources import list_source
-from pipelines.convert.verify import decode_sample
 from pipelines.errors import DataError, UserError
 from pipelines.read.beton import BetonSource
+from pipelines.read.decode import decode_rgb
 from tests.archives import devkit_files, tar_bytes, write_parquet
 from tests.beton_tools import encoded, pixels
 
@@ -303,7 +303,7 @@ def test_cifar(hundred: bool, tmp_path: Path) -> None:
         assert source.labels.tolist() == labels[part].tolist()
         assert source.class_names == ["apple", "bear", "car"]
         for i in range(count):
-            assert (decode_sample(source, i) == images[part, i].transpose(1, 2, 0)).all()
+            assert (decode_rgb(source, i) == images[part, i].transpose(1, 2, 0)).all()
     assert list_source(str(tmp_path / "src"), KEEP, str(tmp_path)).classes == ["apple", "bear", "car"]  # of train
     path = tmp_path / "src" / names[0]
     path.write_bytes(b"\xff" + path.read_bytes()[1:] if not hundred else b"\xff\xff" + path.read_bytes()[2:])

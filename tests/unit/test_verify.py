@@ -98,7 +98,7 @@ def test_sizes_that_the_images_do_not_have_are_found(beton: Path) -> None:
     index = int(np.flatnonzero(source.jpeg)[0])
     row = 24 + 2 * 1041 + 24 * index
     flip(beton, row + 1)  # the lower byte of its width
-    assert any(f"sample {index}: is 130x" in fault for fault in verify(str(beton), decode=True))
+    assert any(f"sample {index}: cannot be decoded (it is 130x" in fault for fault in verify(str(beton), decode=True))
 
 
 def test_labels_and_counts_are_held_against_the_manifest(beton: Path) -> None:
