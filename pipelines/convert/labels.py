@@ -149,18 +149,15 @@ def read_labels(
     if not names:
         raise UserError(f"{where}: the source holds no image that it could label; give {SOURCES}")
     if is_devkit(path):
-        if key is not None or split is not None:
-            option = "--split" if key is None else "--label-key"
-            raise UserError(f"{where}: the devkit has no columns; leave {option} out")
+        _refuse_columns(f"{where}: the devkit has no columns", key, split)
         by_name, wnids = devkit_labels(path, names)
         return {**by_name}, wnids
     lines = [line for line in read_text(path).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{where}: is empty; give a line for each image")
-    pairs = _pairs(lines, ImageNames(names), where, key, split)
+    pairs = _LabelFile(ImageNames(names), where, key, split).labels(lines)
     if pairs is None:
-        ordered = _labels_in_order(lines, names, where)
-        pairs = {**dict(ordered)}
+        pairs = dict(_labels_in_order(lines, names, where))
     used = {name: text for name, text in pairs.items() if text}
     if pairs and not used:
         raise UserError(f"{where}: its lines name images, and no labels; write NAME and LABEL on each")
@@ -171,155 +168,143 @@ def read_labels(
     return {**dict(zip(used, parsed, strict=True)), **others}, None
 
 
-def _pairs(
-    lines: list[str], images: ImageNames, where: str, key: str | None, split: str | None
-) -> Mapping[str, str | None] | None:
-    """Text of the label by image, from lines that name images, or None for one of another split; None when no line
-    does. Raises UserError."""
-    for delimiter in DELIMITERS:
-        if all(delimiter in line for line in lines):
-            try:
-                rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
-            except csv.Error as error:
-                raise UserError(f"{where}: cannot be read as a table ({error}); fix it") from None
-            found = _from_table(rows, images, where, key, split)
-            if found is not None:
-                return found
+class _LabelFile:
+    """The lines of a label file that names its images. key, split: see `read_labels`. Methods raise UserError."""
+
+    def __init__(self, images: ImageNames, where: str, key: str | None, split: str | None) -> None:
+        self.images, self.where, self.key, self.split = images, where, key, split
+
+    def labels(self, lines: list[str]) -> Mapping[str, str | None] | None:
+        """Text of the label by image, None for one of another split; None when no line names an image."""
+        for delimiter in DELIMITERS:
+            if all(delimiter in line for line in lines):
+                try:
+                    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+                except csv.Error as error:
+                    raise UserError(f"{self.where}: cannot be read as a table ({error}); fix it") from None
+                if (found := self._from_table(rows)) is not None:
+                    return found
+        _refuse_columns(f"{self.where}: no table with a header and the names of images", self.key, self.split)
+        return self._from_words(lines)
+
+    def _from_table(self, rows: list[list[str]]) -> Mapping[str, str | None] | None:
+        width = max(map(len, rows))
+        cells = [[row[column] for row in rows if column < len(row)] for column in range(width)]
+        named = [[cell for cell in column if self.images.find(cell)] for column in cells]
+        if not any(named):
+            return None
+        # a label such as 7 may look like the name of 7.jpg: full names come first, then the column that comes first
+        scores = [(sum(map(has_image_ending, column)), len(column)) for column in named]
+        name = scores.index(max(scores))
+        header = rows[0] if self._is_header(rows[0][name : name + 1]) else []
+        body = rows[1:] if header else rows
+        label = self._label_column(header, body, name)
+        if any(len(row) <= max(name, label) for row in body):
+            raise UserError(f"{self.where}: some lines hold a name and a label, others do not; fix it")
+        body, others = self._of_split(header, body, name, label)
+        collected = self._collected((row[name], _before_boxes(" ".join(row[label:])) or row[label]) for row in body)
+        return {**dict.fromkeys(others), **collected}
+
+    def _of_split(
+        self, header: list[str], body: list[list[str]], name: int, label: int
+    ) -> tuple[list[list[str]], list[str]]:
+        """Rows of the wanted split, and the images of others."""
+        found = split_column(header, header[label]) if len(header) > label else None
+        if found is None:
+            if self.split is not None:
+                raise UserError(f"{self.where}: no column split or subset; leave --split out")
+            return body, []
+        at = header.index(found)
+        named = [row for row in body if len(row) > at and self.images.find(row[name])]
+        splits = {row[at] for row in named}
+        wrong = are_several(splits) if self.split is None else self.split not in splits
+        if wrong:
+            raise wrong_split(self.where, splits, self.split)
+        if self.split is None:
+            return body, []
+        others = [image for row in named if row[at] != self.split for image in self.images.find(row[name])]
+        return [row for row in body if row[at : at + 1] == [self.split]], others
+
+    def _label_column(self, header: list[str], body: list[list[str]], name: int) -> int:
+        """Number of the column with the label. Raises UserError where that is not certain."""
+        where, columns = self.where, ", ".join(map(printable, header))
+        if self.key is not None:
+            if header.count(self.key) != 1:
+                key = printable(self.key)
+                raise UserError(f"{where}: no column {key!r} (--label-key) among {columns or 'unnamed ones'}")
+            return header.index(self.key)
+        others = [i for i in range(max(map(len, [header, *body]))) if i != name]
+        others = [i for i in others if i >= len(header) or header[i].lower() not in SPLIT_COLUMNS] or others
+        if len(others) == 1:
+            return others[0]
+        if name == 0 and body and all(_before_boxes(" ".join(row[1:])) for row in body):
+            return 1
+        known = [i for i in others if i < len(header) and header[i].lower() in LABEL_COLUMNS]
+        if len(known) == 1:
+            return known[0]
+        if not header:
+            raise UserError(f"{where}: {len(others) + 1} columns without a header; keep name and label of each image")
+        raise UserError(f"{where}: which of the columns {columns} is the label is not certain; name it by --label-key")
+
+    def _from_words(self, lines: list[str]) -> dict[str, str] | None:
+        """NAME LABEL with white space between; both may hold spaces, so that the name is what an image is called."""
+        pairs = []
+        for number, line in enumerate(map(str.strip, lines)):
+            if line.startswith('"') and '"' in line[1:]:
+                name, _, rest = line[1:].partition('"')
+                splits = [(name, rest.strip())]
+            else:
+                splits = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+            known = [split for split in splits if self.images.find(split[0])]
+            known = [split for split in known if has_image_ending(split[0])] or known
+            if len(known) > 1:
+                raise UserError(
+                    f"{self.where}: {printable(line)!r} may mean {printable(known[0][0])!r} or "
+                    f"{printable(known[1][0])!r}; put a tab between name and label"
+                )
+            name, label = known[0] if known else splits[0] if splits else (line, "")
+            if number or is_number(label) or not self._is_header([name]):
+                pairs.append((name, _before_boxes(label) or label.strip('"')))
+        return self._collected(pairs) or None
+
+    def _is_header(self, names: list[str]) -> bool:
+        """Whether the first line is a header: its cell in the column of names is no image's, present or missing."""
+        return not any(self.images.find(name) or has_image_ending(name) for name in names)
+
+    def _collected(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Labels of images, each said once; pairs: name and label on each line."""
+        labels: dict[str, str] = {}
+        unknown = []
+        for name, label in pairs:
+            found = self.images.find(name)
+            if len(found) > 1:
+                raise UserError(
+                    f"{self.where}: {printable(name)!r} may mean {printable(found[0])} or {printable(found[1])}; write "
+                    "names with their folders and endings"
+                )
+            if not found:
+                unknown.append(name)
+            elif labels.setdefault(found[0], label) != label:
+                raise UserError(
+                    f"{self.where}: {printable(found[0])} has two labels, {printable(labels[found[0]])} and "
+                    f"{printable(label)}; keep one"
+                )
+        if labels and unknown:
+            shown = printable(unknown[0])
+            log.warning("%s: lines that name no image of the source: %d, e.g. %s", self.where, len(unknown), shown)
+        return labels
+
+
+def _before_boxes(text: str) -> str | None:
+    """The label before boxes; None where there are none."""
+    found = _BOXES.fullmatch(text)
+    return found and found[1]
+
+
+def _refuse_columns(what: str, key: str | None, split: str | None) -> None:
+    """Raises UserError where a column is asked for that there cannot be."""
     if key is not None or split is not None:
-        option = "--split" if key is None else "--label-key"
-        raise UserError(f"{where}: no table with a header and the names of images; leave {option} out or fix it")
-    return _from_words(lines, images, where)
-
-
-def _from_table(
-    rows: list[list[str]], images: ImageNames, where: str, key: str | None, split: str | None
-) -> Mapping[str, str | None] | None:
-    width = max(map(len, rows))
-    named = [[row[column] for row in rows if column < len(row) and images.find(row[column])] for column in range(width)]
-    if not any(named):
-        return None
-    # a label such as 7 may look like the name of 7.jpg: full names come first, then the column that comes first
-    scores = [(sum(map(has_image_ending, cells)), len(cells)) for cells in named]
-    name_column = scores.index(max(scores))
-    header = rows[0] if _is_header(rows[0][name_column : name_column + 1], images) else []
-    body = rows[1:] if header else rows
-    label = _label_column(header, body, name_column, where, key)
-    if any(len(row) <= max(name_column, label) for row in body):
-        raise UserError(f"{where}: some lines hold a name and a label, others do not; fix it")
-    body, others = _of_split(header, body, (name_column, label), images, where, split)
-    collected = _Collected(images, where)
-    for row in body:
-        text = row[label]
-        boxes = _BOXES.fullmatch(" ".join(row[label:]))
-        collected.add(row[name_column], boxes[1] if boxes else text)
-    return {**dict.fromkeys(others), **collected.done()}
-
-
-def _of_split(
-    header: list[str],
-    body: list[list[str]],
-    columns: tuple[int, int],
-    images: ImageNames,
-    where: str,
-    split: str | None,
-) -> tuple[list[list[str]], list[str]]:
-    """Rows of the wanted split, and the images of others; columns: those of name and label. Raises UserError."""
-    name, label = columns
-    found = split_column(header, header[label]) if len(header) > label else None
-    if found is None:
-        if split is not None:
-            raise UserError(f"{where}: no column split or subset; leave --split out")
-        return body, []
-    at = header.index(found)
-    named = [row for row in body if len(row) > at and images.find(row[name])]
-    splits = {row[at] for row in named}
-    if (split is None and are_several(splits)) or (split is not None and split not in splits):
-        raise wrong_split(where, splits, split)
-    if split is None:
-        return body, []
-    others = [image for row in named if row[at] != split for image in images.find(row[name])]
-    return [row for row in body if row[at : at + 1] == [split]], others
-
-
-def _label_column(header: list[str], body: list[list[str]], name: int, where: str, key: str | None) -> int:
-    """Number of the column with the label. Raises UserError where that is not certain."""
-    columns = ", ".join(map(printable, header))
-    if key is not None:
-        if header.count(key) != 1:
-            raise UserError(f"{where}: no column {printable(key)!r} (--label-key) among {columns or 'unnamed ones'}")
-        return header.index(key)
-    others = [i for i in range(max(map(len, [header, *body]))) if i != name]
-    others = [i for i in others if i >= len(header) or header[i].lower() not in SPLIT_COLUMNS] or others
-    if len(others) == 1:
-        return others[0]
-    if name == 0 and body and all(_BOXES.fullmatch(" ".join(row[1:])) for row in body):
-        return 1
-    known = [i for i in others if i < len(header) and header[i].lower() in LABEL_COLUMNS]
-    if len(known) == 1:
-        return known[0]
-    if not header:
-        raise UserError(f"{where}: {len(others) + 1} columns without a header; keep name and label of each image")
-    raise UserError(f"{where}: which of the columns {columns} is the label is not certain; name it by --label-key")
-
-
-def _from_words(lines: list[str], images: ImageNames, where: str) -> dict[str, str] | None:
-    """NAME LABEL with white space between them; both may hold spaces, so that the name is what an image is called."""
-    collected = _Collected(images, where)
-    lines = [line.strip() for line in lines]
-    for line in lines:
-        if line.startswith('"') and '"' in line[1:]:
-            name, _, rest = line[1:].partition('"')
-            splits = [(name, rest.strip())]
-        else:
-            splits = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
-        known = [split for split in splits if images.find(split[0])]
-        known = [split for split in known if has_image_ending(split[0])] or known
-        if len(known) > 1:
-            raise UserError(
-                f"{where}: {printable(line)!r} may mean {printable(known[0][0])!r} or {printable(known[1][0])!r}; "
-                "put a tab between name and label"
-            )
-        name, label = known[0] if known else splits[0] if splits else (line, "")
-        if line is lines[0] and not is_number(label) and _is_header([name], images):
-            continue
-        boxes = _BOXES.fullmatch(label)
-        collected.add(name, boxes[1] if boxes else label.strip('"'))
-    return collected.done() if collected.labels else None
-
-
-def _is_header(names: list[str], images: ImageNames) -> bool:
-    """Whether the first line is a header: its cell in the column of names is no image's name, present or missing."""
-    return not any(images.find(name) or has_image_ending(name) for name in names)
-
-
-class _Collected:
-    """Labels of images, each said once."""
-
-    def __init__(self, images: ImageNames, where: str) -> None:
-        self.labels: dict[str, str] = {}
-        self._images, self._where = images, where
-        self._unknown: list[str] = []
-
-    def add(self, name: str, label: str) -> None:
-        found = self._images.find(name)
-        if len(found) > 1:
-            raise UserError(
-                f"{self._where}: {printable(name)!r} may mean {printable(found[0])} or {printable(found[1])}; write "
-                "names with their folders and endings"
-            )
-        if not found:
-            self._unknown.append(name)
-        elif self.labels.setdefault(found[0], label) != label:
-            raise UserError(
-                f"{self._where}: {printable(found[0])} has two labels, {printable(self.labels[found[0]])} and "
-                f"{printable(label)}; keep one"
-            )
-
-    def done(self) -> dict[str, str]:
-        if self.labels and self._unknown:
-            count, shown = len(self._unknown), printable(self._unknown[0])
-            log.warning("%s: lines that name no image of the source: %d, e.g. %s", self._where, count, shown)
-        return self.labels
+        raise UserError(f"{what}; leave {'--split' if key is None else '--label-key'} out")
 
 
 def _are_more_than_labels(lines: list[str], names: list[str]) -> bool:
