@@ -183,7 +183,7 @@ def _python_headers() -> Check:
 
 
 def _for_ffcv(name: str, debian: str, conda: str, *query: str) -> Check:
-    """What pkg-config answers to a query: FFCV's build asks it."""
+    """What pkg-config prints for a query of FFCV's build."""
     version = _output("pkg-config", *query).strip()
     fix = {
         "debian": f"sudo apt-get install -y --no-install-recommends {debian}",
