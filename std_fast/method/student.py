@@ -81,7 +81,7 @@ class Student(nn.Module):
         self.mine = nn.ModuleList()
         self.deit_heads = nn.ModuleList()
         if tokens == "deit":
-            self.taps = ()
+            self.taps, self.head_teacher = (), tuple(sorted(set(self.head_teacher)))
             for _ in self.head_teacher:
                 head = nn.Linear(backbone.dim, num_classes)
                 nn.init.trunc_normal_(head.weight, std=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from std_fast.config.durations import Duration, parse_seconds, parse_warmup, unkept
@@ -119,36 +119,75 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
     return WARMUP_OF_A_BUDGET
 
 
-WITHOUT_EFFECT: dict[str, tuple[Callable[[Recipe], bool], str]] = {
-    "student.new_head": (lambda r: not r.student.weights, "student.weights '': all of the student is new"),
-    "student.early_share": (lambda r: not r.student.early_size, "student.early_size 0"),
-    "data.crop.fraction": (lambda r: r.data.crop.kind == "random_resized", "data.crop.kind random_resized"),
-    "data.eval_crop.fraction": (lambda r: r.data.eval_crop.kind != "center", "another data.eval_crop.kind than center"),
-    "augment.randaugment_m": (lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
-    "optim.ema_batch": (lambda r: not r.optim.ema, "optim.ema 0"),
-    "run.not_finite_limit": (lambda r: r.run.not_finite == "stop", "run.not_finite stop"),
-    "run.rollback_every": (lambda r: r.run.not_finite != "rollback", "another run.not_finite than rollback"),
-    "data.corrupt_limit": (lambda r: r.data.on_corrupt == "stop", "data.on_corrupt stop"),
-}
-"""fields that another field switches off"""
+ONE_TOKEN = "other distill.tokens than both"
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
+    ("student.new_head", lambda r: not r.student.weights, "student.weights '': all of the student is new"),
+    ("student.early_share", lambda r: not r.student.early_size, "student.early_size 0"),
+    *(
+        (f"data.{crop}.{field}", lambda r, crop=crop, kind=kind: getattr(r.data, crop).kind != kind, why)
+        for crop in ("crop", "eval_crop")
+        for field, kind in (("fraction", "center"), ("scale", "random_resized"), ("ratio", "random_resized"))
+        for why in [f"another data.{crop}.kind than {kind}"]
+    ),
+    ("data.hw_decoder_load", lambda r: r.data.backend != "dali", "another data.backend than dali"),
+    ("data.corrupt_limit", lambda r: r.data.on_corrupt == "stop", "data.on_corrupt stop"),
+    ("augment.randaugment_m", lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
+    ("augment.randaugment_mstd", lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
+    ("augment.mixup", lambda r: not r.augment.mix_prob, "augment.mix_prob 0"),
+    ("augment.cutmix", lambda r: not r.augment.mix_prob, "augment.mix_prob 0"),
+    ("augment.mix_prob", lambda r: not (r.augment.mixup or r.augment.cutmix), "augment.mixup 0 and augment.cutmix 0"),
+    ("augment.switch", lambda r: not (r.augment.mixup and r.augment.cutmix), "augment.mixup 0 or augment.cutmix 0"),
+    ("distill.token_mlp_ratio", lambda r: r.distill.tokens in ("none", "deit"), "distill.tokens none or deit"),
+    ("distill.mine.weight", lambda r: r.distill.tokens != "both" and r.distill.mine.weight > 0, ONE_TOKEN),
+    *(
+        (f"distill.mine.{field}", lambda r: not r.distill.uses_mine, f"distill.mine.weight 0 or {ONE_TOKEN}")
+        for field in ("every", "lr", "width", "ema")
+    ),
+    ("optim.smoothing", lambda r: r.distill.mode == "std" and r.distill.alpha == 1, "distill.alpha 1"),
+    ("optim.ema_batch", lambda r: not r.optim.ema, "optim.ema 0"),
+    ("run.not_finite_limit", lambda r: r.run.not_finite == "stop", "run.not_finite stop"),
+    ("run.rollback_every", lambda r: r.run.not_finite != "rollback", "another run.not_finite than rollback"),
+)
+"""fields that another field switches off: name, whether it does, and why; those of `distill` with distill.mode std"""
 
 
 def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
-    """A line for each duration that the run does not keep to, and for fields that have no effect in it."""
-    run, distill = recipe.run, recipe.distill
+    """A line for each duration that the run does not keep to, for fields that have no effect in it, and for others that
+    do not go together."""
+    run, optim, distill = recipe.run, recipe.optim, recipe.distill
     every = {"run.eval_every": run.eval_every}
     if distill.uses_mine:
         every["distill.mine.every"] = distill.mine.every
     if run.not_finite == "rollback":
         every["run.rollback_every"] = run.rollback_every
-    lines = list(unkept(every, recipe.optim.warmup, run.length, steps_per_epoch, run.batch))
-    if distill.mode == "none" and (idle := difference(Distill(mode="none"), distill, "distill")):
-        lines.append(f"{', '.join(idle)}: no effect with distill.mode none")
+    lines = list(unkept(every, optim.warmup, run.length, steps_per_epoch, run.batch))
     changed = difference(Recipe(), recipe)
-    for name, (off, why) in WITHOUT_EFFECT.items():
-        if name in changed and off(recipe):
-            lines.append(f"{name}: no effect with {why}")
-    return lines
+    if distill.mode == "none":
+        idle = [name for name in changed if name.startswith("distill.") and name != "distill.views"]
+        lines += [f"{', '.join(idle)}: no effect with distill.mode none"] * bool(idle)
+        changed = [name for name in changed if name not in idle]
+    lines += [f"{name}: no effect with {why}" for name, off, why in WITHOUT_EFFECT if name in changed and off(recipe)]
+    if (peak := peak_learning_rate(optim, run.batch)) < optim.min_lr:
+        lines.append(
+            f"optim.min_lr: {optim.min_lr:g} is above the peak learning rate {peak:.3g} of a batch of {run.batch} "
+            "(optim.lr, optim.lr_batch), which therefore rises to the end"
+        )
+    return lines + list(untrained_heads(distill))
+
+
+def untrained_heads(distill: Distill) -> Iterator[str]:
+    """A line for each kind of head that takes part in the prediction though no loss trains it."""
+    if distill.mode == "none":
+        return
+    if distill.predict != "distill" and distill.alpha == 1 and not distill.class_share:
+        yield f"distill.predict: {distill.predict} counts the class head, which learns nothing with distill.alpha 1"
+    untrained = {
+        "distill.alpha 0": distill.alpha == 0,
+        "distill.class_share 1": distill.class_share == 1,
+        "a 0 in distill.module_weights": 0 in (distill.module_weights or ()),
+    }
+    if distill.predict != "class" and (why := next((why for why, true in untrained.items() if true), "")):
+        yield f"distill.predict: {distill.predict} counts distillation heads that learn nothing with {why}"
 
 
 def build_schedule(recipe: Recipe, clock: Clock, steps_per_epoch: int, world: World = SINGLE_PROCESS) -> Schedule:

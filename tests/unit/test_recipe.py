@@ -13,6 +13,7 @@ from std_fast.config.schema import describe, difference, from_dict, merge, set_d
 from std_fast.training.schedule import unkept_settings
 
 TRUE_LABELS = {"mode": "std", "labels": "ground_truth"}
+STD = [("distill.mode", "std"), ("distill.labels", "ground_truth")]
 
 
 def std(*teachers, **distill):
@@ -89,6 +90,10 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ({"student": {"early_size": 4}}, "student.early_size: must be 8 or more"),
         ({"student": {"early_share": 1.0}}, "student.early_share: 1.0 must be more than 0, less than 1"),
         ({"student": {"drop_path_mode": "subset"}}, "student.drop_path_mode: subset has no effect"),
+        (
+            {"student": {"drop_path_mode": "subset", "drop_path": 1 / 64}},
+            "student.drop_path_mode: subset has no effect",
+        ),
         ({"optim": {"name": "sgd", "betas": [0.9, 0.95]}}, "optim.betas: betas and eps have no effect with optim.name"),
         ({"optim": {"name": "sgd", "eps": 1e-6}}, "optim.betas: betas and eps have no effect with optim.name sgd"),
         ({"optim": {"name": "muon", "nesterov": True}}, "optim.nesterov: is SGD's"),
@@ -177,12 +182,32 @@ def test_what_is_more_than_nothing_is_at_least_a_step():
         ([("optim.warmup", "5 epochs"), ("run.length", "1 gpu-hours")], None),
         ([("run.rollback_every", "1 samples"), ("run.not_finite", "rollback")], "run.rollback_every: 1 samples is"),
         ([("run.rollback_every", "1 samples")], "run.rollback_every: no effect with another run.not_finite than"),
-        ([("data.crop.fraction", "0.9")], "data.crop.fraction: no effect with data.crop.kind random_resized"),
-        ([("data.crop.fraction", "0.9"), ("data.crop.kind", "center")], None),
+        ([("data.crop.fraction", "0.9")], "data.crop.fraction: no effect with another data.crop.kind than center"),
+        ([("data.eval_crop.ratio", "[1, 2]")], "data.eval_crop.ratio: no effect with another data.eval_crop.kind"),
+        ([("data.crop.fraction", "0.9"), ("data.crop.kind", "center")], "data.crop.scale: no effect with another"),
+        ([("data.crop.kind", "center"), ("data.crop.scale", "[0.08, 1]")], None),
         ([("student.new_head", "true")], "student.new_head: no effect with student.weights ''"),
         ([("student.early_share", "0.8")], "student.early_share: no effect with student.early_size 0"),
         ([("optim.ema_batch", "64")], "optim.ema_batch: no effect with optim.ema 0"),
         ([("distill.taps", "[1]"), ("distill.alpha", "0.9")], "distill.taps, distill.alpha: no effect with distill"),
+        ([("distill.views", "2")], None),  # the images are those of two epochs without distillation too
+        ([("augment.randaugment_mstd", "1")], "augment.randaugment_mstd: no effect with augment.randaugment_n 0"),
+        ([("augment.switch", "0.2"), ("augment.cutmix", "0")], "augment.switch: no effect with augment.mixup 0 or"),
+        ([("augment.cutmix", "0.5"), ("augment.mix_prob", "0")], "augment.cutmix: no effect with augment.mix_prob 0"),
+        ([("data.hw_decoder_load", "0.5")], "data.hw_decoder_load: no effect with another data.backend than dali"),
+        ([("optim.lr", "1e-6")], "optim.min_lr: 1e-05 is above the peak learning rate 1e-06 of a batch of 64"),
+        ([*STD, ("optim.smoothing", "0")], None),
+        ([*STD, ("distill.tokens", "spatial"), ("distill.mine.weight", "0")], None),
+        ([*STD, ("distill.tokens", "spatial"), ("distill.mine.weight", "1")], "distill.mine.weight: no effect with"),
+        ([*STD, ("distill.mine.ema", "0.1"), ("distill.mine.weight", "0")], "distill.mine.ema: no effect with distill"),
+        ([*STD, ("distill.tokens", "none"), ("distill.token_mlp_ratio", "[1, 1]")], "distill.token_mlp_ratio: no eff"),
+        ([*STD, ("distill.alpha", "1"), ("distill.predict", "distill"), ("optim.smoothing", "0")], "optim.smoothing: "),
+        ([*STD, ("distill.alpha", "1")], "distill.predict: mean counts the class head, which learns nothing with"),
+        ([*STD, ("distill.alpha", "1"), ("distill.class_share", "0.5")], None),
+        ([*STD, ("distill.alpha", "0")], "distill.predict: mean counts distillation heads that learn nothing with"),
+        ([*STD, ("distill.class_share", "1")], "distill.predict: mean counts distillation heads that learn nothing"),
+        ([*STD, ("distill.module_weights", "[0, 1]")], "learn nothing with a 0 in distill.module_weights"),
+        ([*STD, ("distill.module_weights", "[0, 1]"), ("distill.predict", "class")], None),
     ],
 )
 def test_settings_that_a_run_does_not_keep_to(overrides, line):

@@ -103,6 +103,11 @@ def test_each_setting_changes_the_objective():
     assert len({round(value, 7) for value in totals.values()}) == len(totals), totals
 
 
+def test_the_distillation_token_has_one_head_for_each_of_many_teachers():
+    student = build_student(recipe_of(MIXER, {"tokens": "deit", "teachers": 3}), K)
+    assert student.head_teacher == (0, 1, 2) and len(student.deit_heads) == 3
+
+
 def test_hidden_widths_of_the_modules():
     student = build_student(recipe_of(MIXER, {"token_mlp_ratio": [0.25, 1.5]}), K)
     assert [(m.fc1_s.out_features, m.fc1_c.out_features) for m in student.std] == [(4, 24)] * 2
