@@ -12,19 +12,20 @@ from torch import nn
 from std_fast import MutualInformation, STDModule, distillation_loss, targets_from_logits
 
 
-def distil(backbone, teachers, batches, P, C, K, alpha=0.5):
+def distil(backbone, teachers, batches, P, C, K, alpha=0.5, mine_every=1000):
     """Trains `backbone` (images -> [B, P, C]); returns the model as a function of images, and its parts."""
     head, std, mine = nn.Linear(C, K), STDModule(C, P, K, len(teachers)), MutualInformation(C, P, weight=0.01)
     parts = nn.ModuleList([backbone, head, std, mine])
     optimizer = torch.optim.AdamW(parts.parameters(), lr=2e-3, weight_decay=0.0)
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches):
         with torch.no_grad():
             targets = targets_from_logits(torch.stack([teacher(images) for teacher in teachers], dim=1))
         z_BPC = backbone(images)
         tokens = std(z_BPC)  # tokens.logits [B, M, K]: one head for each teacher
         class_loss = F.cross_entropy(head(z_BPC.mean(1)), labels)
         loss = (1 - alpha) * class_loss + alpha * distillation_loss(tokens.logits, targets)
-        loss = loss - mine(tokens.spatial, tokens.channel)  # the two tokens come to carry different information
+        if step % mine_every == 0:  # about once an epoch, as in the paper: in each step it cost accuracy
+            loss = loss - mine(tokens.spatial, tokens.channel)  # the two tokens come to carry different information
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -66,7 +67,7 @@ def main(steps=400, batch=128):
         F.cross_entropy(teacher(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    student, _ = distil(Backbone(), [teacher], batches(), P=16, C=32, K=10)
+    student, _ = distil(Backbone(), [teacher], batches(), P=16, C=32, K=10, mine_every=len(images) // batch)
     return [(model(held_images).argmax(1) == held_labels).float().mean().item() for model in (teacher, student)]
 
 
