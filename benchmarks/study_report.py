@@ -93,9 +93,8 @@ class Difference(NamedTuple):
     points: float
     over_images: float  # standard error of the mean over images, each image's value a mean over initialisations
     over_inits: float | None  # standard error over initialisations; None where their deviation is not known
-    better: int  # McNemar's counts over all pairs: images that only this one gets right,
+    better: int  # McNemar's counts, summed over all pairs: images that only this one gets right,
     worse: int  # and that only the other one does
-    p: float  # McNemar's exact two-sided test, the largest of the pairs'
 
     @property
     def error(self) -> float:
@@ -116,22 +115,13 @@ def difference(one: Group, other: Group, deviation: float | None) -> Difference 
         return None
     pairs = np.stack([ours[i].astype(float) - theirs[i] for i in both]) * 100  # [inits, images]
     of_images = pairs.mean(0)
-    counts = [(int((pair > 0).sum()), int((pair < 0).sum())) for pair in pairs]
     return Difference(
         float(pairs.mean()),
         float(of_images.std(ddof=1) / math.sqrt(len(of_images))),
         None if deviation is None else deviation * math.sqrt(2 / len(both)),
-        sum(b for b, _ in counts),
-        sum(w for _, w in counts),
-        max(mcnemar(b, w) for b, w in counts),
+        int((pairs > 0).sum()),
+        int((pairs < 0).sum()),
     )
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Probability of counts at least so uneven if both were equally likely (two-sided, exact)."""
-    n, least = better + worse, min(better, worse)
-    tail = sum(math.comb(n, k) for k in range(least + 1)) / 2**n
-    return min(1.0, 2 * tail)
 
 
 def per_sample(group: Group, report: harness.Report) -> float | None:
@@ -179,9 +169,8 @@ def show(report: harness.Report) -> str:
         "CPU minutes" if report["seconds_per_sample"] else "10^12 MACs": "cost",
     }
     lines.append(harness.table(rows, columns))
-    for name in AGAINST:
-        if table := differences(every, name):
-            lines.append(table)
+    if table := differences(every, deviating):
+        lines.append(table)
     known = [f"{of.points:.2f} ({name}, {of.freedom} degrees of freedom)" for name, of in deviating.items()]
     if known:
         lines.append(f"± standard error; deviation of a run over initialisations, in points: {', '.join(known)}.")
@@ -190,44 +179,32 @@ def show(report: harness.Report) -> str:
     return "\n\n".join(lines)
 
 
-def differences(every: list[Group], name: str) -> str:
-    """Table of all settings against one, paired by images and initialisations; empty where there is none."""
+def differences(every: list[Group], deviating: dict[str, Deviation]) -> str:
+    """Table of all settings against some, paired by images and initialisations; empty where none can be compared."""
     rows = []
-    deviating, cost_of = deviations(every), SETTINGS[name].cost_of
     for group in every:
-        other = next((g for g in every if g.student == group.student and g.setting == name), None)
-        if other is None or group.setting == name:
-            continue
-        if cost_of and group.setting not in (cost_of, f"{cost_of}, true labels"):
-            continue
-        if not cost_of and group.setting in AGAINST[: AGAINST.index(name)]:  # stands in the table of that one
-            continue
-        if name == "STD" and not group.setting.startswith(name):
-            continue
+        row = {"student": group.student, "setting": group.setting}
         deviation = deviating[group.student].points if group.student in deviating else None
-        if (found := difference(group, other, deviation)) is None:
-            continue
-        rows.append(
-            {
-                "student": group.student,
-                "setting": group.setting,
-                "points": f"{found.points:+.1f} ± {found.error:.1f}",
-                "images": f"{found.over_images:.1f}",
-                "inits": None if found.over_inits is None else f"{found.over_inits:.1f}",
-                "counts": f"{found.better} : {found.worse}",
-                "p": f"{found.p:.2g}",
-            }
-        )
-    columns = {
-        "student": "student",
-        "setting": "setting",
-        f"points over {name}": "points",
-        "of it over images": "images",
-        "over initialisations": "inits",
-        "McNemar's counts": "counts",
-        "largest p of a pair": "p",
-    }
-    return harness.table(rows, columns) if rows else ""
+        for other in every:
+            if other.student == group.student and compares(group.setting, other.setting):
+                if found := difference(group, other, deviation):
+                    counts = f"({found.better} : {found.worse})"
+                    row[other.setting] = f"{found.points:+.1f} ± {found.error:.1f} {counts}"
+        rows.append(row)
+    shown = [name for name in AGAINST if any(name in row for row in rows)]
+    columns = {"student": "student", "setting": "setting"} | {f"over {name}": name for name in shown}
+    return harness.table([row for row in rows if len(row) > 2], columns) if shown else ""
+
+
+def compares(setting: str, other: str) -> bool:
+    """Whether the table holds the first less the second: not both ways round, and at equal cost what costs the same."""
+    if other not in AGAINST or setting == other:
+        return False
+    if cost_of := SETTINGS[other].cost_of:
+        return setting in (cost_of, f"{cost_of}, true labels")
+    if other == "STD":
+        return setting.startswith((other, "DeiT"))
+    return setting not in AGAINST[: AGAINST.index(other)]
 
 
 def draw(report: harness.Report, path: Path) -> None:
