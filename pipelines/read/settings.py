@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from pipelines.errors import UserError
@@ -16,11 +16,10 @@ LARGEST_SIDE = 4096  # pixels of an image that a model sees
 SMALLEST = {"image_size": 8, "aug_repeats": 1, "threads": 0, "ahead": 1, "corrupt_limit": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadSettings:
     """How images are read, cropped and resized. Raises UserError naming `data.FIELD` for a value out of range."""
 
-    _: KW_ONLY
     image_size: int = opt(224, "side of the images that the student sees, in pixels")
     crop: CropSpec = opt(CropSpec("random_resized"), "how training crops are drawn")
     resample: Resample = opt(

@@ -1,6 +1,8 @@
 """The recipe validates itself, and every complaint names the field and the fix."""
 
 import re
+import typing
+from dataclasses import KW_ONLY, is_dataclass
 
 import pytest
 
@@ -25,6 +27,11 @@ def test_built_in_recipes_load_and_survive_being_saved(name):
     recipe = recipes.load(name)
     assert recipe.summary
     assert recipes.loads(recipes.dump(recipe)) == recipe
+
+
+def test_no_annotation_of_a_recipe_is_one_that_python_3_10_cannot_evaluate():
+    classes = [Recipe, *(type(value) for value in vars(Recipe()).values() if is_dataclass(value))]
+    assert all(KW_ONLY not in typing.get_type_hints(cls).values() for cls in classes) and len(classes) == 7
 
 
 @pytest.mark.parametrize("path", sorted(recipe_files.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
