@@ -81,7 +81,8 @@ class BatchSampler:
         if self.n < 1:
             raise UserError("the dataset is empty: give one with at least one sample")
         if batch < 1 or batch % world:
-            raise UserError(f"run.batch: {batch} must be a positive multiple of the number of processes, {world}")
+            field = "run.batch" if self.shuffle else "run.eval_batch"
+            raise UserError(f"{field}: {batch} must be a positive multiple of the number of processes, {world}")
         if self.drop_last and self.local_batch % 2:
             raise UserError(
                 f"run.batch: {batch} over {world} process(es) must be even on each, because neighbours are mixed: "

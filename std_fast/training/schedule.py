@@ -123,32 +123,42 @@ ONE_TOKEN = "other distill.tokens than both"
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("student.new_head", lambda r: not r.student.weights, "student.weights '': all of the student is new"),
     ("student.early_share", lambda r: not r.student.early_size, "student.early_size 0"),
-    *(
-        (f"data.{crop}.{field}", lambda r, crop=crop, kind=kind: getattr(r.data, crop).kind != kind, why)
-        for crop in ("crop", "eval_crop")
-        for field, kind in (("fraction", "center"), ("scale", "random_resized"), ("ratio", "random_resized"))
-        for why in [f"another data.{crop}.kind than {kind}"]
+    ("data.crop.fraction", lambda r: r.data.crop.kind != "center", "another data.crop.kind than center"),
+    (
+        "data.crop.scale data.crop.ratio",
+        lambda r: r.data.crop.kind != "random_resized",
+        "another data.crop.kind than random_resized",
+    ),
+    ("data.eval_crop.fraction", lambda r: r.data.eval_crop.kind != "center", "another data.eval_crop.kind than center"),
+    (
+        "data.eval_crop.scale data.eval_crop.ratio",
+        lambda r: r.data.eval_crop.kind != "random_resized",
+        "another data.eval_crop.kind than random_resized",
     ),
     ("data.hw_decoder_load", lambda r: r.data.backend != "dali", "another data.backend than dali"),
     ("data.corrupt_limit", lambda r: r.data.on_corrupt == "stop", "data.on_corrupt stop"),
-    ("augment.randaugment_m", lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
-    ("augment.randaugment_mstd", lambda r: not r.augment.randaugment_n, "augment.randaugment_n 0"),
-    ("augment.mixup", lambda r: not r.augment.mix_prob, "augment.mix_prob 0"),
-    ("augment.cutmix", lambda r: not r.augment.mix_prob, "augment.mix_prob 0"),
+    (
+        "augment.randaugment_m augment.randaugment_mstd",
+        lambda r: not r.augment.randaugment_n,
+        "augment.randaugment_n 0",
+    ),
+    ("augment.mixup augment.cutmix", lambda r: not r.augment.mix_prob, "augment.mix_prob 0"),
     ("augment.mix_prob", lambda r: not (r.augment.mixup or r.augment.cutmix), "augment.mixup 0 and augment.cutmix 0"),
     ("augment.switch", lambda r: not (r.augment.mixup and r.augment.cutmix), "augment.mixup 0 or augment.cutmix 0"),
+    ("distill.reweight", lambda r: len(r.distill.teachers) < 2, "fewer than two teachers"),
     ("distill.token_mlp_ratio", lambda r: r.distill.tokens in ("none", "deit"), "distill.tokens none or deit"),
     ("distill.mine.weight", lambda r: r.distill.tokens != "both" and r.distill.mine.weight > 0, ONE_TOKEN),
-    *(
-        (f"distill.mine.{field}", lambda r: not r.distill.uses_mine, f"distill.mine.weight 0 or {ONE_TOKEN}")
-        for field in ("every", "lr", "width", "ema")
+    (
+        "distill.mine.every distill.mine.lr distill.mine.width distill.mine.ema",
+        lambda r: not r.distill.uses_mine,
+        f"distill.mine.weight 0 or {ONE_TOKEN}",
     ),
     ("optim.smoothing", lambda r: r.distill.mode == "std" and r.distill.alpha == 1, "distill.alpha 1"),
     ("optim.ema_batch", lambda r: not r.optim.ema, "optim.ema 0"),
     ("run.not_finite_limit", lambda r: r.run.not_finite == "stop", "run.not_finite stop"),
     ("run.rollback_every", lambda r: r.run.not_finite != "rollback", "another run.not_finite than rollback"),
 )
-"""fields that another field switches off: name, whether it does, and why; those of `distill` with distill.mode std"""
+"""fields that another one switches off, whether it does, and why; those of `distill` with distill.mode std"""
 
 
 def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
@@ -166,7 +176,9 @@ def unkept_settings(recipe: Recipe, steps_per_epoch: int) -> list[str]:
         idle = [name for name in changed if name.startswith("distill.") and name != "distill.views"]
         lines += [f"{', '.join(idle)}: no effect with distill.mode none"] * bool(idle)
         changed = [name for name in changed if name not in idle]
-    lines += [f"{name}: no effect with {why}" for name, off, why in WITHOUT_EFFECT if name in changed and off(recipe)]
+    for names, off, why in WITHOUT_EFFECT:
+        if (idle := [name for name in changed if name in names.split()]) and off(recipe):
+            lines.append(f"{', '.join(idle)}: no effect with {why}")
     if (peak := peak_learning_rate(optim, run.batch)) < optim.min_lr:
         lines.append(
             f"optim.min_lr: {optim.min_lr:g} is above the peak learning rate {peak:.3g} of a batch of {run.batch} "

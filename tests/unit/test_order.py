@@ -133,6 +133,11 @@ def test_impossible_batches_name_the_fix(n, batch, world, drop_last, message):
         BatchSampler(n, batch, Shard(0, world), 0, True, drop_last)
 
 
+def test_an_impossible_batch_of_evaluation_names_its_field():
+    with pytest.raises(UserError, match="run.eval_batch: 7 must be a positive multiple of the number of processes, 2"):
+        BatchSampler(10, 7, Shard(0, 2), 0, False, False)
+
+
 @pytest.mark.parametrize(("rank", "world"), [(1, 1), (-1, 2), (0, 0)])
 def test_impossible_shards(rank, world):
     with pytest.raises(UserError, match="rank"):

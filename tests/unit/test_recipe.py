@@ -204,6 +204,7 @@ def test_what_is_more_than_nothing_is_at_least_a_step():
         ([("data.hw_decoder_load", "0.5")], "data.hw_decoder_load: no effect with another data.backend than dali"),
         ([("optim.lr", "1e-6")], "optim.min_lr: 1e-05 is above the peak learning rate 1e-06 of a batch of 64"),
         ([*STD, ("optim.smoothing", "0")], None),
+        ([*STD, ("distill.reweight", "false")], "distill.reweight: no effect with fewer than two teachers"),
         ([*STD, ("distill.tokens", "spatial"), ("distill.mine.weight", "0")], None),
         ([*STD, ("distill.tokens", "spatial"), ("distill.mine.weight", "1")], "distill.mine.weight: no effect with"),
         ([*STD, ("distill.mine.ema", "0.1"), ("distill.mine.weight", "0")], "distill.mine.ema: no effect with distill"),
