@@ -26,7 +26,6 @@ from pipelines.untrusted import read_json
 from std_fast.config.recipe import Distill, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.method.losses import TeacherTargets
-from std_fast.runtime.all_reduce import all_reduce_seconds
 from std_fast.runtime.budget import process_seconds, productive_seconds
 from std_fast.teachers.stream import NoTargets
 from std_fast.training.build import pick_device, resolved
@@ -116,8 +115,8 @@ def measure(recipe: Recipe, seconds: float = 60.0, gpus: int = 0) -> dict[str, A
         raise UserError(f"run.out: {home} cannot be written ({error}); give another --run.out") from None
     if measured["samples"] < recipe.run.batch:
         raise UserError(f"run.batch: {recipe.run.batch} is more than the {measured['samples']} images of data.train")
-    measured |= {"recipe": dump(recipe), "gpus": gpus, "steps_per_epoch": measured["samples"] // recipe.run.batch}
-    return measured | {"all_reduce_seconds": time_all_reduce(measured["gradient_bytes"], gpus, on_gpu)}
+    per_epoch = measured["samples"] // recipe.run.batch
+    return measured | {"recipe": dump(recipe), "gpus": gpus, "steps_per_epoch": per_epoch}
 
 
 def share_of(recipe: Recipe, gpus: int, processes: int) -> Recipe:
@@ -133,20 +132,6 @@ def share_of(recipe: Recipe, gpus: int, processes: int) -> Recipe:
         raise UserError(f"run.batch: {batch} over {gpus} GPUs must be a multiple of {4 * gpus}; or give other --gpus")
     data = replace(recipe.data, threads=threads or max(1, available_cores() // processes))
     return replace(recipe, data=data, run=replace(recipe.run, batch=batch // gpus))
-
-
-def time_all_reduce(gradient_bytes: int, gpus: int, on_gpu: bool) -> float | None:
-    """Seconds in which `gpus` processes of this machine average their gradients; None where that cannot be measured."""
-    if gpus == 1:
-        return 0.0
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    try:
-        return round(all_reduce_seconds(gradient_bytes // 4, gpus, on_gpu), 6)
-    except RuntimeError as error:
-        log.warning("the all-reduce of %d processes was not measured: %s", gpus, error)
-        return None
 
 
 def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
@@ -168,7 +153,6 @@ def _measure(recipe: Recipe, seconds: float, scratch: Path) -> dict[str, Any]:
             "samples": data.source.num_samples,
             "val_images": parts.val_loader.source.num_samples if parts.val_loader is not None else 0,
             "evaluation_seconds": evaluation_seconds,
-            "gradient_bytes": 4 * sum(p.numel() for p in parts.trainer.student.parameters() if p.requires_grad),
         }
         share = seconds / 2 if parts.teachers is None else seconds / 4
         modes["none" if parts.teachers is None else "running"] = time_steps(run, share)
@@ -319,19 +303,14 @@ def read(path: Path, recipe: Recipe, gpus: int = 0) -> dict[str, Any]:
         UserError: the file is none, or was measured with another student, batch, image size, number of GPUs, ...
     """
     try:
-        data = {"gpus": 1, "all_reduce_seconds": 0.0, "gradient_bytes": 0} | read_json(path)
+        data = {"gpus": 1} | read_json(path)
         stored = loads(data["recipe"])
         numbers = [data["samples"], data["steps_per_epoch"], data["start_seconds"], data["evaluation_seconds"]]
-        numbers += [*data["save_seconds"].values(), data["all_reduce_seconds"] or 0.0, data["gradient_bytes"]]
-        for mode in data["modes"].values():
-            numbers += [mode["images_per_second"], mode["steps"], early(mode)]
+        numbers += [*data["save_seconds"].values(), *(mode["steps"] for mode in data["modes"].values())]
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
-        sound = (
-            sound
-            and data["steps_per_epoch"] > 0
-            and isinstance(data["gpus"], int)
-            and data["gpus"] > 0
-            and all(rate > 0 for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode)))
+        rates = [rate for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode))]
+        sound &= isinstance(data["gpus"], int) and all(
+            0 < n < math.inf for n in (*rates, data["steps_per_epoch"], data["gpus"])
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(

@@ -3,8 +3,8 @@
 `measure` runs the real training for about a minute: with the teachers, with their targets given, and without teachers.
 `buy` turns that, or a measurement stored on another machine, into epochs; it needs no GPU and no data.
 
-For N GPUs one process is measured with its share of the batch, and N are assumed to be N times as fast, less the
-all-reduce of the gradients where it could be measured. A GPU-hour is an hour of one GPU: N GPUs use N in an hour.
+For N GPUs one process is measured with its share of the batch, and N are assumed to be N times as fast. A GPU-hour is
+an hour of one GPU: N GPUs use N in an hour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,11 @@ class Costs:
         self.save = sum(measured["save_seconds"].values())
         self.reserve = 1.25 * (self.evaluation + self.save) + CLOSING
 
-    def together(self, rate: float) -> float:
-        """Images per second of all GPUs from those of one, of which each step averages its gradients."""
-        return self.batch / (self.batch / self.gpus / rate + (self.measured["all_reduce_seconds"] or 0.0))
-
     def rate(self, mode: str) -> float:
-        """Images per second, averaged over the training; the early phase is a share of the hours, or of the steps."""
-        first = self.together(early(self.modes[mode]))
-        later = self.together(self.modes[mode]["images_per_second"])
+        """Images per second of all GPUs, averaged over the training; the early phase is a share of the hours, or of the
+        steps."""
+        first = self.gpus * early(self.modes[mode])
+        later = self.gpus * self.modes[mode]["images_per_second"]
         share = self.recipe.student.early_share
         if self.hours is not None:
             return share * first + (1 - share) * later
@@ -187,7 +184,7 @@ def buy(measured: dict[str, Any], recipe: Recipe, now: datetime | None = None) -
         rows=tuple(rows),
         recommended=recommended,
         options=tuple(options),
-        notes=(*notes(measured, main, costs.hours), *notes_on_gpus(measured)),
+        notes=tuple(notes(measured, main, costs.hours)),
     )
 
 
@@ -225,27 +222,17 @@ def fewer_evaluations(row: Row, evaluation: float, every: float) -> list[str]:
 
 def notes(measured: dict[str, Any], row: Row, hours: float | None) -> Iterator[str]:
     """Warnings about the measurement, and about what the hours buy."""
-    waiting = measured["modes"][row.mode]["waiting_share"]
+    waiting, gpus = measured["modes"][row.mode]["waiting_share"], measured["gpus"]
     if waiting > 0.1:
         yield f"{100 * waiting:.0f} % of the time is waiting for data: more data.threads or a smaller beton would help"
     if hours is not None and row.epochs < 10:
         yield f"{row.epochs:.1f} epochs are few: a smaller student or data.image_size, or more hours, would give more"
-
-
-def notes_on_gpus(measured: dict[str, Any]) -> Iterator[str]:
-    """What the rate of many GPUs rests on."""
-    gpus, seconds = measured["gpus"], measured["all_reduce_seconds"]
-    if gpus == 1:
-        return
-    text = f"one of {gpus} processes was measured; {gpus} are assumed to be {gpus} times as fast, "
-    if seconds is None:
-        megabytes = measured["gradient_bytes"] / 1e6
+    if gpus > 1:
         yield (
-            text + f"and the all-reduce of {megabytes:,.0f} MB of gradients in each step is left out: not measured here"
+            f"one of {gpus} processes was measured; {gpus} are assumed to be {gpus} times as fast, the all-reduce of "
+            "their gradients is left out"
         )
-    else:
-        yield text + f"less {1000 * seconds:.1f} ms a step for the all-reduce of the gradients, as measured here"
-    if measured["device"].startswith("cpu"):
+    if gpus > 1 and measured["device"].startswith("cpu"):
         yield f"{gpus} processes on one CPU share its cores, and are slower than this plan"
 
 
@@ -296,8 +283,3 @@ def plan(recipe: Recipe, stored: str = "", save: str = "", seconds: float = 60.0
         except OSError as error:
             raise UserError(f"--save: {save} cannot be written ({error})") from None
     return buy(measured, recipe)
-
-
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """Plain values for --json."""
-    return asdict(plan)

@@ -53,7 +53,9 @@ def teach(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
             steps_per_epoch = loader.source.num_samples // run.batch
             epochs = epochs_needed(Duration.parse(run.length), steps_per_epoch, run.batch, d.views)
             if epochs is None:
-                raise UserError("run.length: gpu-hours have no number of epochs; give it in epochs, or give --views")
+                raise UserError(
+                    "run.length: gpu-hours have no number of epochs; give it in epochs, or give --distill.views"
+                )
             try:
                 images, seconds = fill_cache(recipe, loader, device, world, epochs, quiet, signals)
             except Stopped:  # all ranks alike: they stay until rank 0 has stored all, or torchrun would end it

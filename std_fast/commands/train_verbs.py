@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,12 +114,11 @@ def plan(args: argparse.Namespace) -> None:
     from std_fast.commands import plan as plans
 
     made = plans.plan(recipe, args.stored, args.save, args.seconds, args.gpus)
-    show(args, plans.as_dict(made), plans.as_text(made))
+    show(args, asdict(made), plans.as_text(made))
 
 
 def add_teach(parser: Parser) -> None:
     add_recipe(parser)
-    parser.add_argument("--views", default="", metavar="N", help="store N views of each image, cycled: distill.views")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_json(parser)
 
@@ -128,8 +127,7 @@ def teach(args: argparse.Namespace) -> int:
     from std_fast.config import recipe as recipes
     from std_fast.config.files import check_data
 
-    views = [("distill.views", args.views)] if args.views else []
-    recipe = recipes.load(args.recipe, [*args.overrides, *views])
+    recipe = recipes.load(args.recipe, args.overrides)
     check_data(recipe.data.train)
 
     from std_fast.commands.teach import teach as store_targets

@@ -123,7 +123,8 @@ run("written", distill=targets)
 run("read", lambda now: now.parts.teachers and sys.exit("teachers were built"), distill=targets)
 run("batch_norms", batch_norms, student={"name": "test_resnet", "options": {}, "drop_path": 0.0},
     distill={"mode": "none", "teachers": ()}, optim={"ema": 0.0}, run={"length": "3 steps"})
-cli.main(["teach", sys.argv[1], "--views", "1", "--quiet", "--json", "--distill.target-cache", f"{folder}/targets"])
+words = ["--distill.views", "1", "--distill.target-cache", f"{folder}/targets"]
+cli.main(["teach", sys.argv[1], *words, "--quiet", "--json"])
 run("left", lambda now: now.step == 3 and rank == 1 and os._exit(0))
 os._exit(0)
 """

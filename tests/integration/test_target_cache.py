@@ -263,7 +263,7 @@ def test_teach_on_the_command_line(recipe, tmp_path, capsys, caplog):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipes.dump(recipe))
     store = str(tmp_path / "store")
-    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--views", "1", "--json"]) == 0
+    assert cli.main(["teach", str(path), "--distill.target-cache", store, "--distill.views", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "the teachers run on 24 images in 1 epoch, also where run.length ends within the last" in caplog.text
     assert re.search(r"epoch 0.6667/1  [\d.]+ images/s, about \d+ s left\nepoch 1/1  .* about 0 s left\n", err)
