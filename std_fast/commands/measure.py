@@ -27,7 +27,7 @@ from std_fast.config.recipe import Distill, Recipe, dump, loads
 from std_fast.config.schema import difference
 from std_fast.method.losses import TeacherTargets
 from std_fast.runtime.budget import process_seconds, productive_seconds
-from std_fast.teachers.stream import NoTargets
+from std_fast.teachers.stream import TargetSource
 from std_fast.training.build import pick_device, resolved
 from std_fast.training.run import Run, Stopped
 from std_fast.training.run_folder import versions
@@ -49,7 +49,7 @@ SAME_WORK = (
 )  # fmt: skip
 
 
-class ConstantTargets(NoTargets):
+class ConstantTargets(TargetSource):
     """The same targets for every batch, in place of a target cache.
 
     Reading one costs little beside a step, and the targets of all positions cannot be stored in a minute.

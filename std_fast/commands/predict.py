@@ -24,16 +24,17 @@ from torch import nn
 import pipelines
 from pipelines.augment.device import Augment
 from pipelines.errors import DataError, UserError, printable
-from pipelines.read.batch import Loader, LoaderSpec
+from pipelines.read.batch import Loader
 from pipelines.read.folder import EXTENSIONS, NOT_CLASSES, FileSource
 from pipelines.read.remote import is_url
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
+from std_fast.method.student import Student
 from std_fast.teachers.classes import DataClasses, wordnet_words
 from std_fast.teachers.hub_folder import is_hub_folder, read_hub_folder
 from std_fast.teachers.teacher import autocast, from_folder
-from std_fast.training.build import open_val_loader, pick_device, precision_of
-from std_fast.training.evaluate import evaluate_model, for_evaluation, trained_student
+from std_fast.training.build import open_val_loader, pick_device, precision_of, val_spec
+from std_fast.training.evaluate import evaluate_loader, for_evaluation, trained_student
 
 log = logging.getLogger("std_fast")
 
@@ -101,21 +102,9 @@ def predict_images(
 
 def open_files(paths: list[str], recipe: Recipe, device: str, backend: str) -> Loader:
     """The images by the recipe's loader of evaluation. One that cannot be decoded is left out, and the log names it."""
-    source = FileSource(paths)
-    spec = LoaderSpec(
-        path=source.path,
-        global_batch=min(recipe.run.eval_batch or recipe.run.batch, source.num_samples),
-        shuffle=False,
-        drop_last=False,
-        seed=recipe.run.seed,
-        device=device,
-        **recipe.data.shared(
-            crop=recipe.data.eval_crop,
-            resample=recipe.data.eval_resample,
-            on_corrupt="skip",
-            corrupt_limit=source.num_samples,
-        ),
-    )
+    source, images = FileSource(paths), len(paths)
+    spec = val_spec(recipe, source.path, device)
+    spec = replace(spec, global_batch=min(spec.global_batch, images), on_corrupt="skip", corrupt_limit=images)
     return pipelines.open_loader(spec, backend or recipe.data.backend, source)
 
 
@@ -202,7 +191,7 @@ def evaluate_export(folder: Path, data: str, overrides: Sequence[tuple[str, str]
     loader = open_val_loader(recipe, device, data, classes=classes, who="the export")
     assert loader is not None
     cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-    return evaluate_model(model, loader, recipe.augment, cast)
+    return evaluate_loader(Student(model, classes.number), loader, recipe.augment, cast, "class")
 
 
 def exported(folder: Path) -> Classifier:

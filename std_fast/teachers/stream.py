@@ -2,8 +2,8 @@
 
     loader.epoch(e) -> Batch (uint8) -> Augment -> TrainBatch -> TargetSource -> TrainBatch with targets -> step
 
-Targets come in four ways: `NoTargets` (a plain run), `LabelSource` (the data set's labels), `TeacherSource` (the
-teachers run on each batch), `CachedSource` (read from the target cache, or computed and written to it).
+Targets come in four ways: `TargetSource` (none: a plain run), `LabelSource` (the data set's labels), `TeacherSource`
+(the teachers run on each batch), `CachedSource` (read from the target cache, or computed and written to it).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,19 +29,20 @@ from std_fast.teachers.target_format import pack
 from std_fast.teachers.teacher import Teachers
 
 
-class TargetSource(Protocol):
-    """Where the targets of an epoch's batches come from. Every rank makes the same calls."""
+class TargetSource:
+    """Where the targets of an epoch's batches come from; this one has none. Every rank makes the same calls."""
 
     @property
     def runs_teachers(self) -> bool:
         """Whether `targets` runs the teachers in this epoch: work for a stream of its own."""
-        ...
+        return False
 
     def open(self, epoch: int) -> None:
         """Before the first batch of an epoch is prepared."""
 
     def targets(self, batch: TrainBatch) -> TeacherTargets | None:
         """Targets of a batch that is being prepared, perhaps on another stream than the student's."""
+        return None
 
     def deliver(self, batch: TrainBatch) -> None:
         """The batch, with its targets, is about to be trained on: on the student's stream."""
@@ -51,22 +51,7 @@ class TargetSource(Protocol):
         """After the last batch of an epoch, or in its middle. May be repeated."""
 
 
-class NoTargets:
-    """A plain run."""
-
-    runs_teachers = False
-
-    def open(self, epoch: int) -> None: ...
-
-    def targets(self, batch: TrainBatch) -> TeacherTargets | None:
-        return None
-
-    def deliver(self, batch: TrainBatch) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class LabelSource(NoTargets):
+class LabelSource(TargetSource):
     """The data set's labels in place of M teachers' hard labels; of a mixed image that with the larger share."""
 
     def __init__(self, num_teachers: int) -> None:
@@ -76,20 +61,22 @@ class LabelSource(NoTargets):
         return TeacherTargets(batch.main_labels()[:, None].expand(-1, self.num_teachers), None)
 
 
-class TeacherSource(NoTargets):
+class TeacherSource(TargetSource):
     """The teachers see exactly the images that the student will see."""
-
-    runs_teachers = True
 
     def __init__(self, teachers: Teachers, autocast: Callable[[], AbstractContextManager]) -> None:
         self.teachers, self.autocast = teachers, autocast
+
+    @property
+    def runs_teachers(self) -> bool:
+        return True
 
     def targets(self, batch: TrainBatch) -> TeacherTargets:
         with self.autocast():
             return self.teachers(batch.images)
 
 
-class CachedSource:
+class CachedSource(TargetSource):
     """Targets of the epochs that the cache holds; those of others are computed by the teachers and written to it.
 
     Raises:
@@ -144,7 +131,7 @@ def target_source(
     source = None if teachers is None else TeacherSource(teachers, autocast)
     if cache is not None:
         return CachedSource(cache, source)
-    return source or NoTargets()
+    return source or TargetSource()
 
 
 class BatchStream:
@@ -171,7 +158,7 @@ class BatchStream:
         watch: Stopwatch | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        self.loader, self.augment, self.source = loader, augment, targets or NoTargets()
+        self.loader, self.augment, self.source = loader, augment, targets or TargetSource()
         self._serial = Overlap("off", torch.device("cpu"))
         self.overlap, self.views = overlap or self._serial, views
         self.ledger = ledger or Ledger()

@@ -29,6 +29,7 @@ from std_fast.teachers.classifiers import (
     create_timm,
     last_layers,
     load_weights,
+    other_shapes,
     read_run,
     read_weights,
     stored_classes,
@@ -165,7 +166,7 @@ def build_teacher(
         if spec.options:
             raise UserError(f"{where}.options: have no effect, {path} brings its own; leave them out")
     else:
-        found = from_file(path, spec, data, image_size, where)
+        found = load_file(path, spec, data, image_size, where)
     size = spec.image_size or found.image_size or image_size
     logits = smoke_test(found.model, size, where)
     if found.classes is None and logits != num_classes:
@@ -232,23 +233,6 @@ def from_hub(spec: TeacherSpec, data: DataClasses, image_size: int, where: str) 
     return LoadedModel(model, name, config.mean, config.std, fixed, classes)
 
 
-def from_file(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
-    """A file of weights for the model that the recipe names: a backbone of this project, or timm's."""
-    if not spec.name:
-        raise UserError(f"{where}.name: is needed, because {spec.weights!r} is a file, which does not name its model")
-    state = read_weights(path)
-    if spec.name not in BACKBONES:
-        return load_timm(path, state, spec, data, image_size, where)
-    size = spec.image_size or image_size
-    model = build_classifier(spec.name, data.number, size, **spec.options)
-    count = stored_classes(model, state, data.number) or data.number
-    classes = select_classes(spec.classes, count, None, data, f"{where} ({path})")
-    if count != data.number:
-        model = build_classifier(spec.name, count, size, **spec.options)
-    load_weights(model, state, f"{where}.weights ({path})")
-    return LoadedModel(model, spec.name, image_size=size, classes=classes)
-
-
 def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, where: str) -> LoadedModel:
     """A folder as timm, the Hugging Face hub and `std-fast export` write it: config.json and the weights."""
     hub = read_hub_folder(path)
@@ -256,7 +240,7 @@ def from_folder(path: Path, spec: TeacherSpec, data: DataClasses, image_size: in
     file = next((file for file in files if file.is_file()), files[0])
     fixed = hub.image_size if hub.fixed_size else None
     full = replace(spec, name=hub.architecture, options=hub.options, image_size=spec.image_size or fixed)
-    found = load_timm(file, read_weights(file), full, data, image_size, where, hub.num_classes, hub.class_names)
+    found = load_file(file, full, data, image_size, where, hub.num_classes, hub.class_names)
     return found._replace(mean=hub.mean or found.mean, std=hub.std or found.std)
 
 
@@ -273,9 +257,8 @@ def from_run(path: Path, spec: TeacherSpec, data: DataClasses, image_size: int, 
     return LoadedModel(model, recipe.student.name, recipe.augment.mean, recipe.augment.std, size, classes)
 
 
-def load_timm(
+def load_file(
     file: Path,
-    state: dict[str, Tensor],
     spec: TeacherSpec,
     data: DataClasses,
     image_size: int,
@@ -283,27 +266,31 @@ def load_timm(
     count: int | None = None,
     names: Sequence[str] | None = None,
 ) -> LoadedModel:
-    """timm's `spec.name` with the weights of a file, of `count` classes if that is known, called `names`."""
-    name, place = spec.name, f"{where}.weights ({file})"
-    config = timm_config(name)
-    fixed = spec.image_size or fixed_size(config, spec.options)
-    model: Any = create_timm(name, fixed or image_size, num_classes=count or data.number, **spec.options)
-    found = stored_classes(model, state, count or data.number) or count or data.number
+    """The model `spec.name`, ours or timm's, with the weights of a file; of `count` classes if that is known,
+    called `names`."""
+    if not spec.name:
+        raise UserError(f"{where}.name: is needed, because {spec.weights!r} is a file, which does not name its model")
+    name, state = spec.name, read_weights(file)
+    config = None if name in BACKBONES else timm_config(name)
+    fixed = spec.image_size or (fixed_size(config, spec.options) if config else image_size)
+    count = count or data.number
+    model: Any = build_classifier(name, count, fixed or image_size, **spec.options)
+    found = stored_classes(model, state, count) or count
     classes = select_classes(spec.classes, found, names, data, f"{where} ({file})")
-    if found != (count or data.number):
-        model = create_timm(name, fixed or image_size, num_classes=found, **spec.options)
+    if found != count:
+        model = build_classifier(name, found, fixed or image_size, **spec.options)
     try:
-        load_weights(model, state, place)
+        load_weights(model, state, f"{where}.weights ({file})")
     except UserError:
         # Names of another release, or positions of another size: timm can convert those of many models. It may
         # interpolate positions only where the recipe sets a size.
-        own = model.state_dict()
-        if not spec.image_size and any(key in own and own[key].shape != tensor.shape for key, tensor in state.items()):
+        if config is None or (not spec.image_size and other_shapes(model, state)):
             raise
         model = converted(name, state, fixed or image_size, found, spec.options)
         if model is None:
             raise
-    return LoadedModel(model, name, config.mean, config.std, fixed, classes)
+    mean, std = (config.mean, config.std) if config else (None, None)
+    return LoadedModel(model, name, mean, std, fixed, classes)
 
 
 def converted(name: str, state: dict[str, Tensor], image_size: int, num_classes: int, options: dict) -> Any:

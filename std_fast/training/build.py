@@ -129,17 +129,21 @@ def open_val_loader(
     source = open_source(path, recipe.data.one_part)
     if classes is not None:
         relabel(source, classes, where, who)
-    spec = LoaderSpec(
+    return pipelines.open_loader(val_spec(recipe, path, str(device), world), recipe.data.backend, source)
+
+
+def val_spec(recipe: Recipe, path: str, device: str, world: World = SINGLE_PROCESS) -> LoaderSpec:
+    """Every image of `path` once and in order, prepared as for evaluation."""
+    return LoaderSpec(
         path=path,
         global_batch=recipe.run.eval_batch or recipe.run.batch,
         shuffle=False,
         drop_last=False,
         shard=world.shard,
         seed=recipe.run.seed,
-        device=str(device),
+        device=device,
         **recipe.data.shared(crop=recipe.data.eval_crop, resample=recipe.data.eval_resample),
     )
-    return pipelines.open_loader(spec, recipe.data.backend, source)
 
 
 def build_student(recipe: Recipe, num_classes: int, class_names: Sequence[str] | None = None) -> Student:

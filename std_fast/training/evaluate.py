@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.augment.device import Augment
 from pipelines.augment.spec import AugmentSpec
@@ -178,34 +178,27 @@ def evaluate_run(folder: Path, data: str = "", overrides: Sequence[tuple[str, st
         raise UserError(f"{error} (the run's data.val; for data elsewhere: std-fast eval {folder} DATA)") from None
     if loader is None:
         raise UserError(f"{folder}: its recipe names no data.val; name the data: std-fast eval RUN DATA")
-    with loader:
-        augment = Augment(recipe.augment, recipe.run.seed).to(device)
-        cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
-        return _with_progress(student.to(device), loader, augment.normalise_only, cast, recipe.distill.predict)
+    cast = functools.partial(autocast, device, precision_of(recipe.run.precision, device))
+    return evaluate_loader(student, loader, recipe.augment, cast, recipe.distill.predict)
 
 
-def evaluate_model(model: nn.Module, loader: Loader, augment: AugmentSpec, cast: Callable) -> dict[str, float]:
-    """Accuracy of a classifier: images `[B, 3, S, S]`, normalised as `augment` says, -> logits `[B, K]`.
-
-    The loader is closed.
-    """
-    with loader:
-        device = torch.device(loader.spec.device)
-        normalise = Augment(augment, 0).to(device).normalise_only
-        student = Student(model.to(device), loader.num_classes)
-        return _with_progress(student, loader, normalise, cast, "class")
-
-
-def _with_progress(
-    student: Student, loader: Loader, normalise: Callable[[Tensor], Tensor], autocast: Callable, how: Prediction
+def evaluate_loader(
+    student: Student, loader: Loader, augment: AugmentSpec, cast: Callable, how: Prediction
 ) -> dict[str, float]:
-    with closing(Progress("evaluated", loader.source.num_samples, "images")) as progress:
+    """`evaluate` on the loader's device, with progress on standard error. The loader is closed.
+
+    Args:
+        augment: whose normalisation the images get.
+    """
+    device = torch.device(loader.spec.device)
+    normalise = Augment(augment, 0).to(device).normalise_only
+    with loader, closing(Progress("evaluated", loader.source.num_samples, "images")) as progress:
 
         def before_batch(images: int) -> bool:
             progress.note(images, "")
             return False
 
-        return evaluate(student, loader, normalise, autocast, how, stop=before_batch)
+        return evaluate(student.to(device), loader, normalise, cast, how, stop=before_batch)
 
 
 def evaluate_teacher(recipe: Recipe, number: int, data: str = "") -> dict[str, float]:
@@ -226,4 +219,5 @@ def evaluate_teacher(recipe: Recipe, number: int, data: str = "") -> dict[str, f
         dtype, names = teacher_dtype(spec, recipe.run.precision, device), loader.source.class_names
         size = recipe.data.image_size
         teacher = build_teacher(spec, loader.num_classes, size, augment.mean, augment.std, where, dtype, names)
-        return evaluate_model(teacher, loader, augment, contextlib.nullcontext)
+        student = Student(teacher, loader.num_classes)
+        return evaluate_loader(student, loader, augment, contextlib.nullcontext, "class")
