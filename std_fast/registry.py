@@ -20,11 +20,7 @@ from torch import Tensor
 
 from pipelines.errors import UserError
 from std_fast.method.student import Student, backbone_and_modules, predict
-from std_fast.models import (
-    BACKBONES,
-    Backbone,
-    timm_registry,  # noqa: F401 - CycleMLP without STD; Mixer and ResMLP without STD are timm's own
-)
+from std_fast.models import BACKBONES, Backbone
 
 GENERIC = ("mixer", "resmlp", "cyclemlp")
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipelines.convert.devkit import devkit_labels, is_devkit
-from pipelines.convert.listing import SOURCES, has_image_ending, in_order, read_text, refuse_without_zero
+from pipelines.convert.listing import SOURCES, Builder, has_image_ending, in_order, read_text, refuse_without_zero
 from pipelines.convert.splits import SPLIT_COLUMNS, are_several, split_column, wrong_split
 from pipelines.errors import UserError, printable
 from pipelines.read.image_prep import ConvertSettings
@@ -59,6 +59,21 @@ def read_classes(path: str) -> list[str]:
     if not names or "" in names:
         raise UserError(f"--classes {printable(path)}: must hold different, non-empty names, one on each line")
     return names
+
+
+def file_labels(
+    names: list[str], settings: ConvertSettings, builder: Builder
+) -> tuple[dict[str, int | str], list[str] | None]:
+    """What `read_labels` finds in the settings' label file; images without a label become faults, those of another
+    split are ignored. Raises UserError."""
+    assert settings.labels is not None
+    label_of, classes = read_labels(settings.labels, names, builder.fixed_classes, settings.label_key, settings.split)
+    for name in names:
+        if name not in label_of:
+            builder.fault(name, f"has no label in {printable(settings.labels)}")
+        elif label_of[name] is None:
+            builder.listing.ignored.append(printable(name))
+    return {name: label for name, label in label_of.items() if label is not None}, classes
 
 
 def is_number(text: str) -> bool:

@@ -48,7 +48,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
             raise UserError(f"{printable(path)}: {entry.fault}")
         if not entry.size or entry.size % record:
             raise UserError(f"{printable(path)}: {entry.size} bytes are no multiple of {record}; download it again")
-        local = tree.local(entry, entry.name)
+        local = tree.local(entry.name)
         number = builder.file(local)
         data = np.memmap(local, np.uint8, "r").reshape(-1, record)
         labels = data[:, record - CIFAR_PIXELS - 1]
@@ -63,7 +63,7 @@ def list_cifar(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
     classes = None
     for entry in tree.children():
         if entry.name == names_file:  # one name a line, the last line empty
-            lines = read_text(tree.local(entry, entry.name)).splitlines()
+            lines = read_text(tree.local(entry.name)).splitlines()
             classes = [line.strip() for line in lines if line.strip()]
     return builder.done(tree.source, classes)
 
@@ -150,7 +150,7 @@ def _unpacked(tree: Tree, entry: Entry, settings: ConvertSettings, work: str) ->
     identity = f"{entry.name}\n{entry.size}\n{entry.stamp}".encode("utf-8", "surrogateescape")
     base = os.path.join(work, f"spool-{hashlib.sha256(identity).hexdigest()[:24]}")
     try:
-        local = tree.local(entry, entry.name)
+        local = tree.local(entry.name)
         limits = settings.max_bytes, settings.label_key, settings.split
         labels, classes, splits = confined(unpack_parquet, local, base, *limits)
     except Refused as error:

@@ -65,15 +65,12 @@ class RemoteTree:
         try:
             reader.pread(1, 0)
         except remote.NoRanges:
-            with open(self._copy(path), "rb") as copied:
+            with open(self.local(path), "rb") as copied:
                 yield FileReader(copied.fileno())
         else:
             yield reader
 
-    def local(self, entry: Entry, path: str) -> str:
-        return self._copy(path)
-
-    def _copy(self, path: str) -> str:
+    def local(self, path: str) -> str:
         file = self._files[path]
         identity = f"{file.url}\n{file.size}\n{file.stamp}"
         folder = os.path.join(self._copies, hashlib.sha256(identity.encode()).hexdigest()[:16])
@@ -145,8 +142,7 @@ def _root_of(base: str, files: list[RemoteFile]) -> str:
 def local_copy(url: str, work: str) -> str:
     """Path of a copy of a single file, a list of labels say. Raises UserError."""
     name = remote.file_name(url)
-    tree = RemoteTree(url, {name: remote.info(url)}, work, named=True)
-    return tree.local(tree.children()[0], name)
+    return RemoteTree(url, {name: remote.info(url)}, work, named=True).local(name)
 
 
 class Fetcher:

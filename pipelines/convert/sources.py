@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from pipelines.convert.labels import fixed_classes, is_number, read_labels
+from pipelines.convert.labels import file_labels, fixed_classes, is_number
 from pipelines.convert.listing import SOURCES, Builder, Listing, has_image_ending, is_clutter
 from pipelines.convert.records import CIFAR_FILE, list_cifar, list_parquet
 from pipelines.convert.remote_tree import local_copy, remote_tree
@@ -182,20 +182,14 @@ def _list_flat(tree: Tree, entries: list[Entry], settings: ConvertSettings, buil
     """Images in a folder and below it, with a label file: which folder they lie in is not their class."""
     assert settings.labels is not None
     found = list(_files_below(tree, entries, settings.labels, builder))
-    label_of, classes = read_labels(
-        settings.labels, [path for path, _ in found], builder.fixed_classes, settings.label_key, settings.split
-    )
+    label_of, classes = file_labels([path for path, _ in found], settings, builder)
     numbers: dict[str, int] = {}
     for path, entry in found:
         folder = path.rpartition("/")[0]
         if folder not in numbers:
             numbers[folder] = builder.file(tree.place(folder))
-        if path not in label_of:
-            builder.fault(path, f"has no label in {printable(settings.labels)}")
-        elif (label := label_of[path]) is None:
-            builder.listing.ignored.append(printable(path))
-        else:
-            _add_file(builder, numbers[folder], path, entry, label)
+        if path in label_of:
+            _add_file(builder, numbers[folder], path, entry, label_of[path])
     return builder.done(tree.source, classes)
 
 

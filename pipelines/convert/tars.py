@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipelines.convert.labels import LABEL_COLUMNS, is_number, parse_labels, read_labels
+from pipelines.convert.labels import LABEL_COLUMNS, file_labels, is_number, parse_labels
 from pipelines.convert.listing import IMAGE_ENDINGS, Builder, Listing, has_image_ending, is_clutter
 from pipelines.convert.splits import is_split, refuse_mixed
 from pipelines.convert.tar_index import Member, Reader, TarDamaged, members
@@ -221,18 +221,11 @@ class _Images:
 
 
 def _from_file(images: _Images, tree: Tree, settings: ConvertSettings, builder: Builder) -> Listing:
-    assert settings.labels is not None
     named = {f"{tar.name}/{member.name}": (tar, member) for tar, member, _ in images.found}
-    label_of, classes = read_labels(
-        settings.labels, list(named), builder.fixed_classes, settings.label_key, settings.split
-    )
+    label_of, classes = file_labels(list(named), settings, builder)
     for name, (tar, member) in named.items():
-        if name not in label_of:
-            builder.fault(name, f"has no label in {printable(settings.labels)}")
-        elif (label := label_of[name]) is None:
-            builder.listing.ignored.append(printable(name))
-        else:
-            builder.add(name, label, tar.number, member.offset, member.size, tar.stamp)
+        if name in label_of:
+            builder.add(name, label_of[name], tar.number, member.offset, member.size, tar.stamp)
     return builder.done(tree.source, classes)
 
 

@@ -53,7 +53,7 @@ class Tree(Protocol):
         """For reading parts of a file. Raises UserError."""
         ...
 
-    def local(self, entry: Entry, path: str) -> str:
+    def local(self, path: str) -> str:
         """Path of the file, or of a copy of it, on this machine. Raises UserError."""
         ...
 
@@ -90,7 +90,7 @@ class LocalTree:
         finally:
             os.close(fd)
 
-    def local(self, entry: Entry, path: str) -> str:
+    def local(self, path: str) -> str:
         return self.place(path)
 
 

@@ -19,13 +19,12 @@ def orientation(image: PIL.Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image turned by its EXIF orientation, of the size that `Source.sizes` gives."""
+def turned(image: PIL.Image.Image, turn: int) -> PIL.Image.Image:
+    """The image as it is shown with this orientation, of the size that `Source.sizes` gives."""
     from PIL.Image import Transpose as T
 
     turns = {
         2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
         8: T.ROTATE_90,
     }  # fmt: skip
-    turn = turns.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
+    return image.transpose(turns[turn]) if turn in turns else image

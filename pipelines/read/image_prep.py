@@ -25,13 +25,12 @@ from pipelines.errors import UserError
 from pipelines.options import opt
 from pipelines.read.base import MAX_PIXELS, MAX_SIDE
 from pipelines.read.beton import JPEG_MODE, RAW_MODE
-from pipelines.read.exif import orientation, upright
+from pipelines.read.exif import orientation, turned
 from pipelines.read.turbojpeg import BadImage, turbojpeg, turbojpeg_library
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """PIL's readers that see a file ("JPEG" opens MPO too): none that starts a program, as EPS does"""
 REDUCING_GAP = 2
-ORIENTATION_TAG = 0x0112
 MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31  # FFCV's writer: 2 MiB to below 4 GiB
 
 SIDES = ("shortest", "longest")
@@ -177,8 +176,7 @@ def _store(
         image = image.resize(target, PIL.Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
         how += ("resized",)
     if turn != 1:
-        image.getexif()[ORIENTATION_TAG] = turn
-        image = upright(image)
+        image = turned(image, turn)
         how += ("turned",)
     if raw:
         payload, mode = image.tobytes(), RAW_MODE

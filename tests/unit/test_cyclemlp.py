@@ -110,18 +110,3 @@ def test_the_patch_count_is_what_comes_out(stride: int, side: int, patches: int)
     model = build_backbone("cyclemlp", 2, side, **options)
     assert model.patches == patches
     assert model.forward_taps(torch.randn(1, 3, side, side), (1,)).features[0].shape == (1, patches, 4)
-
-
-def test_timm_builds_it_by_name() -> None:
-    import timm
-
-    import std_fast.models.timm_registry  # noqa: F401
-
-    with torch.device("meta"):
-        model = timm.create_model("cyclemlp_b1", num_classes=7, drop_path_rate=0.1, img_size=64)
-        features = timm.create_model("cyclemlp_b1", features_only=True)
-        maps = features(torch.empty(1, 3, 64, 64))
-    assert (model.num_classes, model.patches, model.drop_rates[-1]) == (7, 4, 0.1)
-    assert [tuple(m.shape[1:]) for m in maps] == [(64, 16, 16), (128, 8, 8), (320, 4, 4), (512, 2, 2)]
-    assert timm.data.resolve_model_data_config(model)["crop_pct"] == 0.9
-    assert len(timm.list_models("cyclemlp_b*")) == 5

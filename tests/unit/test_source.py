@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from pipelines.errors import DataError, UserError, printable
 from pipelines.read.base import MAX_PIXELS
-from pipelines.read.exif import orientation, upright
+from pipelines.read.exif import orientation, turned
 from pipelines.read.folder import EXTENSIONS, FolderSource
 from pipelines.read.source import open_source
 from tests.beton_tools import ROW, ROWS_START, Sample, encoded, jpeg_sample, pixels, raw_sample, write_beton
@@ -413,7 +413,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path, turn, format):
     assert expected.shape[0] == (5 if turn >= 5 else 9)
     assert [int(v[0]) for v in open_source(tmp_path).sizes(np.array([0]))] == list(expected.shape[:2])
     with Image.open(path) as image:
-        assert np.array_equal(np.asarray(upright(image)), expected)
+        assert np.array_equal(np.asarray(turned(image, orientation(image))), expected)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_broken_exif_leaves_the_picture(tmp_path, exif):
     Image.fromarray(pixels(9, 5)).save(tmp_path / "a" / "x.jpg", exif=exif)
     assert [int(v[0]) for v in open_source(tmp_path).sizes(np.array([0]))] == [9, 5]
     with Image.open(tmp_path / "a" / "x.jpg") as image:
-        assert orientation(image) == 1 and upright(image).size == (5, 9)
+        assert orientation(image) == 1 and image.size == (5, 9)
 
 
 UNREADABLE = {
