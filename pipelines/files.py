@@ -1,8 +1,9 @@
-"""Files that are replaced in one piece or grow by complete records, and what waits for the disk."""
+"""Files that are replaced in one piece or grow by complete records, what waits for the disk, and digests."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,15 @@ def sync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class AppendFile:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from std_fast.config.recipe import TeacherSpec
     from std_fast.teachers.teacher import Teachers
 
-TapNumbers = Sequence[int] | None
-Assignment = Sequence[Sequence[int]] | None
 TOKENS = (*get_args(TokenKind), "deit")
 DEFAULT = AugmentSpec()  # the recipes' normalisation
 
@@ -38,8 +36,8 @@ def create_student(
     *,
     drop_path: float = 0.0,
     tokens: TokenKind | Literal["deit"] = "both",
-    taps: TapNumbers = None,
-    assign: Assignment = None,
+    taps: Sequence[int] | None = None,
+    assign: Sequence[Sequence[int]] | None = None,
     mine_weight: float = 0.0,
     mine_width: int = 512,
     mine_ema: float = 0.0,

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,13 @@ import numpy.typing as npt
 from pipelines.convert.beton_writer import ROW_TYPE, Packer, data_start, finish, write_payload
 from pipelines.convert.journal import ConvertJournal, WorkFolder
 from pipelines.convert.listing import DISK_FULL, Listing
-from pipelines.convert.manifest import MANIFEST_VERSION, make_manifest, shown_settings, write_manifest
+from pipelines.convert.manifest import MANIFEST_VERSION, make_manifest, shown_settings
 from pipelines.convert.progress import ConvertMeter, ConvertProgress
 from pipelines.convert.remote_tree import Fetcher
 from pipelines.convert.sources import list_source, ordered_as_text, refuse_replaced
 from pipelines.convert.workers import SAMPLE_TYPE, ConvertTask, DoneTask, Workers
 from pipelines.errors import DataError, UserError, printable
-from pipelines.files import sync
+from pipelines.files import sha256, sync
 from pipelines.read.beton import TABLE_TYPE
 from pipelines.read.image_prep import ConvertSettings, library_versions
 from pipelines.read.remote import is_url, shown
@@ -230,12 +231,14 @@ class _Conversion:
             progress(ConvertProgress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
         manifest = make_manifest(self.listing, self.settings, self.shard, samples, faults, self.done) | {
             "bytes": os.fstat(journal.data_fd).st_size,
-            "sha256": _sha256(journal.data_fd),
+            "sha256": sha256(self.folder.file("data")),
             "request": self.request,
         }
-        write_manifest(manifest, self.folder.file("manifest"))
+        draft = Path(self.folder.file("manifest"))
+        draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync(draft)
         # The manifest first: where there is a beton, its manifest is there too.
-        os.rename(self.folder.file("manifest"), f"{self.dst}.json")
+        os.rename(draft, f"{self.dst}.json")
         os.rename(self.folder.file("data"), self.dst)
         sync(os.path.dirname(os.path.abspath(self.dst)))
         with contextlib.suppress(FileNotFoundError):
@@ -304,15 +307,6 @@ def _log_classes(name: str, listing: Listing, settings: ConvertSettings) -> None
     empty = np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)
     if len(empty):
         log.warning("%s: %d of the classes have no image, e.g. %s", name, len(empty), names[empty[0]])
-
-
-def _sha256(fd: int) -> str:
-    digest = hashlib.sha256()
-    at = 0
-    while block := os.pread(fd, 1 << 24, at):
-        digest.update(block)
-        at += len(block)
-    return digest.hexdigest()
 
 
 def _faults_file(dst: str) -> str:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -105,11 +104,3 @@ def make_manifest(
         "samples_per_class": np.bincount(labels, minlength=len(listing.classes)).tolist(),
         "classes": listing.classes,
     }
-
-
-def write_manifest(manifest: dict[str, Any], path: str) -> None:
-    """Raises OSError."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError, UserError, printable
-from pipelines.files import write_atomic
+from pipelines.files import sha256, write_atomic
 from pipelines.read import remote
 from pipelines.untrusted import MAX_JSON, read_json
 
@@ -76,13 +75,13 @@ def _copy(url: str, path: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         before = read_json(f"{path}.origin")
         if origin.items() <= before.items() and os.path.getsize(path) == file.size:
-            if before.get("sha256") == _sha256(path):
+            if before.get("sha256") == sha256(path):
                 return
             log.warning("%s: is not as it was copied (%s); copied again", remote.shown(url), printable(path))
     manifest = _manifest(f"{url}.json")
     arriving = f"{path}.{file.size:x}-{file.stamp:x}"  # what an interrupted copy has left is of the same file
     remote.copy(file, arriving)
-    origin["sha256"] = _sha256(arriving)
+    origin["sha256"] = sha256(arriving)
     if manifest is None:
         log.warning("%s: has no manifest (.json): its checksum and class names are not known", remote.shown(url))
     else:
@@ -94,13 +93,6 @@ def _copy(url: str, path: str) -> None:
     write_atomic(Path(f"{path}.origin"), json.dumps(origin))
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
         os.remove(left)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _manifest(url: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Version 0.1.0: recipe fields, checkpoint metadata and tensors, the files of a ta
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +26,6 @@ REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
 """dotted names of recipe fields that are gone, each with the values that change nothing, and what there is instead"""
 META = {"owes_evaluation": "evaluation_pending", "aside_step": "snapshot_step"}
 """keys of a checkpoint's metadata"""
-TENSORS = {"aside.": "snapshot."}
-"""prefixes of a checkpoint's tensors"""
 CACHE_HEADER, CACHE_SUFFIX = "answers.json", ".answers"
 """a target cache's header, and the suffix of its epochs"""
 CACHE_DEFAULTS = {
@@ -76,14 +75,7 @@ def upgrade_meta(meta: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_tensors(tensors: dict[str, T]) -> dict[str, T]:
     """A checkpoint's tensors under today's names."""
-
-    def renamed(name: str) -> str:
-        for old, new in TENSORS.items():
-            if name.startswith(old):
-                return new + name.removeprefix(old)
-        return name
-
-    return {renamed(name): tensor for name, tensor in tensors.items()}
+    return {re.sub(r"^aside\.", "snapshot.", name): tensor for name, tensor in tensors.items()}
 
 
 def cache_file(path: Path) -> Path:

@@ -18,15 +18,9 @@ def check_local(path: str, owner: str, field: str) -> None:
 
 
 def check_options(options: dict, owner: str, *decided: str) -> None:
-    """FieldError if a builder's options hold what has its own place, what is `decided` elsewhere, or load a file."""
-    for key in (*OWN_PLACE, *decided):
-        if key in options:
+    """FieldError if a builder's options hold what is `decided` elsewhere, or would have it load something by itself."""
+    for key in options:
+        if key in decided:
             raise FieldError(owner, f"options.{key}", "has its own place; leave it out here")
-    refuse_loaders(options, owner)
-
-
-def refuse_loaders(options: dict, owner: str) -> None:
-    """FieldError if a builder's options would have it load something by itself."""
-    for key in LOADERS:
-        if key in options:
+        if key in LOADERS:
             raise FieldError(owner, f"options.{key}", "would load a file past all checks; use `weights` instead")

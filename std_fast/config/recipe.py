@@ -18,7 +18,7 @@ from std_fast.config.durations import Duration, parse_seconds, parse_steps, pars
 from std_fast.config.files import OUT, read, read_text
 from std_fast.config.foreign import explained
 from std_fast.config.legacy import upgrade_recipe
-from std_fast.config.options import check_local, check_options
+from std_fast.config.options import OWN_PLACE, check_local, check_options
 from std_fast.config.schema import UnknownKey, from_dict, opt, read_yaml, require, to_dict, write_yaml
 
 
@@ -60,7 +60,7 @@ class StudentSpec:
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, "student.drop_path", f"{self.drop_path} must be in [0, 1)")
         require(bool(self.name), "student.name", "is empty; name a model, e.g. mixer_s16")
-        check_options(self.options, "student", "in_chans", "img_size")
+        check_options(self.options, "student", *OWN_PLACE, "in_chans", "img_size")
         check_local(self.weights, "student", "weights")
         require(
             self.drop_path_mode == "scale" or self.drop_path > 1 / 64,  # what rounds to one image of 32, see kept_rows
@@ -94,7 +94,7 @@ class TeacherSpec:
     std: tuple[float, float, float] | None = opt(None, "normalisation deviation of its training; likewise")
 
     def __post_init__(self) -> None:
-        check_options(self.options, "teacher")
+        check_options(self.options, "teacher", *OWN_PLACE)
         check_local(self.weights, "teacher", "weights")
         check_local(self.classes, "teacher", "classes")
         if self.std is not None and min(self.std) <= 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import UserError, did_you_mean
-from std_fast.config.options import refuse_loaders
+from std_fast.config.options import check_options
 from std_fast.config.recipe import Recipe, loads
 from std_fast.models import BACKBONES, build_backbone
 from std_fast.runtime import checkpoint
@@ -33,7 +33,7 @@ def build_classifier(name: str, num_classes: int, image_size: int, drop_path: fl
     Raises:
         UserError: an unknown name, or options that timm refuses.
     """
-    refuse_loaders(options, name)
+    check_options(options, name)
     if name in BACKBONES:
         return build_backbone(name, num_classes, image_size, drop_path, **options)
     if drop_path:

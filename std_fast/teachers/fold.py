@@ -104,11 +104,8 @@ def _fold(layer: Any, norm: Any) -> None:
     shift = -norm.running_mean.double()
     if layer.bias is not None:
         shift = shift + layer.bias.double()
-    if norm.affine:
-        factor = factor * norm.weight.double()
-        shift = shift * factor + norm.bias.double()
-    else:
-        shift = shift * factor
+    factor = factor * norm.weight.double() if norm.affine else factor
+    shift = shift * factor + (norm.bias.double() if norm.affine else 0.0)
     old = layer.weight
     weight = old.double() * factor.view(-1, *[1] * (old.ndim - 1))
     layer.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
