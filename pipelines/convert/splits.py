@@ -55,26 +55,21 @@ def choose_split(where: str, entries: list[Entry], settings: ConvertSettings) ->
     """Files of the wanted split, all of them tars or parquet. For tars, the settings' `split` is None where names have
     decided it. Raises UserError where there are several and none is chosen, or not the one asked for. Tars of which
     some are called by a split may all be classes, which their contents show: see `refuse_mixed`."""
+    are_tars, asked = entries[0].name.lower().endswith(".tar"), settings.split
     splits = {entry.name: split_of(entry.name) for entry in entries}
     loosely = {entry.name: split_of(entry.name, anywhere=True) for entry in entries}
-    if settings.split is not None and all(loosely.values()):  # so none is a class
+    if asked is not None and all(loosely.values()):  # so none is a class
         splits = loosely
-    chosen = [entry for entry in entries if splits[entry.name] == settings.split]
-    found = set(splits.values())
-    asked = settings.split is not None
-    if not entries[0].name.lower().endswith(".tar"):
-        if len(found) > 1 and not chosen:
-            raise _several_splits(where, splits, settings.split, "")
-        return chosen or entries, settings
+    chosen = [entry for entry in entries if splits[entry.name] == asked]
     if chosen:
-        return chosen, replace(settings, split=None)
-    found.discard("")
-    several = len(found) > 1 and (asked or settings.label_from != "tar")
-    by_name = asked and settings.labels is None
-    if several or (by_name and found):
-        raise _several_splits(where, splits, settings.split, OR_CLASSES)
-    if by_name:
-        raise UserError(f"--split {settings.split!r}: no tar in {where} is called so; leave it out")
+        return chosen, replace(settings, split=None) if are_tars else settings
+    found = {split for split in splits.values() if split or not are_tars}
+    are_classes = are_tars and asked is None and settings.label_from == "tar"
+    names_decide = are_tars and asked is not None and settings.labels is None
+    if (len(found) > 1 and not are_classes) or (found and names_decide):
+        raise _several_splits(where, splits, asked, OR_CLASSES if are_tars else "")
+    if names_decide:
+        raise UserError(f"--split {asked!r}: no tar in {where} is called so; leave it out")
     return entries, settings
 
 
