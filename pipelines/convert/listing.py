@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -192,25 +191,10 @@ def in_order(names: list[str], where: str) -> list[str]:
     return as_text
 
 
-def regular(path: str) -> os.stat_result | str:
-    """The status of a regular file, links followed, or why there is none."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if stat.S_ISDIR(status.st_mode):
-        return "a folder where an image should be: move its images up, or remove it"
-    return status if stat.S_ISREG(status.st_mode) else "neither a file nor a folder"
-
-
 def read_text(path: str) -> str:
     """A list that the user gave. Raises UserError."""
-    status = regular(path)
-    if isinstance(status, str):
-        raise UserError(f"{printable(path)}: {'a folder' if os.path.isdir(path) else status}; give a text file")
-    if status.st_size > MAX_TEXT:
-        raise UserError(f"{printable(path)}: {status.st_size} bytes are too many for a list of labels")
     try:
         return read_bytes(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{printable(path)}: cannot be read as text ({error}); save it as UTF-8") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{printable(path)}: cannot be read as text ({reason}); give a text file in UTF-8") from None

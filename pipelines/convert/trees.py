@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from pipelines.convert.listing import Builder, regular
+from pipelines.convert.listing import Builder
 from pipelines.convert.tar_index import FileReader, Reader
 from pipelines.errors import UserError, printable
 from pipelines.read.folder import scan
@@ -127,10 +128,11 @@ def add_missing_parts(tree: Tree, entries: list[Entry], builder: Builder) -> Non
 
 
 def _entry(folder: str, name: str) -> Entry:
-    path = os.path.join(folder, name)
-    if os.path.isdir(path):
+    try:
+        status = os.stat(os.path.join(folder, name))  # links are followed
+    except OSError as error:
+        return Entry(name, False, 0, 0, f"cannot be read: {error.strerror}")
+    if stat.S_ISDIR(status.st_mode):
         return Entry(name, True, 0, 0, "")
-    status = regular(path)
-    if isinstance(status, str):
-        return Entry(name, False, 0, 0, status)
-    return Entry(name, False, status.st_size, status.st_mtime_ns, "")
+    fault = "" if stat.S_ISREG(status.st_mode) else "neither a file nor a folder"
+    return Entry(name, False, status.st_size, status.st_mtime_ns, fault)

@@ -61,23 +61,6 @@ def random_resized_crop(
     return boxes
 
 
-def center_crop(heights: Sizes, widths: Sizes, fraction: float) -> Boxes:
-    """Central squares [B, 4] of side round(fraction * shorter side).
-
-    Up to rounding this is what timm evaluates: resize the shorter side to image_size / fraction, then cut the central
-    image_size square.
-    """
-    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-    side = np.maximum(np.rint(fraction * np.minimum(heights, widths)), 1).astype(np.int64)
-    return _central(heights, widths, side, side)
-
-
-def full_image(heights: Sizes, widths: Sizes) -> Boxes:
-    """Boxes [B, 4] that cover each image; resizing stretches it to the model's square."""
-    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-    return _central(heights, widths, heights, widths)
-
-
 def _central_within(heights: Sizes, widths: Sizes, ratio: tuple[float, float]) -> Boxes:
     """The largest central boxes [B, 4] whose width/height lies in `ratio`."""
     h = np.minimum(heights, np.maximum(np.rint(widths / ratio[0]), 1)).astype(np.int64)
@@ -109,9 +92,16 @@ class CropSpec:
             raise FieldError("crop", "fraction", f"{self.fraction} must lie in (0, 1]")
 
     def boxes(self, heights: Sizes, widths: Sizes, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> Boxes:
-        """Boxes int32 [B, 4] for images of these sizes at these positions of the epoch."""
+        """Boxes int32 [B, 4] for images of these sizes at these positions of the epoch.
+
+        `center` cuts squares of side round(fraction * shorter side), up to rounding what timm evaluates: resize the
+        shorter side to image_size / fraction, then cut the central image_size square. `full` covers each image;
+        resizing stretches it to the model's square.
+        """
         if self.kind == "random_resized":
             return random_resized_crop(heights, widths, seed, epoch, positions, self.scale, self.ratio)
-        if self.kind == "center":
-            return center_crop(heights, widths, self.fraction)
-        return full_image(heights, widths)
+        heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+        if self.kind == "full":
+            return _central(heights, widths, heights, widths)
+        side = np.maximum(np.rint(self.fraction * np.minimum(heights, widths)), 1).astype(np.int64)
+        return _central(heights, widths, side, side)

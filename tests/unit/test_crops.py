@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from pipelines import rng
 from pipelines.errors import UserError
-from pipelines.read.crops import CropSpec, center_crop, full_image, random_resized_crop
+from pipelines.read.crops import CropSpec, random_resized_crop
 
 SIDES = st.integers(1, 3000) | st.sampled_from([1, 2, 3, 20, 20000, 65500])
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=6)
@@ -103,13 +103,15 @@ def test_center_crop_is_timms_up_to_rounding(height, width, fraction):
     """timm: shorter side to floor(224 / fraction), then the central 224: in stored pixels, a central square."""
     size = 224
     magnified = math.floor(size / fraction) / min(height, width)
-    top, left, h, w = center_crop(np.array([height]), np.array([width]), fraction)[0].tolist()
+    spec, none = CropSpec("center", fraction=fraction), np.zeros(1, np.int64)
+    top, left, h, w = spec.boxes(np.array([height]), np.array([width]), 0, 0, none)[0].tolist()
     assert h == w and abs(h - size / magnified) <= 0.5 + 0.005 * min(height, width)
     assert abs(top + h / 2 - height / 2) <= 0.5 and abs(left + w / 2 - width / 2) <= 0.5
 
 
 def test_full_image():
-    assert full_image(np.array([3, 5]), np.array([7, 2])).tolist() == [[0, 0, 3, 7], [0, 0, 5, 2]]
+    boxes = CropSpec("full").boxes(np.array([3, 5]), np.array([7, 2]), 0, 0, np.zeros(2, np.int64))
+    assert boxes.tolist() == [[0, 0, 3, 7], [0, 0, 5, 2]]
 
 
 @pytest.mark.parametrize(

@@ -185,5 +185,5 @@ def test_class_lists(tmp_path: Path) -> None:
     path.write_text("# in order\nant\n\nbee\n", encoding="utf-8")
     with pytest.raises(UserError, match="classes: line 3 is empty; name a class there or remove it"):
         read_classes(str(path))
-    with pytest.raises(UserError, match="a folder; give a text file"):
+    with pytest.raises(UserError, match="cannot be read as text .Is a directory.; give a text file"):
         read_classes(str(tmp_path))
