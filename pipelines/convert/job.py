@@ -228,7 +228,7 @@ class _Conversion:
         finish(journal.data_fd, samples, packer.place(samples["size"]), labels, packer.end, self.settings.page_size)
         os.fsync(journal.data_fd)
         if progress is not None:
-            progress(ConvertProgress("checksum", self.total, self.total, packer.end - self.start, 0.0, 0.0, packer.end))
+            progress(ConvertProgress("checksum", self.total, self.total, 0.0, 0.0, packer.end))
         manifest = make_manifest(self.listing, self.settings, self.shard, samples, faults, self.done) | {
             "bytes": os.fstat(journal.data_fd).st_size,
             "sha256": sha256(self.folder.file("data")),

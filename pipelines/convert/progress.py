@@ -20,8 +20,6 @@ class ConvertProgress:
     done: int
     """images, those of earlier runs included"""
     total: int
-    bytes: int
-    """of data written"""
     rate: float
     """images per second in this run"""
     seconds_left: float
@@ -56,4 +54,4 @@ class ConvertMeter:
         per_image = (end - self._start) / self._done if self._done > 32 else self._per_image
         final = end + int(left * per_image) + self._total * TABLE_TYPE.itemsize
         seconds = left / max(rate, 1e-9)
-        self._report(ConvertProgress("converting", self._done, self._total, end - self._start, rate, seconds, final))
+        self._report(ConvertProgress("converting", self._done, self._total, rate, seconds, final))
