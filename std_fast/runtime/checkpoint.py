@@ -12,8 +12,8 @@ import json
 import logging
 import math
 import re
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,34 +204,39 @@ class Writer:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self.seconds = 0.0  # of the last save, in the thread
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
         """Saves `step-NNNNNNNN.safetensors`; then removes all but the `keep` newest."""
         self.wait()
         copies, copied = host_copies(tensors)
         # the metadata is copied too: a value that changes between digest and file makes a checkpoint that is refused
-        self._saving = self._pool.submit(self._write, step, copies, copied, copy.deepcopy(meta))
+        given = (step, copies, copied, copy.deepcopy(meta))
+        self._thread = threading.Thread(target=self._write, args=given, name="checkpoint")
+        self._thread.start()
 
     def _write(self, step: int, tensors: dict[str, Tensor], copied: torch.cuda.Event | None, meta: dict) -> None:
         began = time.perf_counter()
-        if copied is not None:
-            copied.synchronize()
-        save(self.folder / f"step-{step:08d}.safetensors", tensors, meta)
-        for path in listed(self.folder)[: -self.keep]:
-            path.unlink(missing_ok=True)
-        self.seconds = time.perf_counter() - began
+        try:
+            if copied is not None:
+                copied.synchronize()
+            save(self.folder / f"step-{step:08d}.safetensors", tensors, meta)
+            for path in listed(self.folder)[: -self.keep]:
+                path.unlink(missing_ok=True)
+            self.seconds = time.perf_counter() - began
+        except BaseException as error:
+            self._error = error
 
     def wait(self) -> None:
         """Waits until the save under way is on the disk. Raises its error."""
-        if self._saving is None:
-            return
-        error = self._saving.exception()
-        self._saving = None
-        if isinstance(error, OSError):
-            raise UserError(f"{self.folder}: a checkpoint was not saved ({error}); make room and resume") from None
-        if error is not None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, OSError):
+                raise UserError(f"{self.folder}: a checkpoint was not saved ({error}); make room and resume") from None
             raise error
 
 
