@@ -309,9 +309,8 @@ def read(path: Path, recipe: Recipe, gpus: int = 0) -> dict[str, Any]:
         numbers += [*data["save_seconds"].values(), *(mode["steps"] for mode in data["modes"].values())]
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
         rates = [rate for mode in data["modes"].values() for rate in (mode["images_per_second"], early(mode))]
-        sound &= isinstance(data["gpus"], int) and all(
-            0 < n < math.inf for n in (*rates, data["steps_per_epoch"], data["gpus"])
-        )
+        positive = [*rates, data["steps_per_epoch"], data["gpus"]]
+        sound &= isinstance(data["gpus"], int) and all(0 < n < math.inf for n in positive)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{path}: is no measurement of std-fast plan ({type(error).__name__}); make one with --save"
