@@ -21,6 +21,8 @@ from std_fast.runtime.process import say, settle
 # exit codes: saved and resumable; a loss or gradient was not finite; another process of the run died or hangs
 STOPPED, NOT_FINITE, PEER_LOST = 3, 4, 5
 
+FLAG = re.compile("--?[A-Za-z]")  # a value may be a negative number
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with its errors as UserError: one line, without the usage."""
@@ -59,7 +61,10 @@ def parse(parser: Parser, words: list[str]) -> argparse.Namespace:
     for word in own:
         if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+=.*", word):
             raise UserError(f"{word}: write --{word.replace('=', ' ', 1)}")
-    args = parser.parse_args(own)
+    args, rest = parser.parse_known_args(own)
+    if rest:
+        resume = "; --resume takes no file: it finds the newest checkpoint of run.out" * getattr(args, "resume", False)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{resume}")
     args.overrides = overrides
     return args
 
@@ -70,21 +75,29 @@ def split_overrides(words: list[str], options: Collection[str] = ()) -> tuple[li
     argparse itself would take a field's value for the recipe where the field comes first.
 
     Raises:
-        UserError: a field without a value.
+        UserError: flags that set no field, or a field without a value.
     """
-    own, overrides = [], []
-    rest = iter(words)
-    for word in rest:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or f"--{key}" in options:
-            own.append(word)
-            continue
-        if not equals:
-            following = next(rest, None)
-            if following is None:
-                raise UserError(f"--{key}: needs a value")
-            value = following
-        overrides.append((key.replace("-", "_"), value))
+    own: list[str] = []
+    given: list[tuple[str, str | None]] = []
+    rest = list(words)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not FLAG.match(flag) or flag in options:
+            own.append(flag + equals + value)
+        elif not equals and rest and not FLAG.match(rest[0]):
+            given.append((flag, rest.pop(0)))
+        else:
+            given.append((flag, value if equals else None))
+    if given:
+        from std_fast.config.foreign import check_flags
+        from std_fast.config.recipe import Recipe
+
+        check_flags([flag for flag, _ in given], options, Recipe)
+    overrides = []
+    for flag, text in given:
+        if text is None:
+            raise UserError(f"{flag}: needs a value")
+        overrides.append((flag.lstrip("-").replace("-", "_"), text))
     return own, overrides
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
+from std_fast.config.legacy import FIELDS
 from std_fast.config.schema import UnknownKey, describe
 
 FOREIGN_NAMES = {
@@ -24,7 +26,7 @@ FOREIGN_NAMES = {
     "run.trackers": "log_wandb wandb report_to logger",
     "optim.name": "opt optimizer",
     "optim.lr": "lr learning_rate lr_base base_lr blr",
-    "optim.lr_batch": "lr_base_size",
+    "optim.lr_batch": "lr_base_size unscale_lr",
     "optim.warmup": "warmup_epochs warmup_steps warmup_lr warmup_t warmup_ratio",
     "optim.weight_decay": "wd",
     "optim.betas": "opt_betas",
@@ -41,7 +43,8 @@ FOREIGN_NAMES = {
     "data.crop.scale": "scale rrc_scale",
     "data.crop.ratio": "ratio rrc_ratio",
     "data.eval_crop.fraction": "crop_pct eval_crop_ratio",
-    "data.resample": "interpolation train_interpolation",
+    "data.resample": "train_interpolation",
+    "data.eval_resample": "interpolation",
     "data.aug_repeats": "repeated_aug no_repeated_aug ra_sampler ra_reps",
     "augment.policy": "threeaugment three_augment trivialaugment trivial_augment ta_wide",
     "augment.flip": "hflip random_flip",
@@ -66,15 +69,47 @@ FOREIGN_NAMES = {
 FIELD_OF = {name: field for field, names in FOREIGN_NAMES.items() for name in names.split()}
 
 
+def meant_by(wanted: str, fields: Collection[str]) -> list[str]:
+    """Our fields for a dotted name that is none: a neighbour's, else those of any section with its last part."""
+    section, key = wanted.partition(".")[0].lower(), wanted.rpartition(".")[2].lower()
+    if key in FIELD_OF:
+        return [FIELD_OF[key]]
+    named = [name for name in fields if name.rpartition(".")[2] == key]
+    return named or ([FIELD_OF[section]] if section in FIELD_OF else [])  # such as budget.foo
+
+
 def explained(error: UnknownKey, recipe: type[Any]) -> UserError:
     """The error with our name of what was meant: one of another section, or a neighbour's."""
     fields = {name: text for name, _, text in describe(recipe)}
-    section, key = error.wanted.partition(".")[0].lower(), error.wanted.rpartition(".")[2].lower()
-    meant = [FIELD_OF[key]] if key in FIELD_OF else [name for name in fields if name.rpartition(".")[2] == key]
-    if not meant and section in FIELD_OF:  # such as budget.foo
-        meant = [FIELD_OF[section]]
+    meant = meant_by(error.wanted, fields)
     if not meant:
         return error
     if len(meant) > 1:
         return UserError(f"{error.wanted}: unknown key; did you mean {', '.join(meant[:-1])} or {meant[-1]}?")
     return UserError(f"{error.wanted}: unknown key; here it is {meant[0]} ({fields[meant[0]]})")
+
+
+def check_flags(flags: Collection[str], options: Collection[str], recipe: type[Any]) -> None:
+    """UserError that names all flags of a neighbour's, and others that set no field, with our name of each.
+
+    Args:
+        flags: as they were typed, without values: `-b`, `--batch-size`, `--optim.lr`.
+        options: of the verb, for those that are misspelt.
+    """
+    fields = {name: text for name, _, text in describe(recipe)}
+    sections = {"budget", *(name.partition(".")[0] for name in fields)}
+    inner = tuple(f"{name}." for name in fields)
+    said = []
+    for flag in dict.fromkeys(flags):
+        key = flag.lstrip("-").replace("-", "_")
+        foreign = key.rpartition(".")[2].lower() in FIELD_OF and key not in {*fields, *FIELDS}
+        if key.partition(".")[0] in sections and (not foreign or key.startswith(inner)):
+            continue
+        meant = [name for name in meant_by(key, fields) if ".N." not in name] or meant_by(key, fields)
+        if meant:
+            text = f" ({fields[meant[0]].partition(';')[0]})" if len(meant) == 1 else ""
+            said.append(f"{flag} is --{' or --'.join(meant)}{text}")
+        else:
+            said.append(f"{flag} is unknown{did_you_mean(flag, options)}")
+    if said:
+        raise UserError(f"{', '.join(said)} (`std-fast train --help` lists all fields)")

@@ -272,9 +272,10 @@ class Run:
     batch: int = opt(1024, "images per step over all GPUs")
     micro_batch: int | Literal["auto"] = opt(
         0,
-        "images per process in one forward and backward pass; their gradients add up to the batch's. A divisor of the "
-        "process's share of run.batch and a multiple of 4; 0: all at once; auto: all, halved when memory runs out. "
-        "Batch norms and timm's random draws see a micro-batch; MINE all, by a second forward pass",
+        "images per process in one forward and backward pass, not the number of passes; their gradients add up to the "
+        "batch's. A divisor of the process's share of run.batch and a multiple of 4; 0: all at once; auto: all, halved "
+        "when memory runs out. Batch norms and timm's random draws see a micro-batch; MINE all, by a second forward "
+        "pass",
     )
     length: str = opt("300 epochs", "length of the training in epochs, steps, samples or gpu-hours")
     device: Literal["auto", "cuda", "cpu"] = opt("auto", "where to train; auto: a GPU where there is one")

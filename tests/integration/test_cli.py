@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.errors import UserError
 from std_fast import cli
 from std_fast.commands.arguments import split_overrides
 from std_fast.config import files as recipe_files
@@ -85,7 +86,12 @@ def test_info_and_recipes(capsys):
         (["train", "digits_sdt"], "did you mean 'digits_std'"),
         (["train", "--resume", "--optim.lrr", "3", "digits_mixer"], "optim.lrr: unknown key; did you mean 'lr'"),
         (["train", "digits_mixer", "--optim.lr"], "--optim.lr: needs a value"),
-        (["train", "digits_mixer", "extra"], "unrecognized arguments: extra"),
+        (["train", "digits_mixer", "extra"], "unrecognized arguments: extra; see"),
+        (["train", "digits_mixer", "--resume", "x.pt"], "unrecognized arguments: x.pt; --resume takes no file"),
+        (["train", "--amp", "digits_mixer", "-b", "16"], "--amp is --run.precision (auto: bfloat16 autocast on a GPU"),
+        (["train", "digits_mixer", "--grad-accum-steps", "2"], "in one forward and backward pass, not the number of"),
+        (["train", "digits_mixer", "--quiett"], "--quiett is unknown; did you mean '--quiet'?"),
+        (["train", "digits_mixer", "--optim.lr", "--quiet"], "--optim.lr: needs a value"),
         (["inspect", "/nothing.beton"], "/nothing.beton"),
         (["inspect", __file__], "test_cli.py"),
         (["inspect", "/"], "/: cannot be opened (Is a directory); give a .beton"),
@@ -185,6 +191,23 @@ def test_resume_is_a_flag_and_fields_may_come_first():
     own, overrides = split_overrides(["--resume", "--optim.lr", "-1", "mine", "--run.out=a=b"], {"--resume"})
     assert own == ["--resume", "mine"]
     assert overrides == [("optim.lr", "-1"), ("run.out", "a=b")]
+
+
+def test_flags_as_others_have_them_are_named_all_at_once_with_the_field_of_the_table():
+    wanted = "-b is --run.batch (images per step over all GPUs), --opt is --optim.name (torch's fused AdamW or SGD), "
+    with pytest.raises(UserError, match=re.escape(wanted + "--bce-loss is unknown, --mean is --augment.mean (")):
+        split_overrides(["-b", "16", "--optim.lr", "1", "--opt=sgd", "--bce-loss", "--mean", "0.5", "0.5", "0.5"])
+    table = (ROOT / "docs" / "COMING_FROM.md").read_text(encoding="utf-8").partition("\n|---")[2].splitlines()
+    rows = [
+        row.split(" | ") for row in table if row.startswith("| ") and "`--resume" not in row and "torchrun" not in row
+    ]
+    assert len(rows) > 30
+    for *theirs, ours in rows:
+        for flag in re.findall(r"(?<=[` ])--?[A-Za-z][\w.-]*", " ".join(theirs)):
+            with pytest.raises(UserError) as caught:
+                split_overrides([flag])
+            found = re.search(r"is --([\w.]+)", str(caught.value))
+            assert found and f"--{found[1]}" in ours, (flag, str(caught.value))
 
 
 def test_a_run_that_was_moved_continues_where_it_is(tmp_path, capsys):
