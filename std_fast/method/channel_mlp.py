@@ -84,6 +84,7 @@ class _ChannelMlp(torch.autograd.Function):
         zeros = x_BPD.new_zeros
         dz_BPC, dt_BPM = x_BPD.new_empty(B, P, C, dtype=ctx.dtypes[0]), x_BPD.new_empty(B, P, M)
         d1_DH, db_H, d2_MH = zeros(D, H), zeros(H), zeros(M, H)
+        last_HM = folded_HD[:, C:].contiguous()  # torch 2.8's products with one strided column of bfloat16 are wrong
         work_NH, dx_ND = hidden_BPH.new_empty(images * P, H), hidden_BPH.new_empty(images * P, D)
         for start in range(0, B, images):
             part = slice(start, start + images)
@@ -97,7 +98,7 @@ class _ChannelMlp(torch.autograd.Function):
             d1_DH += x.to(dtype).T @ work
             # one product of C + M columns would be slower: C is a multiple of a vector's length, C + M is not
             torch.mm(work, folded_HD[:, :C], out=dx[:, :C])
-            torch.mm(work, folded_HD[:, C:], out=dx[:, C:])
+            dx[:, C:] = work @ last_HM
             # through the normalisation: scale * (dx - mean(dx) - x * mean(dx * x))
             d = dx.to(x.dtype)
             mean, along = d.sum(-1, keepdim=True) / D, (d * x).sum(-1, keepdim=True) / D
