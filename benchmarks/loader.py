@@ -63,7 +63,7 @@ def main(
 
     for backend in backends:
         if backend not in PAIRS:
-            raise UserError(f"backends: {backend!r} is unknown: choose from {', '.join(PAIRS)}")
+            raise UserError(f"--backends: {backend!r} is unknown: choose from {', '.join(PAIRS)}")
     say = progress or (lambda line: None)
     missing = [name for name in backends if name in NEEDS and not _installed(NEEDS[name])]
     names = [name for ours in backends if ours not in missing for name in (ours, *PAIRS[ours])] + ["decoding alone"]
@@ -71,9 +71,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="std-fast-bench-") as files:
         count, shape = extract(data, files)
         if count < 2 * batch:
-            raise UserError(
-                f"bench: {data} has {count} images, too few for batches of {batch}: take at most {count // 2}"
-            )
+            raise UserError(f"{data} has {count} images, too few for batches of {batch}: take at most {count // 2}")
         settings = Settings(data, files, threads or available_cores(), batch, image_size, device)
         turns = _alternate(names, settings, repeats, say)
         cold_rows, still_held = _cold(names, settings, say) if cold else ({}, None)
@@ -206,7 +204,11 @@ def command(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="a beton of JPEGs")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--out", metavar="FOLDER", help="also write QUESTION-DATA-HARDWARE-DATE.json there")
-    parser.add_argument("--backends", default="ffcv,dali,torch", help="ours, each with what it stands on")
+    parser.add_argument(
+        "--backends",
+        default="ffcv,dali,torch",
+        help=f"of {', '.join(PAIRS)}; each with what it stands on [ffcv,dali,torch]",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--batch", type=int, default=64)

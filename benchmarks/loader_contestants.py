@@ -204,9 +204,7 @@ def extract(data: str, folder: str) -> tuple[int, dict[str, float]]:
     source = open_source(data)
     everything = np.arange(source.num_samples)
     if not all(source.is_jpeg(index) for index in everything.tolist()):
-        raise UserError(
-            f"bench: {data} holds raw images, which the libraries that read files cannot take; convert as jpg"
-        )
+        raise UserError(f"{data} holds raw images, which the libraries that read files cannot take; convert as jpg")
     for label in np.unique(source.labels).tolist():
         Path(folder, f"{label:06}").mkdir()
     sizes = []

@@ -42,9 +42,7 @@ def differences(settings: Settings, names: list[str]) -> list[dict[str, Any]]:
         means, largest = [], 0
         for batch, other in zip(first_batches(name), reference, strict=True):
             if not all(a.equal(b) for a, b in ((batch.labels, other.labels), (batch.positions, other.positions))):
-                raise UserError(
-                    f"bench: {name} gives other samples than torch: a fault of this program, please report it"
-                )
+                raise UserError(f"{name} gives other samples than torch: a fault of this program, please report it")
             apart = (batch.images.int() - other.images.int()).abs()
             means.append(apart.float().mean().item())
             largest = max(largest, int(apart.max()))

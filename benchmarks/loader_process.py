@@ -102,7 +102,7 @@ class Contestant:
         except EOFError:
             reply = f"its process ended with code {self._process.exitcode}"
         if isinstance(reply, str):
-            raise UserError(f"bench: {self.name} failed ({reply}); leave it out with --backends")
+            raise UserError(f"{self.name} failed ({reply}); leave it out with --backends")
         return reply
 
     def close(self) -> None:

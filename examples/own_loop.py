@@ -56,18 +56,20 @@ def main(steps=400, batch=128):
     images, labels = torch.tensor(digits.images).float()[:, None] / 8 - 1, torch.tensor(digits.target)
     images, labels, held_images, held_labels = images[:1348], labels[:1348], images[1348:], labels[1348:]
 
-    def batches():
-        for _ in range(steps):
+    def batches(model):
+        for step in range(steps):
+            if step % 50 == 0:
+                print(f"{model}: step {step} of {steps}", flush=True)
             rows = torch.randint(len(images), (batch,))
             yield images[rows], labels[rows]
 
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
-    for x, y in batches():
+    for x, y in batches("teacher"):
         F.cross_entropy(teacher(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    student, _ = distil(Backbone(), [teacher], batches(), P=16, C=32, K=10, mine_every=len(images) // batch)
+    student, _ = distil(Backbone(), [teacher], batches("student"), P=16, C=32, K=10, mine_every=len(images) // batch)
     return [(model(held_images).argmax(1) == held_labels).float().mean().item() for model in (teacher, student)]
 
 

@@ -28,10 +28,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with its errors as UserError: one line, without the usage."""
 
     takes_recipe = False
+    of_a_run: Collection[str] = ()
+    """the fields that the verb takes of a run, where it takes one in place of a recipe"""
 
     def format_help(self) -> str:
         if self.takes_recipe:
-            self.epilog = recipe_fields()
+            self.epilog = recipe_fields(self.of_a_run)
         return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -144,14 +146,17 @@ def add_recipe(parser: Parser) -> None:
     parser.takes_recipe = True
 
 
-def recipe_fields() -> str:
-    """For the help of a verb that takes a recipe; imported only for help that is printed."""
+def recipe_fields(of_a_run: Collection[str] = ()) -> str:
+    """For the help of a verb that takes a recipe; imported only for help that is printed. See `Parser.of_a_run`."""
     from std_fast.config.recipe import Recipe
     from std_fast.config.schema import describe
 
     rows = [*describe(Recipe), ("budget.gpu-hours", "", "the same as --run.length 'N gpu-hours'")]
     width = shutil.get_terminal_size().columns - 2
     lines = ["fields of the recipe, each set by --section.key value; [default]:"]
+    if of_a_run:
+        rows = [row for row in rows if row[0] in of_a_run]
+        lines = ["fields of the run's recipe that may be set (with --teacher all, as in `std-fast train --help`):"]
     for name, default, text in rows:
         lines.append(f"  --{name}" + (f"  [{default}]" if default else ""))
         lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)

@@ -151,7 +151,7 @@ def warm(args: argparse.Namespace) -> None:
 def add_preview(parser: Parser) -> None:
     add_recipe(parser)
     parser.add_argument("--out", default="preview.png", help="the PNG to write [preview.png]")
-    parser.add_argument("--images", type=int, default=64, help="how many of the first epoch's first images [64]")
+    parser.add_argument("--images", type=int, help="how many of the first epoch's first images [64, or all]")
 
 
 def preview(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipelines.augment.device import Augment
 from pipelines.augment.preview import contact_sheet
 from pipelines.errors import UserError
+from pipelines.read.source import open_source
 from std_fast.config.recipe import Recipe
 from std_fast.teachers.classes import class_in_words
 from std_fast.training.build import open_train_loader, pick_device
@@ -16,12 +17,19 @@ from std_fast.training.build import open_train_loader, pick_device
 log = logging.getLogger("std_fast")
 
 
-def preview(recipe: Recipe, out: Path, images: int) -> None:
+def preview(recipe: Recipe, out: Path, images: int | None = None) -> None:
     """Draws the first images of the first epoch, augmented as the student will see them, as a PNG.
+
+    Args:
+        images: how many; by default 64, or all where there are fewer.
 
     Raises:
         UserError: data that cannot be read, fewer than four images, or a PNG that cannot be written.
     """
+    if images is None:
+        images = 64
+        if recipe.data.train:
+            images = min(images, open_source(recipe.data.train, recipe.data.one_part).num_samples)
     images = images // 4 * 4
     if images < 4:
         raise UserError("--images: must be 4 or more")

@@ -12,8 +12,10 @@ import logging
 import sys
 from pathlib import Path
 
-from pipelines.errors import printable, quantity
+from pipelines.errors import UserError, printable, quantity
 from std_fast.commands.arguments import Parser, Verb, add_json, printing, show
+from std_fast.config.files import RECIPES
+from std_fast.config.options import EVAL_FIELDS
 from std_fast.runtime.process import say
 
 
@@ -24,7 +26,7 @@ def add_eval(parser: Parser) -> None:
     )
     parser.add_argument("--backend", default="", help="read with this backend instead of the run's")
     parser.add_argument("--teacher", type=int, metavar="N", help="evaluate teacher N (from 0) of a recipe instead")
-    parser.takes_recipe = True
+    parser.takes_recipe, parser.of_a_run = True, EVAL_FIELDS
     add_json(parser)
 
 
@@ -33,6 +35,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     overrides = [*args.overrides, *([("data.backend", args.backend)] if args.backend else [])]
     recipe = None if args.teacher is None else recipes.load(args.run, overrides)
+    if (
+        recipe is None
+        and not Path(args.run).is_dir()
+        and (args.run.endswith((".yaml", ".yml")) or (RECIPES / f"{args.run}.yaml").is_file())
+    ):
+        raise UserError(f"{args.run}: is a recipe; name the folder of a run, or a teacher of the recipe: --teacher N")
     say(f"evaluating {printable(args.run)}{'' if recipe is None else f', teacher {args.teacher}'}")
 
     from std_fast.commands.predict import evaluate_export

@@ -29,7 +29,7 @@ class Duration:
             return text
         amount, unit = _number_and_unit(text)
         if f"{unit}s" not in cls.UNITS or not 0 <= amount <= LONGEST:
-            raise UserError(f"{where}: {text!r} is no duration; write a number and one of {', '.join(cls.UNITS)}")
+            raise UserError(f"{where}: {text!r} is no duration; write one like '300 epochs' ({', '.join(cls.UNITS)})")
         return cls(amount, f"{unit}s")
 
     def steps(self, steps_per_epoch: int, global_batch: int) -> int:

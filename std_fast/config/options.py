@@ -1,4 +1,5 @@
-"""Values that a recipe's fields may not have: options of a model's builder, URLs where a path is meant."""
+"""Values that a recipe's fields may not have: options of a model's builder, URLs where a path is meant; and the fields
+that an evaluation sets anew."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ OWN_PLACE = ("num_classes", "image_size", "drop_path", "name")
 """arguments that the data or other fields decide"""
 LOADERS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """arguments of timm's builders that load or download a file, which may be a pickle; ours is `weights`"""
+
+EVAL_FIELDS = ("data.one_part", "data.threads", "data.backend", "run.eval_batch", "run.device")
+"""what an evaluation may set anew: where and how fast, not what is computed"""
 
 
 def check_local(path: str, owner: str, field: str) -> None:

@@ -353,10 +353,10 @@ def describe(section: Any, where: str = "") -> list[tuple[str, str, str]]:
             continue
         typed = default or "''" if isinstance(default, str) else json.dumps(default)
         text = f.metadata.get("help", "")
-        if typing.get_origin(hint) is Literal:
-            text += f" ({', '.join(map(str, typing.get_args(hint)))})"
-        rows.append((path, typed, text))
         item = typing.get_args(hint)[:1]
+        if choices := [kind for kind in (hint, *item) if typing.get_origin(kind) is Literal]:
+            text += f" ({', '.join(map(str, typing.get_args(choices[0])))})"
+        rows.append((path, typed, text))
         if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item[0]):
             rows += describe(item[0], f"{path}.N")
     return rows

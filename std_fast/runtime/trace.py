@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -49,9 +51,14 @@ class Trace:
         active = self.last - max(self.first, step) + 1
         self._left = warm_up + active
         gpu = [ProfilerActivity.CUDA] if self.on_gpu else []
+        if not gpu:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU it prints that it found none, as an error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # before step 1 there is none that could warm it up
+            steps = schedule(wait=0, warmup=warm_up, active=active, repeat=1)
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *gpu],
-            schedule=schedule(wait=0, warmup=warm_up, active=active, repeat=1),
+            schedule=steps,
             on_trace_ready=self._write,
             record_shapes=True,
             profile_memory=True,

@@ -18,6 +18,7 @@ from pipelines.augment.device import Augment
 from pipelines.augment.spec import AugmentSpec
 from pipelines.errors import UserError
 from pipelines.read.batch import Loader
+from std_fast.config.options import EVAL_FIELDS
 from std_fast.config.recipe import Recipe
 from std_fast.config.schema import from_dict, set_dotted
 from std_fast.method.student import TRAINING_ONLY, Prediction, Student, StudentOutput, predict
@@ -105,10 +106,6 @@ def result_in_words(result: Mapping[str, float]) -> str:
     accuracy = [f"{name} {value:.2f} %" for name, value in result.items() if name.startswith("top")]
     rest = [f"loss {v:.4f}" if name == "loss" else f"{name} {v}" for name, v in result.items() if name[:3] != "top"]
     return "  ".join(accuracy) + "\n" * bool(result) + "  ".join(rest)
-
-
-EVAL_FIELDS = ("data.one_part", "data.threads", "data.backend", "run.eval_batch", "run.device")
-"""what an evaluation may set anew: where and how fast, not what is computed"""
 
 
 def for_evaluation(recipe: Recipe, overrides: Sequence[tuple[str, str]]) -> Recipe:

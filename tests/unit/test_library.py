@@ -195,8 +195,10 @@ def load_example():
     return module
 
 
-def test_the_example_trains_a_student_on_a_backbone_of_ones_own():
+def test_the_example_trains_a_student_on_a_backbone_of_ones_own(capsys):
     teacher, student = load_example().main(steps=120)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{name}: step {step} of 120" for name in ("teacher", "student") for step in (0, 50, 100)]
     assert teacher > 0.8 and student > 0.6  # one in ten by chance
 
 
