@@ -30,6 +30,7 @@ from pipelines.read.remote import is_url
 from std_fast.config.recipe import Recipe, TeacherSpec
 from std_fast.config.schema import from_dict
 from std_fast.method.student import Student
+from std_fast.runtime.checkpoint import is_checkpoint
 from std_fast.teachers.classes import DataClasses, wordnet_words
 from std_fast.teachers.hub_folder import is_hub_folder, read_hub_folder
 from std_fast.teachers.teacher import autocast, from_folder
@@ -66,8 +67,8 @@ def predict_images(
     """The `top` most probable classes of each image, best first.
 
     Args:
-        folder: of a run (its newest weights, the moving average where it has one), or one with a config.json as
-            `std-fast export`, timm and the Hugging Face hub write it.
+        folder: of a run (its newest weights, the moving average where it has one), one of its checkpoints, or a folder
+            with a config.json as `std-fast export`, timm and the Hugging Face hub write it.
         images: files, folders, which are searched for images, and patterns.
         backend: of the loader, instead of the run's.
 
@@ -165,7 +166,7 @@ def readable(paths: list[str]) -> tuple[list[str], list[str]]:
 
 def open_classifier(folder: Path) -> Classifier:
     """The model of a run or of an exported folder. UserError where there is none."""
-    if (folder / "recipe.yaml").is_file():
+    if is_checkpoint(folder) or (folder / "recipe.yaml").is_file():
         recipe, student, _, names = trained_student(folder)
         if recipe.run.device == "cuda":  # images can be predicted on another machine
             recipe = replace(recipe, run=replace(recipe.run, device="auto"))

@@ -17,6 +17,7 @@ from pipelines.errors import UserError, printable
 from pipelines.untrusted import read_json
 from std_fast.config.recipe import Recipe, read_saved
 from std_fast.method.student import predict
+from std_fast.runtime.checkpoint import is_checkpoint
 from std_fast.runtime.metrics import read_jsonl
 from std_fast.teachers.classes import DataClasses, class_in_words
 from std_fast.teachers.teacher import autocast
@@ -33,7 +34,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 class RunData:
     """A run as the report shows it."""
 
-    folder: Path
+    model: Path
+    """its folder, or the checkpoint whose predictions are shown"""
     name: str
     colour: str
     recipe: Recipe
@@ -62,6 +64,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """Raises UserError for a folder that holds no run."""
     runs: list[RunData] = []
     for i, folder in enumerate(folders):
+        model, folder = folder, folder.absolute().parents[1] if is_checkpoint(folder) else folder
         recipe, found = read_saved(folder), folder / "summary.json"
         try:
             summary = read_json(found) if found.is_file() else {}
@@ -73,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
             name = printable(str(folder))
         kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval")}
         summary = summary if isinstance(summary, dict) else {}
-        runs.append(RunData(folder, name, COLOURS[i % len(COLOURS)], recipe, kinds["train"], kinds["eval"], summary))
+        runs.append(RunData(model, name, COLOURS[i % len(COLOURS)], recipe, kinds["train"], kinds["eval"], summary))
     return runs
 
 
@@ -95,14 +98,14 @@ class Sample:
 
 @torch.no_grad()
 def predictions(run: RunData, count: int) -> list[Sample]:
-    """Predictions of the run's newest weights for `count` images, spread evenly over its validation data.
+    """Predictions by the run's model for `count` images, spread evenly over its validation data.
 
     Raises:
         UserError: the run has no complete checkpoint, or its validation data is not there.
     """
     from PIL import Image
 
-    recipe, student, _, class_names = trained_student(run.folder)
+    recipe, student, _, class_names = trained_student(run.model)
     if not recipe.data.val:
         raise UserError("its recipe names no data.val")
     data = replace(recipe.data, threads=1)

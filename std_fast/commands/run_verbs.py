@@ -20,7 +20,7 @@ from std_fast.runtime.process import say
 
 
 def add_eval(parser: Parser) -> None:
-    parser.add_argument("run", help="folder of a run or an export; with --teacher a recipe")
+    parser.add_argument("run", help="folder of a run or an export, or a checkpoint of a run; with --teacher a recipe")
     parser.add_argument(
         "data", nargs="?", default="", help="a .beton or image folder; by default the run's own data.val"
     )
@@ -56,7 +56,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def add_predict(parser: Parser) -> None:
-    parser.add_argument("model", metavar="RUN_OR_EXPORT", help="folder of a run, or one that `std-fast export` wrote")
+    parser.add_argument(
+        "model",
+        metavar="RUN_OR_EXPORT",
+        help="folder of a run, or one that `std-fast export` wrote, or a checkpoint of a run",
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of images, patterns")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="so many classes of each image [5]")
     parser.add_argument("--backend", default="", help="read with this backend instead of the run's")
@@ -112,7 +116,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def add_export(parser: Parser) -> None:
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", help="folder of a run, or one of its checkpoints")
     parser.add_argument("out", help="the folder to make")
     parser.add_argument(
         "--formats", nargs="+", default=[], help="of timm, class-head, onnx, pt2; default: all that can be had"

@@ -165,6 +165,11 @@ def quarantine(folder: Path, step: int) -> None:
             log.warning("%s: renamed to %s.quarantined", path, path.name)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a checkpoint's file, where a run's folder may be too."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:
     """The newest complete checkpoint of a run; damaged ones are named in the log and passed over."""
     for path in reversed(listed(folder)):

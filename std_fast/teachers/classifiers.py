@@ -282,17 +282,18 @@ class StoredRun(NamedTuple):
     step: int
 
 
-def read_run(folder: Path) -> StoredRun:
-    """The newest complete checkpoint of a run.
+def read_run(run: Path) -> StoredRun:
+    """The newest complete checkpoint of a run's folder, or the one whose file is given.
 
     Raises:
         UserError: the folder holds no run, or no complete checkpoint.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
-    found = checkpoint.newest(folder / "checkpoints")
+    named = checkpoint.is_checkpoint(run)
+    if not named and not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+    found = (run, *checkpoint.load(run)) if named else checkpoint.newest(run / "checkpoints")
     if found is None:
-        raise UserError(f"{folder}: holds no complete checkpoint; restore one, or train into another folder")
+        raise UserError(f"{run}: holds no complete checkpoint; restore one, or train into another folder")
     path, tensors, meta = found
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     state |= {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -131,7 +131,7 @@ class TrainedStudent(NamedTuple):
 
 
 def trained_student(run: Path, predict: str = "") -> TrainedStudent:
-    """From the newest complete checkpoint of a run, the moving average where it has one.
+    """From a checkpoint of a run (see `read_run`), the moving average where it has one.
 
     Args:
         predict: which heads predict; by default what the recipe says.

@@ -116,6 +116,9 @@ def test_predictions_are_those_of_evaluation(runs):
     assert 100 * right / 24 == pytest.approx(run.summary["result"]["top1"])
     assert [s.truth for s in samples] == ["ant"] * 8 + ["bee"] * 8 + ["cat"] * 8
     assert all(1 / 3 <= s.confidence <= 1 for s in samples)
+    (file,) = (runs[1] / "checkpoints").glob("*.safetensors")
+    (named,) = report_data.read_runs([file])
+    assert named.name == "std" and named.evals == run.evals and report_data.predictions(named, 24) == samples
 
 
 def test_what_is_missing_is_said_or_left_out(runs, tmp_path):

@@ -85,6 +85,20 @@ def test_as_many_are_right_as_evaluation_counts(val, tmp_path, distill, data):
     assert of_export == pytest.approx({name: result[name] for name in ("top1", "top5", "loss", "images")}, rel=1e-5)
 
 
+def test_a_checkpoint_is_taken_where_its_run_is(val, tmp_path):
+    run = make_run(tmp_path / "run", val)
+    older, wanted = run / "checkpoints" / "step-00000001.safetensors", evaluate_run(run)
+    tensors, meta = checkpoint.load(older)
+    newer = {name: -tensor for name, tensor in tensors.items()}
+    del meta["digest"]
+    checkpoint.save(older.with_name("step-00000002.safetensors"), newer, meta)
+    assert evaluate_run(run) != wanted == evaluate_run(older)
+    right = round(wanted["top1"] * wanted["images"] / 100)
+    assert correct(older, val)[0] == right
+    export_run(older, tmp_path / "export", ("timm",))
+    assert correct(tmp_path / "export", val, backend="torch")[0] == right
+
+
 def test_an_export_is_evaluated_by_the_same_command(run, val, tmp_path, capsys):
     """On some of its classes, in another order; fields that would change the result are refused."""
     export_run(run, tmp_path / "export", ("timm",))
