@@ -122,7 +122,7 @@ class Costs:
             left = max(0.0, 3600 * self.hours / self.gpus - self.fixed(base))
             once = min(left / first, views) if mode == "views" else left / first
             epochs = once + (left - once * first) / later
-            cost = self.hours
+            cost = max(self.hours, self.gpus * self.fixed(base) / 3600)
         else:
             epochs = self.length.steps(self.per_epoch, self.batch) / self.per_epoch
             once = min(epochs, views) if mode == "views" else epochs
@@ -225,6 +225,8 @@ def notes(measured: dict[str, Any], row: Row, hours: float | None) -> Iterator[s
     waiting, gpus = measured["modes"][row.mode]["waiting_share"], measured["gpus"]
     if waiting > 0.1:
         yield f"{100 * waiting:.0f} % of the time is waiting for data: more data.threads or a smaller beton would help"
+    if hours is not None and row.gpu_hours > hours:
+        yield "the budget is less than the start, the last evaluation and the save take: it would be exceeded"
     if hours is not None and row.epochs < 10:
         yield f"{row.epochs:.1f} epochs are few: a smaller student or data.image_size, or more hours, would give more"
     if gpus > 1:
@@ -241,9 +243,10 @@ def as_text(plan: Plan) -> str:
     on_cpu = plan.device.startswith("cpu")
     hours, memory_of = ("hours", "") if on_cpu else ("GPU-hours", "GPU memory")
     held = f"{plan.gpu_hours:g} {hours}" if plan.gpu_hours is not None else "the recipe's length"
+    timed = " with an evaluation" * (plan.gpu_hours is not None)
     lines = [
         f"{held} on {f'{plan.gpus} x ' if plan.gpus > 1 else ''}{plan.device} (measured {plan.measured})",
-        f"start {plan.start_seconds:.0f} s, each evaluation {plan.evaluation_seconds:.1f} s, "
+        f"start {plan.start_seconds:.0f} s{timed}, each evaluation {plan.evaluation_seconds:.1f} s, "
         f"kept for the last evaluation and save {plan.reserve_seconds:.1f} s",
         f"host memory {plan.host_memory_gib:.1f} GiB, checkpoint {plan.checkpoint_bytes / 1e6:.0f} MB",
         "",

@@ -77,11 +77,12 @@ def train(args: argparse.Namespace) -> int:
 def in_its_folder(name: str, recipe: Recipe, quiet: bool) -> Recipe:
     """The recipe with the folder in which it lies as `run.out`, where that is a run's: it may have been moved."""
     from std_fast.config.files import filled_in, find
-    from std_fast.training.existing import checkpoints
+    from std_fast.training.existing import checkpoints, is_complete
 
     file, out = find(name), filled_in(recipe.run.out, recipe.name, recipe.run.seed)
     folder = file.parent
-    if file.name != "recipe.yaml" or not checkpoints(folder) or out.resolve() == folder.resolve():
+    holds_run = file.name == "recipe.yaml" and (checkpoints(folder) or is_complete(folder))
+    if not holds_run or out.resolve() == folder.resolve():
         return recipe
     if not quiet and os.environ.get("RANK", "0") == "0":
         say(f"{folder}: its recipe names {out}; the run continues in {folder}, as moved or copied")

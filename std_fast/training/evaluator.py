@@ -58,8 +58,10 @@ class Evaluator:
             self(step)
         elif not finished and self.clock.hours and "evaluate" not in self.clock.costs:
             self(step, "start")
-            if not self.deferred and self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours:
-                self(step, "start", record=False)  # the first one is slower than the last will be
+            large = self.clock.costs.get("evaluate", 0.0) > 0.01 * self.clock.hours
+            if not self.deferred and large and self.clock.fits("evaluate"):
+                self.log.progress.say("evaluating once more, for the time that one takes: the first is slower")
+                self(step, "start", record=False)
 
     def __call__(self, step: int, part: str = "evaluate", record: bool = True) -> None:
         """Evaluates after `step` steps, unless `stop` returns True: then it is deferred.

@@ -41,13 +41,24 @@ def unused_beside(folder: Path) -> Path:
     return next(path for i in itertools.count(2) if not os.path.lexists(path := Path(f"{folder}-{i}")))
 
 
-def complete_line(folder: Path | str) -> str:
-    return f"{folder} is complete; a longer training is a new run"
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Those in a run's folder, the newest last."""
     return sorted((folder / "checkpoints").glob("step-*.safetensors"))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run has ended in the folder, though its checkpoints may have been deleted since."""
+    return (folder / "summary.json").is_file()
+
+
+def of_new_run(folder: Path) -> str:
+    """Options of a new run beside the folder's own; where that is complete, also to start from its weights."""
+    weights = f", from its weights with --student.weights {folder}"
+    return f"--run.out {unused_beside(folder)}{weights if is_complete(folder) and checkpoints(folder) else ''}"
+
+
+def complete_line(folder: Path) -> str:
+    return f"{folder} is complete; a longer training is a new run with {of_new_run(folder)}"
 
 
 def stored_recipe(checkpoint: Path) -> Recipe:
@@ -69,9 +80,11 @@ def stored_recipe(checkpoint: Path) -> Recipe:
 
 def check_unused(recipe: Recipe, folder: Path) -> None:
     """UserError where the folder holds a run: it says to resume it, if it is this one, else to take another folder."""
+    other = of_new_run(folder)
+    if is_complete(folder):
+        raise UserError(f"{folder}: holds a complete run; start a new one with {other}")
     if not checkpoints(folder):
         return
-    other = f"--run.out {unused_beside(folder)}"
     way_on = f"add --resume to continue it, or start a new one with {other}"
     try:
         saved = read_saved(folder)
@@ -105,9 +118,8 @@ def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
     if summary is None or not (folder / "recipe.yaml").is_file():
         return None
     try:
-        differing = difference(
-            recipe, stored_recipe(folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors")
-        )
+        last = folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors"
+        differing = difference(recipe, stored_recipe(last) if checkpoints(folder) else read_saved(folder))
     except UserError:
         return None
     return None if {*differing} - {*RESUMABLE_CHANGES} else summary

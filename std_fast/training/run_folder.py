@@ -23,7 +23,7 @@ from std_fast.runtime.budget import HELD, Heartbeat, Ledger, earlier
 from std_fast.runtime.distributed import World
 from std_fast.runtime.folder_lock import FolderLock
 from std_fast.training.content import at_stored_paths, check_classes, check_content, check_paths, content_of
-from std_fast.training.existing import changed_fields, check_unused, read_summary, unused_beside
+from std_fast.training.existing import changed_fields, check_unused, of_new_run, read_summary
 from std_fast.training.state import TrainState
 
 log = logging.getLogger("std_fast")
@@ -66,9 +66,9 @@ class RunFolder:
         self.recipe, self.world, self.ledger, self.lock = recipe, world, ledger, lock
         self.path = Path(recipe.run.out)
         self.writer = checkpoint.Writer(self.path / "checkpoints", recipe.run.keep_checkpoints)
-        if not resume:
-            check_unused(recipe, self.path)
         self.found = self._newest() if resume else None
+        if self.found is None:
+            check_unused(recipe, self.path)
         self.saved_step, self._first_step, self.copy_seconds = 0, 0, 0.0
         self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
@@ -135,7 +135,7 @@ class RunFolder:
             self.keep(meta["recipe"])
             raise UserError(
                 f"{path}: was written by another recipe ({fields}); resume with {self.path}/recipe.yaml, or start a "
-                f"new run with --run.out {unused_beside(self.path)}"
+                f"new run with {of_new_run(self.path)}"
             )
 
     def begin(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
@@ -46,7 +47,7 @@ def train(
             return _train(recipe, resume, quiet, world, on_step, already)
         except Complete as end:
             if world.main and not quiet:
-                say(complete_line(out))
+                say(complete_line(Path(out)))
             return end.summary
         except OSError as error:  # those of data and target cache are UserErrors already
             what = f"{os.fsdecode(error.filename or out)}: {error.strerror or error}"

@@ -238,6 +238,9 @@ def test_a_run_that_was_moved_continues_where_it_is(tmp_path, capsys):
     assert run(capsys, "train", recipe, "--resume")[0] == 2 and (tmp_path / "old").is_dir()  # no checkpoint of a run
     (tmp_path / "old" / ".lock").unlink()
     (tmp_path / "old").rmdir()
+    (tmp_path / "new" / "summary.json").touch()  # of a run whose checkpoints were deleted
+    assert run(capsys, "train", recipe, "--resume")[0] == 2 and not (tmp_path / "old").exists()
+    (tmp_path / "new" / "summary.json").unlink()
     (tmp_path / "new" / "checkpoints" / "step-00000001.safetensors").touch()
     said = f"{tmp_path}/new: its recipe names {tmp_path}/old; the run continues in {tmp_path}/new"
     for words, moved in (([recipe], True), ([recipe.parent], True), ([other], False)):

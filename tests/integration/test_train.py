@@ -150,7 +150,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_p
         patch.setitem(sys.modules, "std_fast.training.run", None)  # nor imports what needs torch
         patch.setitem(sys.modules, "std_fast.training.train", None)
         assert cli.main(["train", path]) == 2
-        assert f"{folder}: already holds a run; add --resume" in capsys.readouterr().err
+        assert f"{folder}: holds a complete run; start a new one" in capsys.readouterr().err
         with pytest.raises(ImportError):
             cli.main(["train", path, "--resume"])
         assert f"{folder} is complete" in capsys.readouterr().err
@@ -173,6 +173,19 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_p
         (folder / "summary.json").write_text(wrong)
         assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
         assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+
+
+def test_a_finished_run_without_its_checkpoints_is_neither_overwritten_nor_begun_anew(recipe):
+    recipe = replace(recipe, run=replace(recipe.run, length="1 steps"))
+    summary, folder = train(recipe, quiet=True), Path(recipe.run.out)
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
+    longer = replace(recipe, run=replace(recipe.run, length="2 steps"))
+    for wanted, resume in ((recipe, False), (longer, False), (longer, True)):
+        with pytest.raises(UserError, match=f"holds a complete run; start a new one with --run.out {folder}-2$"):
+            train(wanted, resume=resume, quiet=True)
+    assert contents(folder) == before
 
 
 def test_a_folder_that_is_cleared_while_its_run_goes_on(recipe, caplog):
@@ -244,10 +257,16 @@ def test_a_run_leaves_what_a_user_needs(recipe):
     assert summary["gpu_hours"] * 3600 == pytest.approx(sum(parts.values()), rel=0.01)
     again = evaluate_run(recipes.Path(folder))
     assert {k: again[k] for k in ("top1", "loss")} == {k: summary["result"][k] for k in ("top1", "loss")}
-    with pytest.raises(UserError, match=f"already holds a run; add --resume .*with --run.out {folder}-2$"):
+    other = f"--run.out {folder}-2"
+    with pytest.raises(
+        UserError, match=f"a complete run; start a new one with {other}, from .* --student.weights {folder}$"
+    ):
+        train(recipe, quiet=True)
+    os.remove(f"{folder}/summary.json")
+    with pytest.raises(UserError, match=f"already holds a run; add --resume .*with {other}$"):
         train(recipe, quiet=True)
     budget = replace(recipe, run=replace(recipe.run, length="1 gpu-hours"))
-    with pytest.raises(UserError, match=f"another run.length, so start this one with --run.out {folder}-2$"):
+    with pytest.raises(UserError, match=f"another run.length, so start this one with {other}$"):
         train(budget, quiet=True)
     with pytest.raises(UserError, match=r"another recipe \(optim.lr differs\)"):
         train(replace(recipe, optim=replace(recipe.optim, lr=1.0)), resume=True, quiet=True)

@@ -144,8 +144,11 @@ def test_what_is_recommended(measured):
 
 
 def test_a_budget_smaller_than_its_start(measured):
-    rows = plan.buy(measured, recipe_of(length="0.01 gpu-hours")).rows
-    assert [row.epochs for row in rows] == [0, 0, 0]
+    made = plan.buy(measured, recipe_of(length="0.01 gpu-hours"), now=datetime(2026, 1, 1))
+    assert [row.epochs for row in made.rows] == [0, 0, 0]
+    takes = made.start_seconds + made.reserve_seconds
+    assert takes > 36 and made.rows[0].gpu_hours == pytest.approx(takes / 3600, abs=1e-3)
+    assert made.notes[0].endswith("it would be exceeded")
 
 
 def test_a_stored_measurement_is_of_the_same_work(measured, tmp_path):
