@@ -27,9 +27,8 @@ def preview(recipe: Recipe, out: Path, images: int | None = None) -> None:
         UserError: data that cannot be read, fewer than four images, or a PNG that cannot be written.
     """
     if images is None:
-        images = 64
-        if recipe.data.train:
-            images = min(images, open_source(recipe.data.train, recipe.data.one_part).num_samples)
+        found = open_source(recipe.data.train, recipe.data.one_part).num_samples if recipe.data.train else 64
+        images = max(4, min(64, found))
     images = images // 4 * 4
     if images < 4:
         raise UserError("--images: must be 4 or more")

@@ -100,7 +100,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def add_report(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, finished or not, or checkpoints")
     parser.add_argument("--out", default="report", help="folder for report.html and the plots as PNG [report]")
     parser.add_argument("--images", type=int, default=12, help="validation images whose predictions are shown [12]")
     add_json(parser)

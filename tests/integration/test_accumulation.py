@@ -122,9 +122,10 @@ def events(folder, steps):
     return [event.get("name", "") for event in trace["traceEvents"]]
 
 
-def test_a_trace_of_some_steps_changes_nothing(recipe, tmp_path):
+def test_a_trace_of_some_steps_changes_nothing(recipe, tmp_path, capfd):
     train(at(recipe, tmp_path / "plain"), quiet=True)
     train(at(recipe, tmp_path / "traced", profile="steps 3-4", micro_batch=0), quiet=True)
+    assert "ERROR" not in capfd.readouterr().err  # of kineto, which finds no GPU
     names = events(tmp_path / "traced", "3-4")
     for part in ("augment", "teacher", "student", "optimizer"):
         assert names.count(part) == 2, part

@@ -31,7 +31,7 @@ def test_the_report_adds_up(tmp_path, monkeypatch):
     assert json.loads(json.dumps(report))["rows"]
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named(tmp_path, capsys):
     raw = str(write_beton(tmp_path / "raw.beton", [raw_sample(8, 8, 0, i) for i in range(4)]))
     few = str(write_beton(tmp_path / "few.beton", [jpeg_sample(8, 8, 0, i) for i in range(4)]))
     for path, backends, message in (
@@ -41,3 +41,5 @@ def test_mistakes_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             loader.main(path, backends=backends)
+    assert loader.command(["--data", few, "--backends", "torch"]) == 2
+    assert capsys.readouterr().err.startswith(f"std-fast bench loader: {few} has 4 images, too few")
