@@ -158,7 +158,7 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
     """The program as torch.export.save writes it, through memory: torch's writer ends the process on a full disk."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    path.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getvalue())  # after an error getbuffer's view crashes the collector of Python 3.12.1
 
 
 def from_onnx(path: Path) -> Callable[[Tensor], Tensor]:
