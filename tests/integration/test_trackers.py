@@ -83,11 +83,12 @@ def test_mlflow(recipe, tmp_path, monkeypatch):
 
 
 def test_weights_and_biases(recipe, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     summary = stopped_and_resumed(of(recipe, "wandb"))
     assert summary["lost_writes"] == {}
+    wandb.teardown()  # waits until its service has written all
     run_id = (tmp_path / "run" / "trackers" / "wandb.id").read_text().strip()
     runs = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}*"))  # wandb adds "-1" within a second
     assert len(runs) == 2  # `wandb sync` makes one run of them, by their id

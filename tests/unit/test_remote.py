@@ -81,9 +81,9 @@ def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "DELAYS", (0.0,) * 4)
 
 
-def made(src: str, path: Path, **options: object) -> tuple[bytes, dict]:
+def made(src: str, path: Path, workers: int = 2, **options: object) -> tuple[bytes, dict]:
     settings = ConvertSettings(seed=3, **options)
-    manifest = convert(src, str(path), settings=settings, workers=2)
+    manifest = convert(src, str(path), settings=settings, workers=workers)
     return path.read_bytes(), manifest
 
 
@@ -142,7 +142,7 @@ def test_a_server_that_goes_away(
         UserError,
         match=r"^http.*/train.tar: cannot be read \(HTTP 500 .*tried 5 times; look at the address .* then run",
     ):
-        made(f"{server.url}/train.tar", tmp_path / "remote.beton")
+        made(f"{server.url}/train.tar", tmp_path / "remote.beton", workers=1)  # so that its tasks end in their order
     server.fail = lambda path, before: 0
     with caplog.at_level(logging.INFO, "std_fast"):
         assert same(made(f"{server.url}/train.tar", tmp_path / "remote.beton"), local)
