@@ -63,10 +63,9 @@ class StudentSpec:
         check_options(self.options, "student", *OWN_PLACE, "in_chans", "img_size")
         check_local(self.weights, "student", "weights")
         require(
-            self.drop_path_mode == "scale" or self.drop_path > 1 / 64,  # what rounds to one image of 32, see kept_rows
+            self.drop_path_mode == "scale" or self.drop_path > 0,
             "student.drop_path_mode",
-            f"subset has no effect with student.drop_path {self.drop_path:g}, less than one image of 32; raise that, "
-            "or leave it out",
+            "subset has no effect with student.drop_path 0; set that, or leave it out",
         )
         require(self.early_size == 0 or self.early_size >= 8, "student.early_size", "must be 8 or more, or 0 for never")
         require(0 < self.early_share < 1, "student.early_share", f"{self.early_share} must be more than 0, less than 1")

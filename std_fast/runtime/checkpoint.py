@@ -166,8 +166,8 @@ def quarantine(folder: Path, step: int) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path is a checkpoint's file, where a run's folder may be too."""
-    return path.suffix == ".safetensors" and path.is_file()
+    """Whether the path is a file in the `checkpoints` of a run's folder, where that folder may be given too."""
+    return path.suffix == ".safetensors" and path.absolute().parent.name == "checkpoints" and path.is_file()
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict] | None:

@@ -290,7 +290,10 @@ def read_run(run: Path) -> StoredRun:
     """
     named = checkpoint.is_checkpoint(run)
     if not named and not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote")
+        raise UserError(
+            f"{run}: holds no run (no recipe.yaml); give the folder that `std-fast train` wrote, or a file in its "
+            "checkpoints"
+        )
     found = (run, *checkpoint.load(run)) if named else checkpoint.newest(run / "checkpoints")
     if found is None:
         raise UserError(f"{run}: holds no complete checkpoint; restore one, or train into another folder")

@@ -119,7 +119,7 @@ def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
         return None
     try:
         last = folder / "checkpoints" / f"step-{summary['steps']:08d}.safetensors"
-        differing = difference(recipe, stored_recipe(last) if checkpoints(folder) else read_saved(folder))
+        differing = difference(recipe, stored_recipe(last) if last.exists() else read_saved(folder))
     except UserError:
         return None
     return None if {*differing} - {*RESUMABLE_CHANGES} else summary

@@ -69,6 +69,8 @@ class RunFolder:
         self.found = self._newest() if resume else None
         if self.found is None:
             check_unused(recipe, self.path)
+            if resume:
+                log.info("%s holds no checkpoint yet: starting from the beginning", self.path)
         self.saved_step, self._first_step, self.copy_seconds = 0, 0, 0.0
         self.data: dict[str, Any] = {}  # what each checkpoint records of the data
         self._heartbeat: Heartbeat | None = None
@@ -89,8 +91,6 @@ class RunFolder:
                 f"{folder}: none of its {len(there)} checkpoints can be read (see above); use the version of std-fast "
                 "that wrote them, or begin anew with another --run.out"
             )
-        if found is None:
-            log.info("%s holds no checkpoint yet: starting from the beginning", self.path)
         return found and Saved(*found)
 
     def _carry(self) -> None:

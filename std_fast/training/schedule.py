@@ -122,6 +122,8 @@ def warmup_share(warmup: str, clock: Clock, steps_per_epoch: int, batch: int) ->
 ONE_TOKEN = "other distill.tokens than both"
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("student.new_head", lambda r: not r.student.weights, "student.weights '': all of the student is new"),
+    # a share that `kept_rows` rounds to no image of 32
+    ("student.drop_path_mode", lambda r: r.student.drop_path <= 1 / 64, "student.drop_path of 1/64 or less"),
     ("student.early_share", lambda r: not r.student.early_size, "student.early_size 0"),
     ("data.crop.fraction", lambda r: r.data.crop.kind != "center", "another data.crop.kind than center"),
     (

@@ -169,7 +169,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(recipe, validates, tmp_p
     (folder / "recipe.yaml").unlink()  # and is written anew
     train(recipe, resume=True, quiet=True)
     assert contents(folder) == before
-    for wrong in ("[]", json.dumps(summary | {"steps": 2}), json.dumps(summary | {"result": 5})):
+    for wrong in ("[]", json.dumps(summary | {"steps": "1"}), json.dumps(summary | {"result": 5})):
         (folder / "summary.json").write_text(wrong)
         assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
         assert json.loads((folder / "summary.json").read_text())["steps"] == 1
@@ -179,8 +179,11 @@ def test_a_finished_run_without_its_checkpoints_is_neither_overwritten_nor_begun
     recipe = replace(recipe, run=replace(recipe.run, length="1 steps"))
     summary, folder = train(recipe, quiet=True), Path(recipe.run.out)
     shutil.rmtree(folder / "checkpoints")
-    before = contents(folder)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-00000000.safetensors").touch()  # an older one that was left
     assert train(recipe, resume=True, quiet=True)["result"] == summary["result"]
+    (folder / "checkpoints" / "step-00000000.safetensors").unlink()
+    before = contents(folder)
     longer = replace(recipe, run=replace(recipe.run, length="2 steps"))
     for wanted, resume in ((recipe, False), (longer, False), (longer, True)):
         with pytest.raises(UserError, match=f"holds a complete run; start a new one with --run.out {folder}-2$"):

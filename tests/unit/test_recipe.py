@@ -97,10 +97,6 @@ def test_built_in_recipes_begin_with_their_command_and_what_came_of_it(path):
         ({"student": {"early_size": 4}}, "student.early_size: must be 8 or more"),
         ({"student": {"early_share": 1.0}}, "student.early_share: 1.0 must be more than 0, less than 1"),
         ({"student": {"drop_path_mode": "subset"}}, "student.drop_path_mode: subset has no effect"),
-        (
-            {"student": {"drop_path_mode": "subset", "drop_path": 1 / 64}},
-            "student.drop_path_mode: subset has no effect",
-        ),
         ({"optim": {"name": "sgd", "betas": [0.9, 0.95]}}, "optim.betas: betas and eps have no effect with optim.name"),
         ({"optim": {"name": "sgd", "eps": 1e-6}}, "optim.betas: betas and eps have no effect with optim.name sgd"),
         ({"optim": {"name": "muon", "nesterov": True}}, "optim.nesterov: is SGD's"),
@@ -197,6 +193,10 @@ def test_what_is_more_than_nothing_is_at_least_a_step():
         ([("student.early_share", "0.8")], "student.early_share: no effect with student.early_size 0"),
         ([("optim.ema_batch", "64")], "optim.ema_batch: no effect with optim.ema 0"),
         ([("distill.taps", "[1]"), ("distill.alpha", "0.9")], "distill.taps, distill.alpha: no effect with distill"),
+        (
+            [("student.drop_path_mode", "subset"), ("student.drop_path", "0.0156")],
+            "student.drop_path_mode: no effect with student.drop_path of 1/64 or less",
+        ),
         ([("distill.views", "2")], None),  # the images are those of two epochs without distillation too
         ([("augment.randaugment_mstd", "1")], "augment.randaugment_mstd: no effect with augment.randaugment_n 0"),
         ([("augment.switch", "0.2"), ("augment.cutmix", "0")], "augment.switch: no effect with augment.mixup 0 or"),
