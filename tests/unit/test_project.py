@@ -87,7 +87,7 @@ ROOMS = (
     {"pipelines.errors", "pipelines.files", "pipelines.options", "pipelines.rng"},
     {"pipelines.sheet", "pipelines.untrusted"},
     {"pipelines.read", "std_fast.models"},
-    {"pipelines.augment", "pipelines.convert", "pipelines.loaders", "std_fast.method"},
+    {"pipelines.source", "pipelines.augment", "pipelines.convert", "pipelines.loaders", "std_fast.method"},
     {"pipelines"},
     {"std_fast.config", "std_fast.registry"},
     {"std_fast.runtime"},
