@@ -23,7 +23,7 @@ from std_fast.runtime.distributed import World
 PARTS = ("start", "compile", "train", "teacher", "data", "evaluate", "checkpoint", "lost")
 PRODUCTIVE = ("train", "teacher", "data")  # the rest is overhead
 UNPLANNED = ("start", "compile", "lost")  # do not move the learning rate
-CLOSING = 0.5  # seconds from the last save to the end of the process: summary, TensorBoard, the interpreter's exit
+CLOSING = 1.25  # seconds from the last save to the end of the process: summary, TensorBoard, unloading torch
 HELD = "held.json"
 log = logging.getLogger("std_fast")
 
